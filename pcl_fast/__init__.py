@@ -1,0 +1,1 @@
+"""Prototypical Contrastive Learning, trained as fast as the hardware allows."""

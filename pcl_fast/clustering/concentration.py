@@ -1,0 +1,66 @@
+"""How tight each cluster is: the per-prototype temperature of ProtoNCE."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from pcl_fast.distributed import all_reduce_sum
+
+
+def concentration(
+    distance: torch.Tensor,
+    assignment: torch.Tensor,
+    k: int,
+    *,
+    temperature: float,
+    alpha: float = 10.0,
+    clip: tuple[float, float] = (10, 90),
+    group: dist.ProcessGroup | None = None,
+) -> torch.Tensor:
+    """Concentration estimate of every cluster (equation 12 of the paper).
+
+    phi_c = sum_z |v'_z - c|_2 / (Z log(Z + alpha)), with Z the number of points of cluster c. A cluster with at most
+    one point takes the largest phi of the others; then phi is clipped to percentiles of itself and scaled to mean
+    `temperature`. Where the formula would give a prototype phi = 0, an infinite logit (clusters of identical points),
+    it takes the smallest positive phi; if there is none, all take `temperature`.
+
+    Args:
+        distance: [n_local] float32, squared L2 distance to the own centroid as k-means left it.
+        assignment: [n_local] integer in [0, k).
+        k: number of clusters.
+        temperature: tau, the mean of the result.
+        alpha: keeps phi of small clusters from growing.
+        clip: lower and upper percentile.
+        group: the ranks that hold the shards, None for this process alone.
+
+    Returns:
+        [k] float32, positive, on the device of `distance`.
+
+    Raises:
+        ValueError: distance and assignment differ in shape, or a parameter is out of its range.
+    """
+    if distance.shape != assignment.shape or distance.ndim != 1:
+        raise ValueError(
+            f"distance and assignment must be [n], got {list(distance.shape)} and {list(assignment.shape)}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}")
+    if not 0 <= clip[0] <= clip[1] <= 100:
+        raise ValueError(f"clip must be two percentiles in order, got {clip}")
+    if not alpha > 0:
+        raise ValueError(f"alpha must be positive, got {alpha}: log(Z + alpha) is to stay above zero")
+
+    sums = torch.zeros(k, dtype=torch.float64, device=distance.device)
+    sums.index_add_(0, assignment.long(), distance.double().sqrt())
+    counts = torch.bincount(assignment, minlength=k)
+    all_reduce_sum(sums, group)
+    all_reduce_sum(counts, group)
+
+    phi = sums / (counts * torch.log(counts + alpha)).clamp(min=1e-300)
+    phi = torch.where(counts > 1, phi, torch.where(counts > 1, phi, 0.0).max())
+    low, high = torch.quantile(phi, torch.tensor(clip, dtype=phi.dtype, device=phi.device) / 100)
+    phi = phi.clamp(low, high)
+    positive = torch.where(phi > 0, phi, torch.inf).min()
+    phi = torch.where(positive.isinf(), 1.0, phi.clamp(min=positive))
+    return (phi * (temperature / phi.mean())).float()

@@ -1,0 +1,105 @@
+"""The ranks of a run, and the few collectives that training needs. Everything works on a single process too."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# An E-step on one rank (sampling of AMI, a slow disk) may keep the others waiting for long.
+_TIMEOUT = timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks. `group` is None when it is alone."""
+
+    rank: int
+    size: int
+    device: torch.device
+    group: dist.ProcessGroup | None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def connect() -> World:
+    """Join the process group that torchrun describes in the environment, or stand alone without torchrun."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if size == 1:
+        return World(0, 1, device, None)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT)
+    return World(dist.get_rank(), size, device, dist.group.WORLD)
+
+
+def disconnect(world: World) -> None:
+    if world.group is not None:
+        dist.destroy_process_group()
+
+
+def shard_bounds(total: int, rank: int, size: int) -> tuple[int, int]:
+    """Rank's half-open range of `total` items in order; ranges differ in length by at most one."""
+    return total * rank // size, total * (rank + 1) // size
+
+
+def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Sum over the ranks, in place; returns `tensor`."""
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The rows [n_r, ...] of all ranks, one after another, when every rank has equally many.
+
+    For unequal shards see `all_gather_shards`.
+    """
+    if group is None:
+        return rows
+    parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, rows.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def all_gather_shards(shard: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The shards [n_r, ...] of all ranks, one after another; lengths may differ."""
+    if group is None:
+        return shard
+    lengths = shard_lengths(len(shard), group, shard.device)
+    padded = shard.new_zeros((max(lengths), *shard.shape[1:]))
+    padded[: len(shard)] = shard
+    parts = [torch.empty_like(padded) for _ in lengths]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+
+
+def shard_lengths(length: int, group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
+    """How many rows each rank of the group holds, in rank order."""
+    if group is None:
+        return [length]
+    mine = torch.tensor([length], device=device)
+    return all_gather_rows(mine, group).tolist()
+
+
+def gather_objects(item: Any, world: World) -> list[Any]:
+    """Every rank's `item` (picklable), in rank order, on all ranks."""
+    if world.group is None:
+        return [item]
+    items: list[Any] = [None] * world.size
+    dist.all_gather_object(items, item, group=world.group)
+    return items
+
+
+def barrier(world: World) -> None:
+    if world.group is not None:
+        dist.barrier(group=world.group)

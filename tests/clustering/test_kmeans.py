@@ -1,0 +1,157 @@
+"""k-means against scikit-learn, on one rank and several."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
+from sklearn.cluster import KMeans
+
+from pcl_fast.clustering import cluster, kmeans
+from pcl_fast.clustering.kmeans import _split_large
+
+BACKENDS = ["torch", "faiss"]
+
+
+def blobs(n: int, d: int = 16, centres: int = 12, seed: int = 0) -> torch.Tensor:
+    """Unit features with cluster structure."""
+    generator = torch.Generator().manual_seed(seed)
+    middle = torch.randn(centres, d, generator=generator)
+    labels = torch.randint(0, centres, (n,), generator=generator)
+    return F.normalize(middle[labels] + 0.5 * torch.randn(n, d, generator=generator), dim=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equals_scikit_learn_from_the_same_start(backend):
+    features = blobs(900)
+    init = features[:15].clone()
+    theirs = KMeans(15, init=init.numpy(), n_init=1, max_iter=8, tol=0, algorithm="lloyd").fit(features.numpy())
+    ours = kmeans(features, 15, iterations=theirs.n_iter_, init=init, backend=backend)
+    assert ours.objective == pytest.approx(theirs.inertia_, rel=1e-5)
+    assert (ours.assignment.numpy() == theirs.labels_).all()
+    np.testing.assert_allclose(ours.centroids.numpy(), theirs.cluster_centers_, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_labels_and_distances_belong_to_the_centroids_returned(backend):
+    features = blobs(500)
+    result = kmeans(features, 20, iterations=2, backend=backend)
+    exact = torch.cdist(features.double(), result.centroids.double()).square()
+    torch.testing.assert_close(result.distance.double(), exact.min(1).values, rtol=1e-5, atol=1e-6)
+    assert torch.equal(result.assignment.long(), exact.argmin(1))
+    assert result.assignment.dtype == torch.int32
+    assert result.objective == pytest.approx(exact.min(1).values.sum().item(), rel=1e-6)
+
+
+def kmeans_of_shard(world, features, bounds, backend):
+    shard = features[bounds[world.rank] : bounds[world.rank + 1]]
+    return kmeans(shard, 15, iterations=6, redo=2, seed=3, group=world.group, backend=backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bounds", [(0, 400, 900), (0, 0, 900), (0, 350, 380, 900)])
+def test_ranks_with_unequal_shards_equal_one_rank(backend, bounds):
+    features = blobs(900)
+    whole = kmeans(features, 15, iterations=6, redo=2, seed=3, backend=backend)
+    ranks = run_ranks(len(bounds) - 1, kmeans_of_shard, features, bounds, backend)
+    for result in ranks:
+        torch.testing.assert_close(result.centroids, whole.centroids, atol=1e-5, rtol=0)
+        assert result.objective == pytest.approx(whole.objective, rel=1e-6)
+    assert torch.equal(torch.cat([result.assignment for result in ranks]), whole.assignment)
+
+
+def test_the_seed_decides():
+    features = blobs(600)
+    first, again, other = (kmeans(features, 30, iterations=3, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.centroids, again.centroids)
+    assert not torch.equal(first.centroids, other.centroids)
+
+
+def test_redo_keeps_the_best_start():
+    features = blobs(600)
+    alone = [kmeans(features, 12, iterations=5, seed=4 + start).objective for start in range(5)]
+    best = kmeans(features, 12, iterations=5, redo=5, seed=4)
+    assert max(alone) > min(alone)
+    assert best.objective == min(alone)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_as_many_clusters_as_points(backend):
+    features = blobs(40)
+    result = kmeans(features, 40, iterations=3, backend=backend)
+    assert sorted(result.assignment.tolist()) == list(range(40))
+    assert result.objective < 1e-8
+
+
+def test_empty_clusters_take_from_large_ones():
+    """Half of the initial centroids are far from everything; after a few iterations none is empty."""
+    features = blobs(600)
+    init = torch.cat([features[:8], 100 + torch.rand(8, 16, generator=torch.Generator().manual_seed(0))])
+    counts = torch.bincount(kmeans(features, 16, iterations=10, init=init).assignment, minlength=16)
+    assert counts.min() > 0
+    # Without the split they would stay empty for ever.
+    assert torch.bincount(kmeans(features, 16, iterations=1, init=init).assignment, minlength=16).min() >= 0
+
+
+def test_a_split_moves_two_centroids_apart_around_the_large_one():
+    centroids = torch.tensor([[1.0, 2.0], [9.0, 9.0], [5.0, 6.0]])
+    split = _split_large(centroids.clone(), torch.tensor([10, 0, 1]), (0, 0))
+    torch.testing.assert_close((split[0] + split[1]) / 2, centroids[0])
+    assert not torch.equal(split[0], split[1])
+    assert torch.equal(split[2], centroids[2])
+
+
+def test_nothing_to_split_leaves_clusters_empty():
+    """All points equal: one cluster holds everything; finite results all the same."""
+    result = kmeans(torch.ones(10, 4), 3, iterations=5)
+    assert result.centroids.isfinite().all()
+    assert result.objective < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_features_are_read_where_they_lie(backend):
+    features = blobs(300)
+    copy, pointer = features.clone(), features.data_ptr()
+    kmeans(features, 10, iterations=2, backend=backend)
+    assert torch.equal(features, copy)
+    assert features.data_ptr() == pointer
+
+
+def test_errors_name_the_numbers():
+    features = blobs(30)
+    cases = [
+        (lambda: kmeans(features, 31), r"k = 31 clusters of 30 points.*--cluster.ks.*30"),
+        (lambda: kmeans(features, 0), "k = 0"),
+        (lambda: kmeans(features[0], 2), r"features must be \[n, d\] float32, got \[16\]"),
+        (lambda: kmeans(features.double(), 2), "float64"),
+        (lambda: kmeans(features, 2, iterations=0), "iterations and redo.*0 and 1"),
+        (lambda: kmeans(features, 2, init=features[:3]), r"init must be \[2, 16\].*\[3, 16\]"),
+        (lambda: kmeans(features, 2, init=features[:2], redo=2), "redo must be 1, got 2"),
+        (lambda: kmeans(features, 2, backend="cuml"), "backends .*'cuml'"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def cluster_of_shard(world, features):
+    begin = (0, 130, 400)[world.rank]
+    end = (130, 400)[world.rank]
+    return cluster(features[begin:end], (5, 20), temperature=0.2, iterations=4, seed=1, group=world.group)
+
+
+def test_cluster_gives_unit_prototypes_and_the_whole_assignment_on_every_rank():
+    features = blobs(400)
+    whole = cluster(features, (5, 20), temperature=0.2, iterations=4, seed=1)
+    for k, prototypes in zip((5, 20), whole, strict=True):
+        torch.testing.assert_close(prototypes.centroids.norm(dim=1), torch.ones(k))
+        assert prototypes.concentration.mean().item() == pytest.approx(0.2)
+        assert prototypes.assignment.shape == (400,)
+        assert prototypes.assignment.dtype == torch.int32
+    for rank in run_ranks(2, cluster_of_shard, features):
+        for ours, one in zip(rank, whole, strict=True):
+            assert torch.equal(ours.assignment, one.assignment)
+            torch.testing.assert_close(ours.centroids, one.centroids, atol=1e-5, rtol=0)
+            torch.testing.assert_close(ours.concentration, one.concentration, atol=0, rtol=1e-4)

@@ -1,0 +1,34 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pcl_fast.distributed import World
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """54 JPEGs of 3 classes, 18 each: smooth colour patterns of different sizes."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for label in range(3):
+        (root / f"class_{label}").mkdir()
+        for number in range(18):
+            coarse = rng.integers(0, 256, (3 + label, 3 + label, 3), dtype=np.uint8)
+            side = (36 + number % 3, 34 + number % 5)
+            image = Image.fromarray(coarse).resize(side, Image.Resampling.BICUBIC)
+            image.save(root / f"class_{label}" / f"{number:02d}.jpg")
+    return root
+
+
+@pytest.fixture
+def alone() -> World:
+    return World(0, 1, torch.device("cpu"), None)
