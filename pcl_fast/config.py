@@ -1,0 +1,246 @@
+"""The recipe of a run: frozen dataclasses, and presets that derive from one another.
+
+The presets' figures are those of the paper (Li et al., ICLR 2021, section 4 and appendix) and of its official
+code; MoCo's are those of He et al. 2020 and Chen et al. 2020.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, and how they are cropped and augmented."""
+
+    root: Annotated[Path | None, tyro.conf.arg(name="data", prefix_name=False, metavar="DIR")] = None
+    """Folder of class folders, or a flat folder of images. The demo makes its own when this is missing."""
+    views: Literal["v1", "v2", "digits"] = "v1"
+    """Augmentation recipe: the paper's v1, the paper's v2 (adds blur), or one for handwritten digits."""
+    size: int = 224
+    """Side of the crops, in pixels."""
+    resize: int = 256
+    """Clustering view: the shorter side is resized to this before the centre crop."""
+    min_crop_area: float = 0.2
+    """Random resized crops cover at least this share of the image."""
+    workers: int = 8
+    """Loader processes per rank; 0 loads in the training process."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder, its momentum twin and the queue of keys."""
+
+    arch: str = "resnet50"
+    """Any torchvision ResNet (resnet18, resnet50, wide_resnet50_2, ...) or a CIFAR ResNet (cifar_resnet8, ...)."""
+    small_stem: bool = False
+    """3x3 stem without pooling, for images of 64 px and less (torchvision ResNets only)."""
+    head: Literal["linear", "mlp"] = "linear"
+    """Projection to the features: one linear layer, or two with a ReLU between."""
+    dim: int = 128
+    """Length of the unit features."""
+    momentum: float = 0.999
+    """Share of itself that the momentum encoder keeps at each step."""
+    queue_size: int = 16384
+    """Number of momentum keys kept as negatives for InfoNCE."""
+    shuffle_bn: bool = True
+    """Compute keys on batches shuffled across ranks, so that batch statistics cannot leak the positive."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """InfoNCE and ProtoNCE."""
+
+    temperature: float = 0.1
+    """tau: InfoNCE's temperature and the mean concentration of the prototypes."""
+    num_negatives: int | None = 16384
+    """r: negative prototypes drawn per batch and granularity; None takes all."""
+    backend: Literal["auto", "torch"] = "auto"
+    """Implementation of the loss; auto takes the fastest that runs on the device."""
+
+
+@dataclass(frozen=True)
+class ClusterConfig:
+    """The E-step."""
+
+    ks: tuple[int, ...] = (25000, 50000, 100000)
+    """Numbers of clusters, one per granularity. Empty: no prototypes, which is MoCo."""
+    warmup_epochs: int = 20
+    """Epochs of InfoNCE alone before the first E-step."""
+    iterations: int = 20
+    """Lloyd iterations per k-means."""
+    redo: int = 5
+    """k-means restarts; the one with the least objective is kept."""
+    alpha: float = 10.0
+    """Smoothing of the concentration of small clusters."""
+    backend: Literal["auto", "faiss", "torch"] = "auto"
+    """Implementation of the nearest-centroid search."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """SGD and its schedule."""
+
+    batch_size: int = 256
+    """Images per step over all ranks together."""
+    lr: float = 0.03
+    """Learning rate of the first epoch. It is not scaled with the batch size."""
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    schedule: Literal["step", "cosine"] = "step"
+    """step: times 0.1 at each milestone; cosine: half a cosine down to zero. Both change once per epoch."""
+    milestones: tuple[int, ...] = (120, 160)
+    """Epochs at which schedule=step drops the learning rate."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Online evaluation on the momentum features, wherever the data set has labels. It never touches training."""
+
+    every: int = 10
+    """Evaluate before every n-th epoch and after the last one; 0 never."""
+    neighbours: int = 200
+    """Neighbours of the weighted kNN classifier."""
+    queries: int = 10000
+    """Images that are classified, each by all the others; drawn once."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept on disk."""
+
+    keep_every: int = 20
+    """Besides the last checkpoint, keep that of every n-th epoch; 0 keeps the last alone."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """One training run."""
+
+    preset: tyro.conf.Suppress[str] = "pcl_v1"
+    output: Path = Path("runs/pcl")
+    """Folder for config.json, checkpoint.pt, metrics.jsonl, TensorBoard events and report.png."""
+    epochs: int = 200
+    seed: int = 0
+    log_every: int = 10
+    """Steps between two looks at the device's metrics (the only time training waits for the device)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+def _derive(base: Config, preset: str, **changes: Any) -> Config:
+    """`base` under a new name with some fields changed: group={"field": value} or top_level_field=value."""
+    groups = {
+        name: replace(getattr(base, name), **value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return replace(base, preset=preset, output=Path("runs") / preset, **groups)
+
+
+_PCL_V1 = _derive(Config(), "pcl_v1")
+_PCL_V2 = _derive(
+    _PCL_V1,
+    "pcl_v2",
+    data={"views": "v2"},
+    model={"head": "mlp"},
+    loss={"temperature": 0.2},
+    optim={"schedule": "cosine"},
+)
+_MOCO_V1 = _derive(_PCL_V1, "moco_v1", cluster={"ks": ()}, model={"queue_size": 65536}, loss={"temperature": 0.07})
+_MOCO_V2 = _derive(_PCL_V2, "moco_v2", cluster={"ks": ()}, model={"queue_size": 65536})
+_DEMO = _derive(
+    _PCL_V1,
+    "demo",
+    epochs=24,
+    data={"views": "digits", "size": 20, "resize": 20, "min_crop_area": 0.6, "workers": 0},
+    model={"arch": "cifar_resnet8", "head": "mlp", "momentum": 0.99, "queue_size": 1024},
+    loss={"num_negatives": None},
+    cluster={"ks": (25, 50, 100), "warmup_epochs": 4, "redo": 1},
+    optim={"batch_size": 64, "lr": 0.06, "schedule": "cosine"},
+    evaluation={"every": 4, "neighbours": 20},
+)
+
+PRESETS: dict[str, tuple[str, Config]] = {
+    "demo": ("The whole method in five minutes on two CPU cores, on handwritten digits.", _DEMO),
+    "pcl_v1": ("PCL v1: ResNet-50, linear head, tau 0.1, step schedule.", _PCL_V1),
+    "pcl_v2": ("PCL v2: adds an MLP head, blur, tau 0.2 and a cosine schedule.", _PCL_V2),
+    "moco_v1": ("MoCo v1: PCL v1's encoder without prototypes.", _MOCO_V1),
+    "moco_v2": ("MoCo v2: PCL v2's encoder without prototypes.", _MOCO_V2),
+}
+
+# What may differ between a run and its continuation: where things lie and what is printed, not what is learned.
+_NOT_RECIPE = ("preset", "output", "log_every", "data.root", "data.workers", "evaluation.", "checkpoint.")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested dicts of what JSON can hold (tuples become lists, paths strings)."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, (tuple, list)):
+            return [plain(item) for item in value]
+        return str(value) if isinstance(value, Path) else value
+
+    return plain(asdict(config))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def recipe_differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What makes `now` another recipe than `saved` (both from `to_dict`): lines "field: saved -> now"."""
+    before, after = _flatten(saved), _flatten(now)
+    names = [name for name in sorted(before.keys() | after.keys()) if not name.startswith(_NOT_RECIPE)]
+    return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)]
+
+
+def validate(config: Config) -> None:
+    """Refuse values that cannot work, before anything is built.
+
+    Raises:
+        ValueError: names the flag, its value and what to use instead.
+    """
+    positive = {
+        "--epochs": config.epochs,
+        "--log-every": config.log_every,
+        "--data.size": config.data.size,
+        "--model.dim": config.model.dim,
+        "--model.queue-size": config.model.queue_size,
+        "--loss.temperature": config.loss.temperature,
+        "--optim.batch-size": config.optim.batch_size,
+        "--optim.lr": config.optim.lr,
+        "--cluster.iterations": config.cluster.iterations,
+        "--cluster.redo": config.cluster.redo,
+        "--evaluation.neighbours": config.evaluation.neighbours,
+        "--evaluation.queries": config.evaluation.queries,
+    }
+    for flag, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{flag} must be positive, got {value}")
+    if config.loss.num_negatives is not None and config.loss.num_negatives < 1:
+        raise ValueError(f"--loss.num-negatives must be positive or None for all, got {config.loss.num_negatives}")
+    if not 0 <= config.model.momentum <= 1:
+        raise ValueError(f"--model.momentum is a share between 0 and 1, got {config.model.momentum}")
+    if not 0 < config.data.min_crop_area <= 1:
+        raise ValueError(f"--data.min-crop-area is a share of the image in (0, 1], got {config.data.min_crop_area}")
+    if config.data.resize < config.data.size:
+        raise ValueError(f"--data.resize {config.data.resize} is smaller than the crop, --data.size {config.data.size}")
+    if any(k < 1 for k in config.cluster.ks):
+        raise ValueError(f"--cluster.ks must be positive numbers of clusters, got {config.cluster.ks}")

@@ -1,0 +1,17 @@
+"""Data sets, views and loaders."""
+
+from pcl_fast.data.folder import ImageError, ImageFolder, check_headers, find_images
+from pcl_fast.data.loader import Batch, TrainingLoader, clustering_loader, mix_seeds
+from pcl_fast.data.views import normalise
+
+__all__ = [
+    "Batch",
+    "ImageError",
+    "ImageFolder",
+    "TrainingLoader",
+    "check_headers",
+    "clustering_loader",
+    "find_images",
+    "mix_seeds",
+    "normalise",
+]

@@ -1,0 +1,105 @@
+"""Presets, and what makes two recipes differ."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import tyro
+
+from pcl_fast.config import PRESETS, recipe_differences, to_dict, validate
+
+replace = dataclasses.replace
+
+
+def preset(name: str):
+    return PRESETS[name][1]
+
+
+def parse(*arguments: str):
+    return tyro.extras.overridable_config_cli(PRESETS, args=arguments)
+
+
+def test_pcl_v1_is_the_paper_s():
+    c = preset("pcl_v1")
+    assert (c.epochs, c.optim.batch_size, c.optim.lr, c.optim.momentum, c.optim.weight_decay) == (
+        200, 256, 0.03, 0.9, 1e-4,
+    )  # fmt: skip
+    assert (c.optim.schedule, c.optim.milestones) == ("step", (120, 160))
+    assert (c.loss.temperature, c.loss.num_negatives) == (0.1, 16384)
+    assert (c.model.arch, c.model.head, c.model.dim) == ("resnet50", "linear", 128)
+    assert (c.model.momentum, c.model.queue_size) == (0.999, 16384)
+    assert (c.cluster.ks, c.cluster.warmup_epochs) == ((25000, 50000, 100000), 20)
+    assert (c.cluster.iterations, c.cluster.redo, c.cluster.alpha) == (20, 5, 10)
+    assert (c.data.size, c.data.resize, c.data.min_crop_area, c.data.views) == (224, 256, 0.2, "v1")
+
+
+def test_v2_adds_head_blur_temperature_and_cosine():
+    assert recipe_differences(to_dict(preset("pcl_v1")), to_dict(preset("pcl_v2"))) == [
+        "data.views: v1 -> v2",
+        "loss.temperature: 0.1 -> 0.2",
+        "model.head: linear -> mlp",
+        "optim.schedule: step -> cosine",
+    ]
+
+
+@pytest.mark.parametrize(("version", "temperature"), [("v1", 0.07), ("v2", 0.2)])
+def test_moco_is_pcl_without_prototypes(version, temperature):
+    moco = preset(f"moco_{version}")
+    assert moco.cluster.ks == ()
+    assert (moco.model.queue_size, moco.loss.temperature) == (65536, temperature)
+    assert moco.optim == preset(f"pcl_{version}").optim
+
+
+def test_command_line_takes_preset_first_and_any_field():
+    config = parse(
+        "pcl_v2", "--data", "/images", "--output", "runs/x", "--cluster.ks", "10", "20", "--optim.lr", "0.1",
+        "--loss.num-negatives", "None", "--data.workers", "3",
+    )  # fmt: skip
+    assert (config.data.root, config.output) == (Path("/images"), Path("runs/x"))
+    assert (config.cluster.ks, config.optim.lr, config.loss.num_negatives) == ((10, 20), 0.1, None)
+    assert (config.model.head, config.data.workers, config.preset) == ("mlp", 3, "pcl_v2")
+    assert parse("pcl_v2", "--cluster.ks").cluster.ks == ()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_json(name):
+    config = preset(name)
+    validate(config)
+    assert json.loads(json.dumps(to_dict(config))) == to_dict(config)
+    assert config.preset == name
+
+
+def test_places_and_printing_are_not_part_of_the_recipe():
+    config = preset("pcl_v1")
+    moved = replace(
+        config,
+        output=Path("/elsewhere"),
+        log_every=3,
+        data=replace(config.data, root=Path("/other"), workers=1),
+        evaluation=replace(config.evaluation, every=1),
+        checkpoint=replace(config.checkpoint, keep_every=1),
+    )
+    assert recipe_differences(to_dict(config), to_dict(moved)) == []
+
+
+@pytest.mark.parametrize(
+    ("group", "field", "value", "message"),
+    [
+        ("optim", "lr", 0.0, "--optim.lr must be positive, got 0.0"),
+        ("optim", "batch_size", 0, "--optim.batch-size"),
+        ("loss", "temperature", -1.0, "--loss.temperature"),
+        ("loss", "num_negatives", 0, "--loss.num-negatives"),
+        ("model", "momentum", 1.5, "--model.momentum.*1.5"),
+        ("data", "min_crop_area", 0.0, "--data.min-crop-area"),
+        ("data", "resize", 100, "--data.resize 100 is smaller than the crop, --data.size 224"),
+        ("cluster", "ks", (5, 0), "--cluster.ks"),
+    ],
+)
+def test_values_that_cannot_work_name_their_flag(group, field, value, message):
+    config = preset("pcl_v1")
+    config = replace(config, **{group: replace(getattr(config, group), **{field: value})})
+    with pytest.raises(ValueError, match=message):
+        validate(config)
