@@ -1,0 +1,189 @@
+"""One M-step: everything that changes with a batch. Nothing in here waits for the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from pcl_fast.clustering import PrototypeSet
+from pcl_fast.config import Config, OptimConfig
+from pcl_fast.data import Batch, mix_seeds, normalise
+from pcl_fast.distributed import World, all_gather_rows
+from pcl_fast.losses import ProtoNCEResult, protonce
+from pcl_fast.model import BatchShuffle, Encoder, KeyQueue, MomentumTwin, average_statistics
+
+# What the random draws of a step are for; keeps them apart.
+_SHUFFLE, _NEGATIVES = 1, 2
+
+
+class Learner:
+    """Encoder, momentum twin, queue and optimiser."""
+
+    def __init__(self, config: Config, world: World):
+        """Initial weights depend on config.seed alone.
+
+        Raises:
+            ValueError: an unknown architecture.
+        """
+        self.config, self.world = config, world
+        # Drawn on the CPU, so that every device and rank starts alike.
+        torch.manual_seed(config.seed)
+        self.encoder = Encoder(config.model).to(world.device, memory_format=torch.channels_last)
+        self.queue = KeyQueue(config.model.queue_size, config.model.dim).to(world.device)
+        self.twin = MomentumTwin(self.encoder, config.model.momentum)
+        self.shuffle = BatchShuffle(
+            config.optim.batch_size // world.size, world.group if config.model.shuffle_bn else None
+        )
+        self.autocast, self.scaler = precision(world.device)
+        self.optimizer = torch.optim.SGD(
+            self.encoder.parameters(),
+            config.optim.lr,
+            momentum=config.optim.momentum,
+            weight_decay=config.optim.weight_decay,
+            fused=True,
+        )
+        self._query = self.encoder if world.group is None else _data_parallel(self.encoder)
+
+    def begin_epoch(self, epoch: int) -> float:
+        """Set and return the epoch's learning rate."""
+        lr = learning_rate(self.config.optim, epoch, self.config.epochs)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        return lr
+
+    def step(self, batch: Batch, prototypes: Sequence[PrototypeSet], number: int) -> dict[str, torch.Tensor]:
+        """One optimiser step.
+
+        Args:
+            batch: this rank's views, anywhere.
+            prototypes: granularities of the last E-step; empty before the first.
+            number: of the step in the whole run; seeds the step's draws.
+
+        Returns:
+            loss, its parts and accuracies in percent: 0-d tensors on the device, of this rank's batch.
+        """
+        device = self.world.device
+        query_view = batch.query_view.to(device, non_blocking=True)
+        key_view = batch.key_view.to(device, non_blocking=True)
+        index = batch.index.to(device, non_blocking=True)
+
+        key = self._keys(key_view, number)
+        with self.autocast:
+            query = self._query(normalise(query_view))
+        result = protonce(
+            query,
+            key,
+            self.queue.keys,
+            prototypes,
+            index,
+            temperature=self.config.loss.temperature,
+            num_negatives=self.config.loss.num_negatives,
+            seed=self._seed(_NEGATIVES, number),
+            backend=self.config.loss.backend,
+        )
+        self._descend(result.loss)
+        self.queue.enqueue(all_gather_rows(key, self.world.group))
+        return _summary(result)
+
+    @torch.no_grad()
+    def _keys(self, view: torch.Tensor, number: int) -> torch.Tensor:
+        """Move the momentum encoder, then encode the shuffled batch with it: [N, dim] in the batch's own order."""
+        self.twin.update()
+        shuffled, restore = self.shuffle.shuffle(view, self._seed(_SHUFFLE, number))
+        with self.autocast:
+            return restore(self.twin.key(normalise(shuffled)))
+
+    def _descend(self, loss: torch.Tensor) -> None:
+        """Backward and update; if any rank's loss is not finite, no rank updates.
+
+        Such a loss sends NaN into its backward pass, so that after the all-reduce every gradient is NaN on every rank;
+        the fused optimiser then leaves weights and momentum alone, told so by a flag that stays on the device.
+        """
+        upstream = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        self.scaler.scale(loss).backward(upstream)
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        else:
+            gradient = self.optimizer.param_groups[0]["params"][-1].grad
+            self.optimizer.grad_scale = None
+            self.optimizer.found_inf = 1.0 - gradient.isfinite().all().float()
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _seed(self, purpose: int, number: int) -> int:
+        return mix_seeds(self.config.seed, purpose, number, self.world.rank)
+
+    def end_epoch(self) -> None:
+        """Give all ranks the same batch-norm statistics."""
+        average_statistics((self.encoder, self.twin.key), self.world.group)
+
+    def state(self) -> dict[str, Any]:
+        """What all ranks share."""
+        return {
+            "encoder": self.encoder.state_dict(),
+            "momentum_encoder": self.twin.key.state_dict(),
+            "queue": self.queue.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def rank_state(self) -> dict[str, Any]:
+        """What is this rank's own: batch-norm statistics within an epoch, and random number generators."""
+        return {
+            "statistics": [buffer.cpu() for buffer in self._buffers()],
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.world.device) if self.world.device.type == "cuda" else None,
+        }
+
+    def load(self, shared: dict[str, Any], own: dict[str, Any]) -> None:
+        """Restore what `state` and `rank_state` returned."""
+        self.encoder.load_state_dict(shared["encoder"])
+        self.twin.key.load_state_dict(shared["momentum_encoder"])
+        self.queue.load_state_dict(shared["queue"])
+        self.optimizer.load_state_dict(shared["optimizer"])
+        self.scaler.load_state_dict(shared["scaler"])
+        for buffer, saved in zip(self._buffers(), own["statistics"], strict=True):
+            buffer.copy_(saved)
+        torch.set_rng_state(own["rng"])
+        if own["cuda_rng"] is not None and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda_rng"], self.world.device)
+
+    def _buffers(self) -> list[torch.Tensor]:
+        return [*self.encoder.buffers(), *self.twin.key.buffers()]
+
+
+def learning_rate(optim: OptimConfig, epoch: int, epochs: int) -> float:
+    """The learning rate of an epoch (from 0) out of `epochs`."""
+    if optim.schedule == "cosine":
+        return optim.lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    return optim.lr * 0.1 ** sum(epoch >= milestone for milestone in optim.milestones)
+
+
+def precision(device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
+    """bf16 from sm_80 on, fp16 with loss scaling on older GPUs (which lack bf16), fp32 on CPUs."""
+    cuda = device.type == "cuda"
+    half = torch.float16 if cuda and torch.cuda.get_device_capability(device) < (8, 0) else torch.bfloat16
+    autocast = torch.autocast(device.type, dtype=half, enabled=cuda)
+    return autocast, torch.amp.GradScaler(device.type, enabled=cuda and half is torch.float16)
+
+
+def _data_parallel(encoder: torch.nn.Module) -> DistributedDataParallel:
+    # Batch-norm statistics stay each rank's own within an epoch, see average_statistics.
+    return DistributedDataParallel(encoder, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def _summary(result: ProtoNCEResult) -> dict[str, torch.Tensor]:
+    summary = {
+        "loss": result.loss.detach(),
+        "instance_loss": result.instance.loss.detach().mean(),
+        "instance_accuracy": 100 * result.instance.correct.float().mean(),
+    }
+    if result.prototype:
+        summary["prototype_loss"] = torch.stack([part.loss.detach() for part in result.prototype]).mean()
+        summary["prototype_accuracy"] = 100 * torch.stack([part.correct for part in result.prototype]).float().mean()
+    return summary

@@ -1,0 +1,213 @@
+"""What a run tells: progress on the terminal, metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from pcl_fast.data import ImageFolder
+from pcl_fast.distributed import World, all_reduce_sum
+
+FILE = "metrics.jsonl"
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+class Recorder:
+    """Records rows of metrics. On all ranks but the main one every method does nothing.
+
+    A row of metrics.jsonl has `kind` (step, epoch, clustering or evaluation), `step` (of the whole run) and `epoch`.
+    """
+
+    def __init__(self, folder: Path, *, enabled: bool = True, resume_at: tuple[int, int] | None = None):
+        """resume_at: (step, length of metrics.jsonl) when the checkpoint was written; what came later is dropped."""
+        self.enabled = enabled
+        self.console = Console(quiet=not enabled, soft_wrap=True)
+        self._bar: Progress | None = None
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = open(folder / FILE, "a" if resume_at else "w", encoding="utf-8")  # noqa: SIM115
+        if resume_at:
+            self._file.truncate(resume_at[1])
+        self._board = SummaryWriter(folder, purge_step=resume_at[0] + 1 if resume_at else None)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False)
+
+    def row(self, kind: str, step: int, epoch: int, **values: Any) -> None:
+        """Write one row; numbers (also in dicts) go to TensorBoard as kind/name."""
+        if not self.enabled:
+            return
+        self._file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
+        self._file.flush()
+        for name, value in _scalars(values):
+            self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def length(self) -> int:
+        """Bytes of metrics.jsonl so far: what belongs to a checkpoint written now."""
+        return self._file.tell() if self.enabled else 0
+
+    @contextmanager
+    def progress(self, title: str, steps: int, done: int) -> Iterator[None]:
+        """A bar over an epoch's steps, where there is a terminal. `advance` moves it."""
+        if not (self.enabled and self.console.is_terminal):
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.console, transient=True) as self._bar:
+            self._bar.add_task(title, total=steps, completed=done, note="")
+            yield
+        self._bar = None
+
+    def advance(self, done: int, values: dict[str, float]) -> None:
+        """Move the bar to step `done` of the epoch and show `values` beside it."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, note=describe(values))
+
+    def epoch_line(
+        self, epoch: int, epochs: int, means: dict[str, float], rate: float, seconds: dict[str, float]
+    ) -> None:
+        """One line per epoch, with an estimate of what is left from what this epoch took."""
+        # Waiting for data is part of training.
+        took = sum(value for name, value in seconds.items() if name != "waiting for data")
+        left = timedelta(seconds=round((epochs - epoch) * took))
+        self.say(f"epoch {epoch}/{epochs}: {describe(means)}, {rate:.0f} images/s, {took:.1f} s, {left} left")
+
+    def close(self) -> None:
+        if self.enabled:
+            self._file.close()
+            self._board.close()
+
+
+class StepMetrics:
+    """Metrics of the steps since the last look. They stay on the device until then, so that no step waits for it."""
+
+    def __init__(self, recorder: Recorder, folder: ImageFolder, world: World):
+        self.recorder, self.folder, self.world = recorder, folder, world
+        self._pending: list[tuple[int, torch.Tensor, dict[str, torch.Tensor]]] = []
+        self._epoch: list[torch.Tensor] = []
+        self._names: list[str] = []
+
+    def add(self, step: int, index: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
+        """One step's batch (positions in the data set) and its metrics (0-d; "loss" among them)."""
+        self._pending.append((step, index, values))
+
+    def flush(self, epoch: int, done: int, *, lr: float, stop: bool) -> bool:
+        """Average the pending steps over all ranks and record the last of them.
+
+        Args:
+            epoch, done: of the run, for the record and the progress bar.
+            lr: learning rate, for the record.
+            stop: whether this rank was asked to stop.
+
+        Returns:
+            Whether any rank was.
+
+        Raises:
+            NonFiniteLossError: on every rank, if any rank's loss was not finite.
+        """
+        self._names = list(self._pending[-1][2])
+        local = torch.stack([torch.stack([values[name] for name in self._names]) for _, _, values in self._pending])
+        # One collective for the metrics and the wish to stop.
+        table = torch.cat([local, torch.full_like(local[:, :1], float(stop))], dim=1)
+        table = all_reduce_sum(table, self.world.group).cpu() / self.world.size
+        stopping, table = bool(table[-1, -1] > 0), table[:, :-1]
+        self._check_finite(table, local)
+        self._epoch += list(table)
+        values = self._named(table[-1])
+        self.recorder.row("step", self._pending[-1][0], epoch, **values, lr=lr)
+        self.recorder.advance(done, values)
+        self._pending.clear()
+        return stopping
+
+    def epoch_means(self) -> dict[str, float]:
+        """Means over the steps since the last call."""
+        means = self._named(torch.stack(self._epoch).mean(0))
+        self._epoch.clear()
+        return means
+
+    def _named(self, values: torch.Tensor) -> dict[str, float]:
+        return dict(zip(self._names, values.tolist(), strict=True))
+
+    def _check_finite(self, table: torch.Tensor, local: torch.Tensor) -> None:
+        loss = self._names.index("loss")
+        bad = (~table[:, loss].isfinite()).nonzero().view(-1)
+        if not len(bad):
+            return
+        first = int(bad[0])
+        step, index, _ = self._pending[first]
+        if local[first, loss].isfinite():
+            raise NonFiniteLossError(f"the loss of step {step} is not finite on another rank")
+        indices = index.tolist()
+        raise NonFiniteLossError(
+            f"the loss of step {step} is {local[first, loss].item()}. The weights were not touched since and the last "
+            f"checkpoint stands. The batch's images are {indices}, the first of them {self.folder.path(indices[0])}"
+        )
+
+
+class Stopwatch:
+    """Seconds of wall clock per named phase."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begin
+
+    def take(self) -> dict[str, float]:
+        """The phases so far, rounded to milliseconds; starts again from nothing."""
+        taken = {name: round(value, 3) for name, value in self.seconds.items()}
+        self.seconds = {}
+        return taken
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """All rows of a run's metrics.jsonl."""
+    with open(folder / FILE, encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def describe(values: dict[str, float]) -> str:
+    """ "loss 3.142, instance 7.1, ..." """
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+
+
+def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _scalars(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{name}", value

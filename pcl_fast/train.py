@@ -1,0 +1,69 @@
+"""Pre-train an encoder by PCL or MoCo.
+
+    torchrun --standalone --nproc-per-node=G -m pcl_fast.train PRESET --data DIR --output DIR [--flags]
+
+Preset first, then flags that change any of its values. Running the same command again resumes.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+import tyro
+
+from pcl_fast.config import PRESETS, Config, to_dict, validate
+from pcl_fast.data import ImageError, ImageFolder, check_headers, find_images
+from pcl_fast.data.digits import digits_folder
+from pcl_fast.distributed import World, connect, disconnect
+from pcl_fast.metrics import NonFiniteLossError
+from pcl_fast.report import write_report
+from pcl_fast.trainer import Trainer
+
+
+def main() -> None:
+    config = tyro.extras.overridable_config_cli(PRESETS, prog="pcl_fast.train", description=__doc__)
+    try:
+        validate(config)
+        world = connect()
+        run(config, world)
+    except (ValueError, ImageError, NonFiniteLossError) as error:
+        # The message says what to do; a stack trace would hide it.
+        sys.exit(f"pcl_fast.train: {error}")
+    disconnect(world)
+
+
+def run(config: Config, world: World) -> bool:
+    """Train as `config` says, or go on with the run in config.output; False when a signal stopped it early.
+
+    Raises:
+        ValueError: something in `config` cannot work, or config.output holds another run.
+        ImageError: the images cannot be used.
+        NonFiniteLossError: training diverged.
+    """
+    folder = open_images(config, world)
+    torch.backends.cudnn.benchmark = True
+    trainer = Trainer(config, folder, world)
+    if world.is_main:
+        (config.output / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    finished = trainer.fit()
+    if finished and world.is_main:
+        print(f"report: {write_report(config.output)}")
+    return finished
+
+
+def open_images(config: Config, world: World) -> ImageFolder:
+    """The images of config.data.root, looked at as far as that is cheap; the demo's own where none are given."""
+    root = config.data.root
+    if root is None:
+        if config.preset != "demo":
+            raise ValueError("--data is missing: the folder of class folders, or of images, to train on")
+        root = digits_folder()
+    folder = find_images(root)
+    check_headers(folder, world.rank, world.size)
+    return folder
+
+
+if __name__ == "__main__":
+    main()

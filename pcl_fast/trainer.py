@@ -1,0 +1,242 @@
+"""The EM loop: an E-step before every epoch after warm-up, an M-step on every batch."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pcl_fast.checkpoint import check_same_run, load_checkpoint, save_checkpoint
+from pcl_fast.clustering import FeatureShard, PrototypeSet, cluster
+from pcl_fast.config import Config, to_dict
+from pcl_fast.data import Batch, ImageFolder, TrainingLoader, clustering_loader, mix_seeds
+from pcl_fast.distributed import World, gather_objects, shard_bounds
+from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
+from pcl_fast.learner import Learner
+from pcl_fast.metrics import Recorder, StepMetrics, Stopwatch, describe
+
+
+class Trainer:
+    """Trains an encoder by PCL (without granularities: MoCo); goes on from the checkpoint in config.output, if any."""
+
+    def __init__(self, config: Config, folder: ImageFolder, world: World):
+        """
+        Raises:
+            ValueError: the data set does not fit batch or numbers of clusters, or the checkpoint is another recipe's.
+            RuntimeError: the checkpoint cannot be read.
+        """
+        check_sizes(config, len(folder), world.size)
+        self.config, self.folder, self.world = config, folder, world
+        rows = config.optim.batch_size // world.size
+        self.learner = Learner(config, world)
+        self.loader = TrainingLoader(folder, config.data, batch_size=rows, seed=config.seed, world=world)
+        self.clustering_view = clustering_loader(folder, config.data, batch_size=2 * rows, world=world)
+        begin, end = shard_bounds(len(folder), world.rank, world.size)
+        self.shard = FeatureShard(end - begin, config.model.dim, world.device)
+        self.labels = None if folder.labels is None else torch.tensor(folder.labels, device=world.device)
+
+        self.prototypes: list[PrototypeSet] = []
+        self.epoch, self.step = 0, 0  # epochs done, and steps done in the one under way
+        self.finished = False
+        self.watch = Stopwatch()
+        self._signalled = False
+        resume_at = self._restore()
+        self.recorder = Recorder(config.output, enabled=world.is_main, resume_at=resume_at)
+        self.metrics = StepMetrics(self.recorder, folder, world)
+
+    def fit(self) -> bool:
+        """Train to the end; False when SIGTERM or SIGINT stopped it early, with everything saved.
+
+        Raises:
+            NonFiniteLossError: names the images of the batch; the last checkpoint stands.
+        """
+        handlers = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            return self._fit()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.recorder.close()
+
+    def _fit(self) -> bool:
+        if self.finished:
+            self.recorder.say(f"{self.config.output} is complete: nothing left to do")
+            return True
+        if self.global_step:
+            self.recorder.say(f"resuming after {self.epoch} epochs and {self.step} steps")
+        while self.epoch < self.config.epochs:
+            if self.step == 0:
+                self._expectation()
+            if not self._maximisation():
+                self._save()
+                self.recorder.say("stopped by a signal; the same command goes on from here")
+                return False
+        self._expectation()
+        self.finished = True
+        self._save()
+        return True
+
+    @property
+    def global_step(self) -> int:
+        return self.epoch * self.loader.steps + self.step
+
+    # --- E-step: prototypes and evaluation from the momentum features ----------------------------------------------
+
+    def _expectation(self) -> None:
+        """Cluster and evaluate, each if this epoch, or the end of training, asks for it."""
+        evaluation, last = self.config.evaluation, self.epoch == self.config.epochs
+        clustering = bool(self.config.cluster.ks) and self.epoch >= self.config.cluster.warmup_epochs
+        evaluating = self.labels is not None and evaluation.every and (last or self.epoch % evaluation.every == 0)
+        if not (clustering or evaluating):
+            return
+        with self.watch.phase("features"):
+            features = self.shard.fill(self.learner.twin.key, self.clustering_view, self.learner.autocast)
+        if clustering:
+            with self.watch.phase("clustering"):
+                self._cluster(features)
+        if evaluating:
+            with self.watch.phase("evaluation"):
+                self._evaluate(features, self.prototypes if clustering else [])
+
+    def _cluster(self, features: torch.Tensor) -> None:
+        options = self.config.cluster
+        self.prototypes = cluster(
+            features,
+            options.ks,
+            temperature=self.config.loss.temperature,
+            iterations=options.iterations,
+            redo=options.redo,
+            alpha=options.alpha,
+            seed=mix_seeds(self.config.seed, self.epoch),
+            group=self.world.group,
+            backend=options.backend,
+        )
+        for centroids, _, assignment in self.prototypes:
+            sizes = torch.bincount(assignment, minlength=len(centroids)).float()
+            deciles = torch.quantile(sizes, torch.linspace(0, 1, 11, device=sizes.device)).tolist()
+            self._row("clustering", k=len(centroids), empty=int((sizes == 0).sum()), size_deciles=deciles)
+
+    def _evaluate(self, features: torch.Tensor, prototypes: list[PrototypeSet]) -> None:
+        options = self.config.evaluation
+        queries = torch.randperm(len(self.folder), generator=torch.Generator().manual_seed(0))[: options.queries]
+        knn = knn_accuracy(
+            features,
+            self.labels,
+            queries,
+            neighbours=options.neighbours,
+            temperature=self.config.loss.temperature,
+            group=self.world.group,
+        )
+        if self.world.is_main:
+            ami = {
+                f"{len(centroids)}": adjusted_mutual_information(assignment, self.labels)
+                for centroids, _, assignment in prototypes
+            }
+            self._row("evaluation", knn=knn, ami=ami)
+            values = {"kNN": knn, **{f"AMI({k})": value for k, value in ami.items()}}
+            self.recorder.say(f"after {self.epoch} epochs: {describe(values)}")
+
+    # --- M-step -----------------------------------------------------------------------------------------------------
+
+    def _maximisation(self) -> bool:
+        """Train the rest of the epoch; False when a signal asked to stop before its end."""
+        epochs, steps = self.config.epochs, self.loader.steps
+        lr = self.learner.begin_epoch(self.epoch)
+        first = self.step
+        with (
+            self.recorder.progress(f"epoch {self.epoch + 1}/{epochs}", steps, first),
+            self.watch.phase("training"),
+        ):
+            for batch in self._timed(self.loader.epoch(self.epoch, first)):
+                values = self.learner.step(batch, self.prototypes, self.global_step)
+                self.step += 1
+                self.metrics.add(self.global_step, batch.index, values)
+                if self.step == steps or self.step % self.config.log_every == 0:
+                    stop = self.metrics.flush(self.epoch, self.step, lr=lr, stop=self._signalled)
+                    if stop and self.step < steps:
+                        return False
+        self.epoch, self.step = self.epoch + 1, 0
+        self.learner.end_epoch()
+        self._end_epoch((steps - first) * self.config.optim.batch_size, lr)
+        return True
+
+    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """The batches; counts the time that the step waits for them."""
+        while True:
+            with self.watch.phase("waiting for data"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def _end_epoch(self, images: int, lr: float) -> None:
+        every = self.config.checkpoint.keep_every
+        with self.watch.phase("checkpoint"):
+            self._save(f"checkpoint-{self.epoch:04d}.pt" if every and self.epoch % every == 0 else None)
+        seconds = self.watch.take()
+        means = self.metrics.epoch_means()
+        rate = images / seconds["training"]
+        self._row("epoch", **means, lr=lr, images_per_s=rate, seconds=seconds)
+        self.recorder.epoch_line(self.epoch, self.config.epochs, means, rate, seconds)
+
+    def _row(self, kind: str, **values: Any) -> None:
+        self.recorder.row(kind, self.global_step, self.epoch, **values)
+
+    # --- stopping and resuming --------------------------------------------------------------------------------------
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        """Noted here, agreed upon by all ranks at the next look at the metrics."""
+        self._signalled = True
+
+    def _save(self, keep_as: str | None = None) -> None:
+        ranks = gather_objects(self.learner.rank_state(), self.world)
+        if not self.world.is_main:
+            return
+        state = {
+            "config": to_dict(self.config),
+            "data": self.folder.fingerprint(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "global_step": self.global_step,
+            "finished": self.finished,
+            "metrics_length": self.recorder.length(),
+            "learner": self.learner.state(),
+            "ranks": ranks,
+            "prototypes": [granularity._asdict() for granularity in self.prototypes],
+        }
+        save_checkpoint(self.config.output, state, keep_as=keep_as)
+
+    def _restore(self) -> tuple[int, int] | None:
+        """Take up the last checkpoint; returns (global step, length of metrics.jsonl) to go on from."""
+        state = load_checkpoint(self.config.output)
+        if state is None:
+            return None
+        check_same_run(state, self.config, self.folder.fingerprint())
+        self.epoch, self.step, self.finished = state["epoch"], state["step"], state["finished"]
+        self.learner.load(state["learner"], state["ranks"][self.world.rank % len(state["ranks"])])
+        device = self.world.device
+        self.prototypes = [
+            PrototypeSet(**{name: tensor.to(device) for name, tensor in granularity.items()})
+            for granularity in state["prototypes"]
+        ]
+        return state["global_step"], state["metrics_length"]
+
+
+def check_sizes(config: Config, images: int, ranks: int) -> None:
+    """Whether the data set is large enough for the recipe.
+
+    Raises:
+        ValueError: names both numbers and the flag.
+    """
+    batch = config.optim.batch_size
+    if batch % ranks:
+        raise ValueError(f"--optim.batch-size {batch} does not divide among {ranks} ranks; use a multiple of {ranks}")
+    if batch > images:
+        raise ValueError(f"--optim.batch-size {batch} is larger than the data set of {images} images; make it smaller")
+    if config.cluster.ks and max(config.cluster.ks) > images:
+        raise ValueError(
+            f"cannot make {max(config.cluster.ks)} clusters of {images} images; set --cluster.ks to smaller numbers, "
+            f"for instance {images // 200 or 1} {images // 100 or 1} {images // 50 or 1}"
+        )

@@ -1,0 +1,63 @@
+"""kNN against a plain version, and on two ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_ranks
+
+from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
+
+
+def labelled(n: int = 120, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(n) % classes
+    middle = torch.randn(classes, 8, generator=generator)
+    return F.normalize(middle[labels] + 1.2 * torch.randn(n, 8, generator=generator), dim=1), labels
+
+
+def slow(features, labels, queries, neighbours, temperature) -> float:
+    correct = 0
+    for q in queries.tolist():
+        similarity = [(float(features[q] @ features[i]), i) for i in range(len(features)) if i != q]
+        votes = [0.0] * (int(labels.max()) + 1)
+        for value, i in sorted(similarity, reverse=True)[:neighbours]:
+            votes[labels[i]] += torch.tensor(value / temperature).exp().item()
+        correct += votes.index(max(votes)) == labels[q]
+    return correct / len(queries)
+
+
+@pytest.mark.parametrize(("neighbours", "temperature"), [(1, 0.1), (7, 0.1), (60, 0.05), (500, 0.2)])
+def test_equals_the_slow_version(neighbours, temperature):
+    features, labels = labelled()
+    queries = torch.tensor([0, 5, 7, 30, 31, 64, 99, 118, 119, 77, 2, 51])
+    options = {"neighbours": neighbours, "temperature": temperature}
+    assert knn_accuracy(features, labels, queries, **options) == slow(features, labels, queries, **options)
+    assert 0.3 < knn_accuracy(features, labels, torch.arange(120), **options) < 1
+
+
+def test_an_image_is_not_its_own_neighbour():
+    """Every point is its own class: with itself left out nothing can be right."""
+    features, _ = labelled()
+    everything = torch.arange(120)
+    assert knn_accuracy(features, everything, everything, neighbours=1, temperature=0.1) == 0
+
+
+def accuracy_of_shard(world, features, labels, bounds):
+    shard = features[bounds[world.rank] : bounds[world.rank + 1]]
+    return knn_accuracy(shard, labels, torch.arange(0, 120, 3), neighbours=9, temperature=0.1, group=world.group)
+
+
+@pytest.mark.parametrize("bounds", [(0, 50, 120), (0, 4, 120)])
+def test_ranks_equal_one(bounds):
+    """The second case has a shard smaller than the number of neighbours."""
+    features, labels = labelled()
+    whole = knn_accuracy(features, labels, torch.arange(0, 120, 3), neighbours=9, temperature=0.1)
+    assert run_ranks(2, accuracy_of_shard, features, labels, bounds) == [whole, whole]
+
+
+def test_ami_is_one_for_equal_partitions_and_zero_by_chance():
+    labels = torch.arange(400) % 4
+    assert adjusted_mutual_information((labels + 1) % 4, labels) == pytest.approx(1)
+    assert abs(adjusted_mutual_information(torch.arange(400) // 100, labels)) < 0.02

@@ -1,0 +1,111 @@
+"""Encoder, momentum twin, queue and shuffled batch norm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import run_ranks
+from torch import nn
+
+from pcl_fast.config import ModelConfig
+from pcl_fast.model import BatchShuffle, Encoder, KeyQueue, MomentumTwin, average_statistics
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+@pytest.mark.parametrize(("arch", "small_stem"), [("resnet18", False), ("resnet18", True), ("cifar_resnet8", False)])
+def test_features_are_unit_vectors(arch, small_stem, head):
+    encoder = Encoder(ModelConfig(arch=arch, small_stem=small_stem, head=head, dim=40))
+    features = encoder(torch.randn(3, 3, 32, 32))
+    assert features.shape == (3, 40)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+
+
+def test_the_paper_s_encoder_has_the_right_size():
+    """ResNet-50 without classifier (23,508,032 parameters) and the two heads."""
+    linear = sum(p.numel() for p in Encoder(ModelConfig()).parameters())
+    mlp = sum(p.numel() for p in Encoder(ModelConfig(head="mlp")).parameters())
+    assert linear == 23_508_032 + 2048 * 128 + 128
+    assert mlp == linear + 2048 * 2048 + 2048
+
+
+def test_small_stem_keeps_the_side():
+    encoder = Encoder(ModelConfig(arch="resnet18", small_stem=True))
+    backbone = encoder.backbone
+    assert backbone.maxpool(backbone.conv1(torch.zeros(1, 3, 32, 32))).shape == (1, 64, 32, 32)
+
+
+@pytest.mark.parametrize("arch", ["vit_b_16", "resnet49", "cifar_resnet9", "cifar_resnet2"])
+def test_unknown_architectures_are_named(arch):
+    with pytest.raises(ValueError, match=arch):
+        Encoder(ModelConfig(arch=arch))
+
+
+def test_momentum_moves_parameters_only():
+    query = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    twin = MomentumTwin(query, momentum=0.9)
+    before = [p.clone() for p in twin.key.parameters()]
+    with torch.no_grad():
+        for p in query.parameters():
+            p.add_(1.0)
+        query[1].running_mean.fill_(5)
+    twin.update()
+    for now, old, target in zip(twin.key.parameters(), before, query.parameters(), strict=True):
+        torch.testing.assert_close(now, 0.9 * old + 0.1 * target)
+    assert twin.key[1].running_mean.abs().max() == 0
+    assert not any(p.requires_grad for p in twin.key.parameters())
+
+
+@pytest.mark.parametrize("batches", [[3, 3, 3], [10], [4, 10, 1], [23], [1] * 12, [7, 7, 7]])
+def test_queue_keeps_the_last_keys_for_any_batch(batches):
+    """A list that forgets from the front is the queue's definition."""
+    queue = KeyQueue(10, 2)
+    history = list(queue.keys.clone())
+    for number, size in enumerate(batches):
+        keys = torch.randn(size, 2) + 10 * (number + 1)
+        queue.enqueue(keys)
+        history = (history + list(keys))[-10:]
+    ring = torch.roll(queue.keys, -int(queue.position), dims=0)
+    torch.testing.assert_close(ring, torch.stack(history))
+
+
+def test_queue_starts_with_unit_vectors():
+    torch.testing.assert_close(KeyQueue(50, 8).keys.norm(dim=1), torch.ones(50))
+
+
+def shuffle_there_and_back(world, rows: int):
+    batch = torch.arange(rows * 3 * 2, dtype=torch.uint8).view(rows, 3, 2) + 100 * world.rank
+    owner = torch.full((rows, 1), world.rank)
+    exchange = BatchShuffle(rows, world.group)
+    shuffled, restore = exchange.shuffle(batch, seed=world.rank)
+    owners, _ = exchange.shuffle(owner, seed=world.rank)
+    results = shuffled.double().mean((1, 2))[:, None] + torch.tensor([0.0, 0.5])
+    return batch, shuffled, restore(shuffled), restore(results), owners
+
+
+@pytest.mark.parametrize(("size", "rows"), [(2, 8), (2, 5), (2, 1), (3, 7)])
+def test_shuffle_mixes_and_restore_undoes_it(size, rows):
+    ranks = run_ranks(size, shuffle_there_and_back, rows)
+    for rank, (batch, shuffled, restored, results, owners) in enumerate(ranks):
+        assert torch.equal(restored, batch)
+        torch.testing.assert_close(results, batch.double().mean((1, 2))[:, None] + torch.tensor([0.0, 0.5]))
+        assert shuffled.shape == batch.shape
+        counts = torch.bincount(owners.view(-1), minlength=size)
+        assert counts.max() - counts.min() <= 1
+        if rows == 1:
+            assert owners.item() != rank
+    everything = sorted(row.tolist() for result in ranks for row in result[1].flatten(1))
+    assert everything == sorted(row.tolist() for result in ranks for row in result[0].flatten(1))
+
+
+def statistics_of(world):
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean += world.rank
+    norm.running_var += 2 * world.rank
+    average_statistics([norm], world.group)
+    return norm.running_mean, norm.running_var
+
+
+def test_statistics_are_averaged():
+    for mean, var in run_ranks(2, statistics_of):
+        assert mean.tolist() == [0.5, 0.5]
+        assert var.tolist() == [2, 2]
