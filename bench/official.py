@@ -1,0 +1,51 @@
+"""The loss the way the official code computes it, rebuilt from its description: what we measure ourselves against.
+
+Negative prototypes are chosen with Python lists and sets on the host, once per granularity and step; a row's twin
+counts as a negative; everything else is plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import random
+
+import torch
+import torch.nn.functional as F
+
+from pcl_fast.clustering import PrototypeSet
+
+
+def choose_negatives(num_prototypes: int, num_negatives: int, positives: torch.Tensor) -> list[int]:
+    everything = [prototype for prototype in range(num_prototypes)]  # noqa: C416  the way it is done there
+    others = set(everything) - set(positives.tolist())
+    # The original samples from the set itself, which Python 3.11 refuses; earlier ones made this list inside.
+    return random.sample(list(others), num_negatives)
+
+
+def proto_nce(
+    query: torch.Tensor, prototypes: PrototypeSet, index: torch.Tensor, num_negatives: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(logits [N, N + r], labels [N]) of one granularity."""
+    positives = prototypes.assignment[index].long()
+    negatives = choose_negatives(len(prototypes.centroids), num_negatives, positives)
+    chosen = torch.cat([prototypes.centroids[positives], prototypes.centroids[negatives]])
+    logits = query @ chosen.T
+    temperature = prototypes.concentration[torch.cat([positives, torch.tensor(negatives, device=query.device)])]
+    return logits / temperature, torch.arange(len(query), device=query.device)
+
+
+def loss(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    queue: torch.Tensor,
+    prototypes: list[PrototypeSet],
+    index: torch.Tensor,
+    *,
+    temperature: float,
+    num_negatives: int,
+) -> torch.Tensor:
+    """InfoNCE plus the mean of ProtoNCE over the granularities."""
+    positive = torch.einsum("nd,nd->n", query, key)[:, None]
+    logits = torch.cat([positive, query @ queue.T], dim=1) / temperature
+    total = F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
+    parts = [F.cross_entropy(*proto_nce(query, granularity, index, num_negatives)) for granularity in prototypes]
+    return total + sum(parts) / len(parts)
