@@ -51,10 +51,10 @@ def contrast(
     if not len(bank):
         return score * 0, torch.ones_like(score, dtype=torch.bool)
     largest = scores.detach().amax(1)
-    # A row whose negatives are all hidden has no largest score and the sum 0, which the two clamps keep from becoming
-    # -inf - -inf and log 0; in every other row they change nothing (the sum is at least 1).
+    # A row whose negatives are all hidden has largest = -inf; the clamp keeps -inf - -inf out of its sum, which is then 0
+    # and its z = -inf. What flows back into hidden scores is dropped, so its gradient is 0 and not 0/0.
     shift = largest.clamp(min=-1e30)
-    total = (scores - shift[:, None]).exp().sum(1).clamp(min=1e-30)
+    total = (scores - shift[:, None]).exp().sum(1)
     return F.softplus((shift - score) + total.log()), score.detach() > largest
 
 
@@ -77,10 +77,15 @@ def candidate_negatives(
     taken[positives] = True
     generator = torch.Generator(device).manual_seed(seed)
     order = torch.randperm(num_prototypes, generator=generator, device=device)
-    if num_negatives is not None:
-        # Among the first r + N of a permutation at most N are somebody's positive, so r others are left if they exist.
-        order = order[: num_negatives + len(positives)]
-    return order[~taken[order]][:num_negatives]
+    # Among the first r + N of a permutation at most N are somebody's positive, so r others are left if they exist.
+    needed = num_prototypes if num_negatives is None else num_negatives + len(positives)
+    order = order[:needed]
+    free = ~taken[order]
+    if num_negatives is None or needed > num_prototypes:
+        return order[free][:num_negatives]  # only the device knows how many these are: this waits for it
+    # The same without waiting, as r of them are sure to be there: each goes to its place, what is too much to a dump.
+    place = torch.where(free, free.cumsum(0) - 1, num_negatives).clamp(max=num_negatives)
+    return order.new_empty(num_negatives + 1).scatter_(0, place, order)[:num_negatives]
 
 
 # What follows is the loss as the paper and the official code define it, row by row in Python and float64: slow on

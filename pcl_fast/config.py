@@ -26,7 +26,7 @@ class DataConfig:
     resize: int = 256
     """Clustering view: the shorter side is resized to this before the centre crop."""
     min_crop_area: float = 0.2
-    """Random resized crops cover at least this share of the image."""
+    """Random resized crops cover at least this share of the image (v1 and v2)."""
     workers: int = 8
     """Loader processes per rank; 0 loads in the training process."""
 
@@ -160,8 +160,8 @@ _MOCO_V2 = _derive(_PCL_V2, "moco_v2", cluster={"ks": ()}, model={"queue_size": 
 _DEMO = _derive(
     _PCL_V1,
     "demo",
-    epochs=24,
-    data={"views": "digits", "size": 20, "resize": 20, "min_crop_area": 0.6, "workers": 0},
+    epochs=20,
+    data={"views": "digits", "size": 20, "resize": 20, "workers": 0},
     model={"arch": "cifar_resnet8", "head": "mlp", "momentum": 0.99, "queue_size": 1024},
     loss={"num_negatives": None},
     cluster={"ks": (25, 50, 100), "warmup_epochs": 4, "redo": 1},

@@ -11,10 +11,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pcl_fast.clustering import PrototypeSet
 from pcl_fast.config import Config, OptimConfig
-from pcl_fast.data import Batch, mix_seeds, normalise
+from pcl_fast.data import Batch, normalise
 from pcl_fast.distributed import World, all_gather_rows
 from pcl_fast.losses import ProtoNCEResult, protonce
 from pcl_fast.model import BatchShuffle, Encoder, KeyQueue, MomentumTwin, average_statistics
+from pcl_fast.seeds import mix_seeds
 
 # What the random draws of a step are for; keeps them apart.
 _SHUFFLE, _NEGATIVES = 1, 2

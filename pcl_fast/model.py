@@ -141,7 +141,8 @@ class BatchShuffle:
         """
         if self.size == 1:
             return rows, lambda results: results
-        order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed)).to(rows.device)
+        generator = torch.Generator(rows.device).manual_seed(seed)
+        order = torch.randperm(self.rows, generator=generator, device=rows.device)
 
         def restore(results: torch.Tensor) -> torch.Tensor:
             own = self._exchange(results, self._received, self._sent)

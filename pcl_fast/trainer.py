@@ -11,11 +11,12 @@ import torch
 from pcl_fast.checkpoint import check_same_run, load_checkpoint, save_checkpoint
 from pcl_fast.clustering import FeatureShard, PrototypeSet, cluster
 from pcl_fast.config import Config, to_dict
-from pcl_fast.data import Batch, ImageFolder, TrainingLoader, clustering_loader, mix_seeds
+from pcl_fast.data import Batch, ImageFolder, TrainingLoader, clustering_loader
 from pcl_fast.distributed import World, gather_objects, shard_bounds
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
 from pcl_fast.learner import Learner
 from pcl_fast.metrics import Recorder, StepMetrics, Stopwatch, describe
+from pcl_fast.seeds import mix_seeds
 
 
 class Trainer:

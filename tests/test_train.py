@@ -185,8 +185,8 @@ def test_another_recipe_is_refused(one_rank, image_folder):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--cluster.ks", "60"], "cannot make 60 clusters of 54 images; set --cluster.ks"),
-        (["--optim.batch-size", "100"], "--optim.batch-size 100 is larger than the data set of 54 images"),
+        (["--cluster.ks", "60"], "cannot make 60 clusters of 53 images; set --cluster.ks"),
+        (["--optim.batch-size", "100"], "--optim.batch-size 100 is larger than the data set of 53 images"),
         (["--model.arch", "vgg11"], "--model.arch vgg11"),
         (["--optim.lr", "-1"], "--optim.lr must be positive"),
         (["--optim.lr", "1e30"], "is not finite|is nan|is inf"),

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from pcl_fast.clustering.nearest import Nearest, pick_nearest
 from pcl_fast.clustering.types import KMeansResult
 from pcl_fast.distributed import all_reduce_sum, shard_lengths
+from pcl_fast.seeds import mix_seeds
 
 # A cluster is split by moving its two halves apart by this factor, as faiss does.
 _SPLIT = 1 / 1024
@@ -54,7 +55,9 @@ def kmeans(
     for start in range(redo):
         centroids = _draw_points(features, k, lengths, seed + start, group) if init is None else init.clone()
         for iteration in range(iterations):
-            centroids = _update(features, nearest(features, centroids), centroids, (seed + start, iteration), group)
+            centroids = _update(
+                features, nearest(features, centroids), centroids, mix_seeds(seed + start, iteration), group
+            )
         result = _label(features, centroids, nearest, group)
         if best is None or result.objective < best.objective:
             best = result
@@ -103,7 +106,7 @@ def _update(features, assignment, centroids, seed, group) -> torch.Tensor:
     return _split_large(means, counts, seed)
 
 
-def _split_large(centroids: torch.Tensor, counts: torch.Tensor, seed: tuple[int, int]) -> torch.Tensor:
+def _split_large(centroids: torch.Tensor, counts: torch.Tensor, seed: int) -> torch.Tensor:
     """Give every empty cluster, and a large one drawn for it, the large one's centroid shifted to either side.
 
     As in faiss the chance to be split grows with the number of points beyond the first. Each cluster is split at
@@ -116,8 +119,7 @@ def _split_large(centroids: torch.Tensor, counts: torch.Tensor, seed: tuple[int,
     splits = min(len(empty), int((weight > 0).sum()))
     if splits == 0:
         return centroids
-    generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
-    donors = torch.multinomial(weight, splits, generator=generator).to(centroids.device)
+    donors = torch.multinomial(weight, splits, generator=torch.Generator().manual_seed(seed)).to(centroids.device)
     empty = empty[:splits]
     shift = torch.full((centroids.shape[1],), 1 + _SPLIT, device=centroids.device)
     shift[1::2] = 1 - _SPLIT

@@ -1,7 +1,7 @@
 """Data sets, views and loaders."""
 
 from pcl_fast.data.folder import ImageError, ImageFolder, check_headers, find_images
-from pcl_fast.data.loader import Batch, TrainingLoader, clustering_loader, mix_seeds
+from pcl_fast.data.loader import Batch, TrainingLoader, clustering_loader
 from pcl_fast.data.views import normalise
 
 __all__ = [
@@ -12,6 +12,5 @@ __all__ = [
     "check_headers",
     "clustering_loader",
     "find_images",
-    "mix_seeds",
     "normalise",
 ]

@@ -12,6 +12,7 @@ from pcl_fast.config import DataConfig
 from pcl_fast.data.folder import ImageFolder
 from pcl_fast.data.views import View, clustering_view, training_view
 from pcl_fast.distributed import World, shard_bounds
+from pcl_fast.seeds import mix_seeds
 
 
 class Batch(NamedTuple):
@@ -105,17 +106,6 @@ def clustering_loader(folder: ImageFolder, config: DataConfig, *, batch_size: in
         batch_size=batch_size,
         **_workers(config, world),
     )
-
-
-def mix_seeds(*parts: int) -> int:
-    """Hash of integers to 63 bits (splitmix64 steps), so that neighbouring epochs and steps draw unrelated numbers."""
-    state = 0
-    for part in parts:
-        state = (state ^ part) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1
 
 
 def _workers(config: DataConfig, world: World) -> dict:

@@ -6,6 +6,7 @@ encoder's own device, so that only bytes travel from the loader to the GPU and b
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -24,8 +25,8 @@ _STD = (58.395, 57.12, 57.375)
 def training_view(config: DataConfig) -> View:
     """One random view. Calling it twice gives the two views of an image.
 
-    v1 and v2 are the paper's (and MoCo's) recipes, operation for operation. digits is for grey handwriting, where
-    colour means nothing and a flip changes the class: slight rotation and shear instead.
+    v1 and v2 are the paper's (and MoCo's) recipes, operation for operation. digits is for grey handwriting that fills
+    its image, where colour means nothing and a flip or a crop changes the class: a slight affine distortion instead.
     """
     crop = v2.RandomResizedCrop(config.size, scale=(config.min_crop_area, 1.0), antialias=True)
     recipes: dict[str, list[Callable]] = {
@@ -43,9 +44,11 @@ def training_view(config: DataConfig) -> View:
             v2.RandomHorizontalFlip(),
         ],
         "digits": [
-            v2.RandomAffine(20, shear=20, interpolation=v2.InterpolationMode.BILINEAR),
-            crop,
+            v2.RandomAffine(
+                20, translate=(0.1, 0.1), scale=(0.9, 1.3), shear=20, interpolation=v2.InterpolationMode.BILINEAR
+            ),
             v2.RandomApply([GaussianBlur(0.1, 1.5)], p=0.5),
+            v2.Resize((config.size, config.size), antialias=True),
         ],
     }
     return v2.Compose([*recipes[config.views], v2.PILToTensor()])
@@ -75,6 +78,12 @@ def clustering_view(config: DataConfig) -> View:
 
 def normalise(images: torch.Tensor) -> torch.Tensor:
     """uint8 views [N, 3, H, W] -> float32 with ImageNet's mean and deviation, channels_last."""
-    mean = torch.tensor(_MEAN, device=images.device).view(1, 3, 1, 1)
-    scale = torch.tensor(_STD, device=images.device).view(1, 3, 1, 1)
+    mean, scale = _statistics(images.device)
     return ((images.float() - mean) / scale).contiguous(memory_format=torch.channels_last)
+
+
+@functools.cache
+def _statistics(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and deviation [1, 3, 1, 1], kept: copying them from the host at every step would wait for the device."""
+    with torch.inference_mode(False):
+        return tuple(torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (_MEAN, _STD))

@@ -1,0 +1,14 @@
+"""Seeds for the many independent draws of a run, so that each depends on what it is for and nothing else."""
+
+from __future__ import annotations
+
+
+def mix_seeds(*parts: int) -> int:
+    """Hash of integers to 63 bits (splitmix64 steps), so that neighbouring epochs and steps draw unrelated numbers."""
+    state = 0
+    for part in parts:
+        state = (state ^ part) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1
