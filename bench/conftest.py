@@ -8,6 +8,7 @@ import re
 import statistics
 import subprocess
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -25,7 +26,13 @@ def pytest_sessionfinish(session) -> None:
         machine, slug = describe_machine()
         folder = RESULTS / slug
         folder.mkdir(parents=True, exist_ok=True)
-        record = {"commit": commit(), "date": date.today().isoformat(), **machine, "cases": cases(entries)}
+        record = {
+            "commit": commit(),
+            "date": date.today().isoformat(),
+            **machine,
+            "sizes": entries[0].extra_info["sizes"],
+            "cases": cases(entries),
+        }
         path = folder / f"{module}.json"
         path.write_text(json.dumps(record, indent=2) + "\n")
         print(f"\nwritten: {path}")
@@ -58,7 +65,12 @@ def describe_machine() -> tuple[dict, str]:
         name = torch.cuda.get_device_name()
     else:
         name = f"{processor()} CPU, {torch.get_num_threads()} threads"
-    machine = {"machine": name, "python": platform.python_version(), "torch": torch.__version__}
+    machine = {
+        "machine": name,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": version("triton"),
+    }
     return machine, re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -72,5 +72,6 @@ PROVIDERS = {
 def test_loss(benchmark, case, group, provider):
     benchmark.group = group
     benchmark.extra_info["provider"] = provider
+    benchmark.extra_info["sizes"] = {"N": N, "d": D, "r": R, "queue": R, "K": KS, "images": IMAGES}
     function = PROVIDERS[group][provider]
     benchmark.pedantic(function, args=(case,), warmup_rounds=3, rounds=30)

@@ -17,7 +17,7 @@ from pcl_fast.clustering import PrototypeSet
 def choose_negatives(num_prototypes: int, num_negatives: int, positives: torch.Tensor) -> list[int]:
     everything = [prototype for prototype in range(num_prototypes)]  # noqa: C416  the way it is done there
     others = set(everything) - set(positives.tolist())
-    # The original samples from the set itself, which Python 3.11 refuses; earlier ones made this list inside.
+    # The original samples from the set itself, which Python 3.11 refuses; earlier ones made a tuple of it.
     return random.sample(list(others), num_negatives)
 
 

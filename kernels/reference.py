@@ -51,11 +51,12 @@ def contrast(
     if not len(bank):
         return score * 0, torch.ones_like(score, dtype=torch.bool)
     largest = scores.detach().amax(1)
-    # A row whose negatives are all hidden has largest = -inf; the clamp keeps -inf - -inf out of its sum, which is then 0
-    # and its z = -inf. What flows back into hidden scores is dropped, so its gradient is 0 and not 0/0.
+    # A row whose negatives are all hidden has largest = -inf; the clamp keeps -inf - -inf out of its sum, which is
+    # then 0, and z is -inf. What flows back into hidden scores is dropped, so its gradient is 0 and not 0/0.
     shift = largest.clamp(min=-1e30)
     total = (scores - shift[:, None]).exp().sum(1)
-    return F.softplus((shift - score) + total.log()), score.detach() > largest
+    # Above its threshold softplus is linear: at 40 the difference is below the resolution of float64 too.
+    return F.softplus((shift - score) + total.log(), threshold=40), score.detach() > largest
 
 
 def candidate_negatives(
@@ -74,7 +75,7 @@ def candidate_negatives(
     """
     device = positives.device
     taken = torch.zeros(num_prototypes, dtype=torch.bool, device=device)
-    taken[positives] = True
+    taken.index_fill_(0, positives, True)  # taken[positives] = True would copy the value from the host and wait
     generator = torch.Generator(device).manual_seed(seed)
     order = torch.randperm(num_prototypes, generator=generator, device=device)
     # Among the first r + N of a permutation at most N are somebody's positive, so r others are left if they exist.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pcl_fast.config import Config, recipe_differences, to_dict
+from pcl_fast.errors import CheckpointError
 
 NAME = "checkpoint.pt"
 
@@ -25,6 +26,8 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep_as: str | None 
         keep_as: also keep this checkpoint under another name in the folder, which later saves do not touch.
     """
     aside = folder / f"{NAME}.tmp"
+    # What a crash has left may be a second name of a kept checkpoint, which must not be written over.
+    aside.unlink(missing_ok=True)
     with open(aside, "wb") as file:
         torch.save(state, file)
         file.flush()
@@ -39,7 +42,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     """The last checkpoint of a run on the CPU, or None if there is none.
 
     Raises:
-        RuntimeError: the file is not a checkpoint; names it.
+        CheckpointError: the file is not a checkpoint; names it.
     """
     path = folder / NAME
     if not path.exists():
@@ -47,7 +50,7 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise RuntimeError(
+        raise CheckpointError(
             f"{path} is no readable checkpoint ({error}); move it away to start anew, or put a kept one in its place"
         ) from error
 
@@ -59,6 +62,8 @@ def _duplicate(source: Path, target: Path) -> None:
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
 
 
 def _flush_folder(folder: Path) -> None:

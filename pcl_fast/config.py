@@ -48,7 +48,8 @@ class ModelConfig:
     queue_size: int = 16384
     """Number of momentum keys kept as negatives for InfoNCE."""
     shuffle_bn: bool = True
-    """Compute keys on batches shuffled across ranks, so that batch statistics cannot leak the positive."""
+    """Compute keys on batches shuffled across ranks, so that batch statistics cannot leak the positive. One rank alone
+    has nobody to shuffle with."""
 
 
 @dataclass(frozen=True)
@@ -160,12 +161,12 @@ _MOCO_V2 = _derive(_PCL_V2, "moco_v2", cluster={"ks": ()}, model={"queue_size": 
 _DEMO = _derive(
     _PCL_V1,
     "demo",
-    epochs=20,
+    epochs=24,
     data={"views": "digits", "size": 20, "resize": 20, "workers": 0},
     model={"arch": "cifar_resnet8", "head": "mlp", "momentum": 0.99, "queue_size": 1024},
     loss={"num_negatives": None},
-    cluster={"ks": (25, 50, 100), "warmup_epochs": 4, "redo": 1},
-    optim={"batch_size": 64, "lr": 0.06, "schedule": "cosine"},
+    cluster={"ks": (15, 30, 60), "warmup_epochs": 4, "redo": 1},
+    optim={"batch_size": 64, "lr": 0.06, "weight_decay": 5e-4, "schedule": "cosine"},
     evaluation={"every": 4, "neighbours": 20},
 )
 
@@ -177,8 +178,12 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "moco_v2": ("MoCo v2: PCL v2's encoder without prototypes.", _MOCO_V2),
 }
 
-# What may differ between a run and its continuation: where things lie and what is printed, not what is learned.
-_NOT_RECIPE = ("preset", "output", "log_every", "data.root", "data.workers", "evaluation.", "checkpoint.")
+# What may differ between a run and its continuation: where things lie, what computes them and what is printed, not
+# what is learned.
+_NOT_RECIPE = (
+    "preset", "output", "log_every", "data.root", "data.workers", "loss.backend", "cluster.backend", "evaluation.",
+    "checkpoint.",
+)  # fmt: skip
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -228,12 +233,22 @@ def validate(config: Config) -> None:
         "--optim.lr": config.optim.lr,
         "--cluster.iterations": config.cluster.iterations,
         "--cluster.redo": config.cluster.redo,
+        "--cluster.alpha": config.cluster.alpha,
         "--evaluation.neighbours": config.evaluation.neighbours,
         "--evaluation.queries": config.evaluation.queries,
     }
     for flag, value in positive.items():
         if not value > 0:
             raise ValueError(f"{flag} must be positive, got {value}")
+    not_negative = {
+        "--data.workers": config.data.workers,
+        "--cluster.warmup-epochs": config.cluster.warmup_epochs,
+        "--evaluation.every": config.evaluation.every,
+        "--checkpoint.keep-every": config.checkpoint.keep_every,
+    }
+    for flag, value in not_negative.items():
+        if value < 0:
+            raise ValueError(f"{flag} must not be negative, got {value}")
     if config.loss.num_negatives is not None and config.loss.num_negatives < 1:
         raise ValueError(f"--loss.num-negatives must be positive or None for all, got {config.loss.num_negatives}")
     if not 0 <= config.model.momentum <= 1:

@@ -6,9 +6,10 @@ ImageNet, and compares what the encoder learned with raw pixels and with the unt
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from pcl_fast.data.digits import digits_folder
 from pcl_fast.distributed import World
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
 from pcl_fast.learner import Learner
+from pcl_fast.metrics import read_rows
 
 RANKS = 2
 
@@ -48,20 +50,32 @@ def main(output: Path = Path("runs/demo")) -> None:
     """
     folder = digits_folder()
     print(f"5,000 digits as JPEG class folders in {folder}", flush=True)
-    begin = time.perf_counter()
     train(output, folder)
-    minutes = (time.perf_counter() - begin) / 60
-    rows = score_all(output, folder)
-    Console().print(as_table(rows))
-    print(f"{RANKS} processes, {minutes:.1f} minutes from start to end of training; more in {output}/report.png")
+    Console().print(as_table(score_all(output, folder)))
+    print(f"{RANKS} processes, {minutes_of(output):.1f} minutes of training; more in {output}/report.png")
 
 
 def train(output: Path, folder: Path) -> None:
-    """Launch the trainer as a user would."""
+    """Launch the trainer as a user would; ends the program if the run did not come to its end."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
     trainer = ["-m", "pcl_fast.train", "demo", "--data", str(folder), "--output", str(output)]
-    if code := subprocess.run([*torchrun, *trainer]).returncode:
-        sys.exit(code)
+    # One thread per rank, and no GPU where the ranks would have to share it.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if torch.cuda.device_count() < RANKS:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    run = subprocess.Popen([*torchrun, *trainer], env=environment)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the run as well, which saves
+    code = run.wait()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if code or not load_checkpoint(output)["finished"]:
+        sys.exit(code or "stopped; the same command goes on")
+
+
+def minutes_of(output: Path) -> float:
+    """Time of all phases of the run, over all its continuations."""
+    phases = [row["seconds"] for row in read_rows(output) if row["kind"] in ("epoch", "finished")]
+    # Waiting for data is part of training.
+    return sum(value for row in phases for name, value in row.items() if name != "waiting for data") / 60
 
 
 def score_all(output: Path, folder: Path) -> dict[str, Scores]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# An E-step on one rank (sampling of AMI, a slow disk) may keep the others waiting for long.
+# One rank may keep the others waiting for long: AMI at ImageNet's size, a slow disk.
 _TIMEOUT = timedelta(hours=2)
 
 
@@ -29,10 +29,19 @@ class World:
 
 
 def connect() -> World:
-    """Join the process group that torchrun describes in the environment, or stand alone without torchrun."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    """Join the process group that torchrun describes in the environment, or stand alone without torchrun.
+
+    Raises:
+        ValueError: more ranks than GPUs on this machine.
+    """
+    size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU, there are {torch.cuda.device_count()} here; "
+            'use --nproc-per-node of at most that, or CUDA_VISIBLE_DEVICES="" to train on the CPU'
+        )
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if size == 1:
@@ -98,8 +107,3 @@ def gather_objects(item: Any, world: World) -> list[Any]:
     items: list[Any] = [None] * world.size
     dist.all_gather_object(items, item, group=world.group)
     return items
-
-
-def barrier(world: World) -> None:
-    if world.group is not None:
-        dist.barrier(group=world.group)

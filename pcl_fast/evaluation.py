@@ -42,7 +42,7 @@ def knn_accuracy(
     """
     lengths = shard_lengths(len(features), group, features.device)
     first = sum(lengths[: 0 if group is None else dist.get_rank(group)])
-    rows = max(1, _CHUNK // max(1, len(features)))
+    rows = max(1, _CHUNK // max(lengths))  # the same on every rank
     correct = 0
     for chunk in queries.to(features.device).split(rows):
         similarity, voters = _nearest_others(features, chunk, first, neighbours, group)

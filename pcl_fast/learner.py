@@ -1,4 +1,7 @@
-"""One M-step: everything that changes with a batch. Nothing in here waits for the device."""
+"""One M-step: everything that changes with a batch.
+
+Nothing in here waits for the device (the loss does, while it is plain PyTorch and takes all negatives there are).
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,9 @@ class Learner:
             weight_decay=config.optim.weight_decay,
             fused=True,
         )
+        # The fused optimiser would begin with uninitialised momentum, and keep it if its first step is skipped.
+        for parameter in self.encoder.parameters():
+            self.optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         self._query = self.encoder if world.group is None else _data_parallel(self.encoder)
 
     def begin_epoch(self, epoch: int) -> float:

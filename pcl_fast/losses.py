@@ -89,9 +89,8 @@ def proto_nce(
     negatives = sample_negatives(len(prototypes.centroids), num_negatives, positives, seed=seed)
     columns = torch.cat([positives, negatives])
     weight = 1 / prototypes.concentration
-    # Only the other rows' columns can be a row's own prototype: the sampled ones are nobody's.
-    twin = torch.zeros(len(query), len(columns), dtype=torch.bool, device=query.device)
-    twin[:, : len(query)] = positives[:, None] == positives
+    # Hidden: the rows' columns that are a row's own prototype, which the sampled ones cannot be.
+    twin = positives[:, None] == positives
     with _full_precision(query):
         return ContrastResult(
             *reference.contrast(

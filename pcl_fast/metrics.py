@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,18 +24,16 @@ from rich.progress import (
 
 from pcl_fast.data import ImageFolder
 from pcl_fast.distributed import World, all_reduce_sum
+from pcl_fast.errors import NonFiniteLossError
 
 FILE = "metrics.jsonl"
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite."""
 
 
 class Recorder:
     """Records rows of metrics. On all ranks but the main one every method does nothing.
 
-    A row of metrics.jsonl has `kind` (step, epoch, clustering or evaluation), `step` (of the whole run) and `epoch`.
+    A row of metrics.jsonl has `kind` (step, epoch, clustering, evaluation, finished), `step` (of the
+    whole run) and `epoch`.
     """
 
     def __init__(self, folder: Path, *, enabled: bool = True, resume_at: tuple[int, int] | None = None):
@@ -50,7 +49,8 @@ class Recorder:
         self._file = open(folder / FILE, "a" if resume_at else "w", encoding="utf-8")  # noqa: SIM115
         if resume_at:
             self._file.truncate(resume_at[1])
-        self._board = SummaryWriter(folder, purge_step=resume_at[0] + 1 if resume_at else None)
+            self._file.seek(0, os.SEEK_END)
+        self._board = SummaryWriter(folder, purge_step=resume_at[0] + 1 if resume_at else 0)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
@@ -87,10 +87,12 @@ class Recorder:
             yield
         self._bar = None
 
-    def advance(self, done: int, values: dict[str, float]) -> None:
-        """Move the bar to step `done` of the epoch and show `values` beside it."""
+    def advance(self, done: int, values: dict[str, float], batch_size: int) -> None:
+        """Move the bar to step `done` of the epoch; show `values` and the speed for a global `batch_size` beside it."""
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, note=describe(values))
+            task = self._bar.tasks[0]
+            speed = f", {task.speed * batch_size:.0f} images/s" if task.speed else ""
+            self._bar.update(task.id, completed=done, note=describe(values) + speed)
 
     def epoch_line(
         self, epoch: int, epochs: int, means: dict[str, float], rate: float, seconds: dict[str, float]
@@ -110,8 +112,9 @@ class Recorder:
 class StepMetrics:
     """Metrics of the steps since the last look. They stay on the device until then, so that no step waits for it."""
 
-    def __init__(self, recorder: Recorder, folder: ImageFolder, world: World):
-        self.recorder, self.folder, self.world = recorder, folder, world
+    def __init__(self, recorder: Recorder, folder: ImageFolder, world: World, *, batch_size: int):
+        """batch_size: images per step over all ranks."""
+        self.recorder, self.folder, self.world, self.batch_size = recorder, folder, world, batch_size
         self._pending: list[tuple[int, torch.Tensor, dict[str, torch.Tensor]]] = []
         self._epoch: list[torch.Tensor] = []
         self._names: list[str] = []
@@ -144,7 +147,7 @@ class StepMetrics:
         self._epoch += list(table)
         values = self._named(table[-1])
         self.recorder.row("step", self._pending[-1][0], epoch, **values, lr=lr)
-        self.recorder.advance(done, values)
+        self.recorder.advance(done, values, self.batch_size)
         self._pending.clear()
         return stopping
 
@@ -165,10 +168,10 @@ class StepMetrics:
         first = int(bad[0])
         step, index, _ = self._pending[first]
         if local[first, loss].isfinite():
-            raise NonFiniteLossError(f"the loss of step {step} is not finite on another rank")
+            raise NonFiniteLossError(f"the loss of step {step} is not finite on another rank, which names the images")
         indices = index.tolist()
         raise NonFiniteLossError(
-            f"the loss of step {step} is {local[first, loss].item()}. The weights were not touched since and the last "
+            f"the loss of step {step} is {local[first, loss].item()}; that step was not applied and the last "
             f"checkpoint stands. The batch's images are {indices}, the first of them {self.folder.path(indices[0])}"
         )
 

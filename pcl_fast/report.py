@@ -17,9 +17,9 @@ Rows = list[dict[str, Any]]
 
 def write_report(folder: Path) -> Path:
     """Draw folder/report.png; returns its path."""
-    rows: dict[str, Rows] = {kind: [] for kind in ("step", "epoch", "clustering", "evaluation")}
+    rows: dict[str, Rows] = {kind: [] for kind in ("epoch", "clustering", "evaluation")}
     for row in read_rows(folder):
-        rows[row["kind"]].append(row)
+        rows.setdefault(row["kind"], []).append(row)
     panels: list[tuple[str, Callable[[Axes, dict[str, Rows]], None]]] = [
         ("loss", _losses),
         ("accuracy against the negatives, %", _accuracies),

@@ -14,10 +14,10 @@ import torch
 import tyro
 
 from pcl_fast.config import PRESETS, Config, to_dict, validate
-from pcl_fast.data import ImageError, ImageFolder, check_headers, find_images
+from pcl_fast.data import ImageFolder, check_headers, find_images
 from pcl_fast.data.digits import digits_folder
 from pcl_fast.distributed import World, connect, disconnect
-from pcl_fast.metrics import NonFiniteLossError
+from pcl_fast.errors import UserError
 from pcl_fast.report import write_report
 from pcl_fast.trainer import Trainer
 
@@ -28,7 +28,7 @@ def main() -> None:
         validate(config)
         world = connect()
         run(config, world)
-    except (ValueError, ImageError, NonFiniteLossError) as error:
+    except (ValueError, UserError) as error:
         # The message says what to do; a stack trace would hide it.
         sys.exit(f"pcl_fast.train: {error}")
     disconnect(world)
@@ -39,8 +39,7 @@ def run(config: Config, world: World) -> bool:
 
     Raises:
         ValueError: something in `config` cannot work, or config.output holds another run.
-        ImageError: the images cannot be used.
-        NonFiniteLossError: training diverged.
+        UserError: the images or the checkpoint cannot be used, a package is missing, or training diverged.
     """
     folder = open_images(config, world)
     torch.backends.cudnn.benchmark = True

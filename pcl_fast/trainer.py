@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pcl_fast.checkpoint import check_same_run, load_checkpoint, save_checkpoint
-from pcl_fast.clustering import FeatureShard, PrototypeSet, cluster
+from pcl_fast.clustering import FeatureShard, PrototypeSet, cluster, pick_nearest
 from pcl_fast.config import Config, to_dict
 from pcl_fast.data import Batch, ImageFolder, TrainingLoader, clustering_loader
 from pcl_fast.distributed import World, gather_objects, shard_bounds
@@ -19,6 +19,10 @@ from pcl_fast.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.seeds import mix_seeds
 
 
+class _StoppedError(Exception):
+    """A signal asked to stop where nothing new is to be saved."""
+
+
 class Trainer:
     """Trains an encoder by PCL (without granularities: MoCo); goes on from the checkpoint in config.output, if any."""
 
@@ -26,9 +30,10 @@ class Trainer:
         """
         Raises:
             ValueError: the data set does not fit batch or numbers of clusters, or the checkpoint is another recipe's.
-            RuntimeError: the checkpoint cannot be read.
+            UserError: the checkpoint cannot be read, or a package is missing.
         """
         check_sizes(config, len(folder), world.size)
+        pick_nearest(config.cluster.backend)  # what is not installed is better said now than at the first E-step
         self.config, self.folder, self.world = config, folder, world
         rows = config.optim.batch_size // world.size
         self.learner = Learner(config, world)
@@ -43,9 +48,10 @@ class Trainer:
         self.finished = False
         self.watch = Stopwatch()
         self._signalled = False
+        self._in_expectation = False
         resume_at = self._restore()
         self.recorder = Recorder(config.output, enabled=world.is_main, resume_at=resume_at)
-        self.metrics = StepMetrics(self.recorder, folder, world)
+        self.metrics = StepMetrics(self.recorder, folder, world, batch_size=config.optim.batch_size)
 
     def fit(self) -> bool:
         """Train to the end; False when SIGTERM or SIGINT stopped it early, with everything saved.
@@ -67,17 +73,23 @@ class Trainer:
             return True
         if self.global_step:
             self.recorder.say(f"resuming after {self.epoch} epochs and {self.step} steps")
-        while self.epoch < self.config.epochs:
-            if self.step == 0:
-                self._expectation()
-            if not self._maximisation():
-                self._save()
-                self.recorder.say("stopped by a signal; the same command goes on from here")
-                return False
-        self._expectation()
+        try:
+            while self.epoch < self.config.epochs:
+                if self.step == 0:
+                    self._expectation()
+                if not self._maximisation():
+                    return self._stopped()
+            self._expectation()
+        except _StoppedError:
+            return self._stopped()
         self.finished = True
+        self._row("finished", seconds=self.watch.take())
         self._save()
         return True
+
+    def _stopped(self) -> bool:
+        self.recorder.say("stopped by a signal, all is saved; the same command goes on from here")
+        return False
 
     @property
     def global_step(self) -> int:
@@ -86,12 +98,19 @@ class Trainer:
     # --- E-step: prototypes and evaluation from the momentum features ----------------------------------------------
 
     def _expectation(self) -> None:
-        """Cluster and evaluate, each if this epoch, or the end of training, asks for it."""
+        """Cluster and evaluate, each if this epoch, or the end of training, asks for it.
+
+        It can take minutes, longer than a launcher waits after a signal, and the checkpoint of the epoch before stands:
+        a signal ends it at once.
+        """
+        if self._signalled:
+            raise _StoppedError
         evaluation, last = self.config.evaluation, self.epoch == self.config.epochs
         clustering = bool(self.config.cluster.ks) and self.epoch >= self.config.cluster.warmup_epochs
         evaluating = self.labels is not None and evaluation.every and (last or self.epoch % evaluation.every == 0)
         if not (clustering or evaluating):
             return
+        self._in_expectation = True
         with self.watch.phase("features"):
             features = self.shard.fill(self.learner.twin.key, self.clustering_view, self.learner.autocast)
         if clustering:
@@ -100,6 +119,7 @@ class Trainer:
         if evaluating:
             with self.watch.phase("evaluation"):
                 self._evaluate(features, self.prototypes if clustering else [])
+        self._in_expectation = False
 
     def _cluster(self, features: torch.Tensor) -> None:
         options = self.config.cluster
@@ -142,7 +162,7 @@ class Trainer:
     # --- M-step -----------------------------------------------------------------------------------------------------
 
     def _maximisation(self) -> bool:
-        """Train the rest of the epoch; False when a signal asked to stop before its end."""
+        """Train the rest of the epoch and save; False when a signal asked to stop."""
         epochs, steps = self.config.epochs, self.loader.steps
         lr = self.learner.begin_epoch(self.epoch)
         first = self.step
@@ -157,11 +177,12 @@ class Trainer:
                 if self.step == steps or self.step % self.config.log_every == 0:
                     stop = self.metrics.flush(self.epoch, self.step, lr=lr, stop=self._signalled)
                     if stop and self.step < steps:
+                        self._save()
                         return False
         self.epoch, self.step = self.epoch + 1, 0
         self.learner.end_epoch()
         self._end_epoch((steps - first) * self.config.optim.batch_size, lr)
-        return True
+        return not stop
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches; counts the time that the step waits for them."""
@@ -173,14 +194,15 @@ class Trainer:
             yield batch
 
     def _end_epoch(self, images: int, lr: float) -> None:
-        every = self.config.checkpoint.keep_every
-        with self.watch.phase("checkpoint"):
-            self._save(f"checkpoint-{self.epoch:04d}.pt" if every and self.epoch % every == 0 else None)
         seconds = self.watch.take()
         means = self.metrics.epoch_means()
         rate = images / seconds["training"]
         self._row("epoch", **means, lr=lr, images_per_s=rate, seconds=seconds)
         self.recorder.epoch_line(self.epoch, self.config.epochs, means, rate, seconds)
+        # After the row, which belongs to the checkpoint; its own time counts for the next epoch.
+        every = self.config.checkpoint.keep_every
+        with self.watch.phase("checkpoint"):
+            self._save(f"checkpoint-{self.epoch:04d}.pt" if every and self.epoch % every == 0 else None)
 
     def _row(self, kind: str, **values: Any) -> None:
         self.recorder.row(kind, self.global_step, self.epoch, **values)
@@ -188,8 +210,14 @@ class Trainer:
     # --- stopping and resuming --------------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """Noted here, agreed upon by all ranks at the next look at the metrics."""
+        """Noted here, agreed upon by all ranks at the next look at the metrics.
+
+        Again and again if need be: a launcher passes on what the terminal has already sent.
+        """
         self._signalled = True
+        if self._in_expectation:
+            self._in_expectation = False
+            raise _StoppedError
 
     def _save(self, keep_as: str | None = None) -> None:
         ranks = gather_objects(self.learner.rank_state(), self.world)

@@ -6,6 +6,7 @@ import functools
 import tempfile
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -14,16 +15,19 @@ import torch.multiprocessing
 
 from pcl_fast.distributed import World
 
+# Seconds; starting the processes takes about ten of them on two busy cores.
+_PATIENCE = 120
+
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(world, *args) on `size` ranks; its results in rank order. `function` must be a module's own."""
     pipes = _start(size)
     for pipe in pipes:
         pipe.send((function, args))
-    replies = [pipe.recv() for pipe in pipes]
-    for error, _ in replies:
-        if error:
-            raise AssertionError(error)
+    replies = [pipe.recv() if pipe.poll(_PATIENCE) else ("no answer", None) for pipe in pipes]
+    if errors := [error for error, _ in replies if error]:
+        _start.cache_clear()  # ranks that have lost step with each other are of no more use
+        raise AssertionError("\n".join(errors))
     return [result for _, result in replies]
 
 
@@ -43,7 +47,9 @@ def _start(size: int) -> list:
 def _serve(rank: int, size: int, store: str, pipe) -> None:
     torch.set_num_threads(1)
     torch.multiprocessing.set_sharing_strategy("file_system")
-    dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=size)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}/store", rank=rank, world_size=size, timeout=timedelta(seconds=_PATIENCE)
+    )
     world = World(rank, size, torch.device("cpu"), dist.group.WORLD)
     while True:
         try:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pcl_fast.checkpoint import load_checkpoint, save_checkpoint
+from pcl_fast.errors import CheckpointError
 
 WRITER = """
 import sys, torch
@@ -39,13 +40,25 @@ def test_kept_checkpoints_do_not_change(tmp_path):
     assert load_checkpoint(tmp_path)["epoch"] == 2
 
 
+def test_a_crash_before_the_rename_cannot_spoil_a_kept_checkpoint(tmp_path, monkeypatch):
+    def crash(*paths):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, {"epoch": 20}, keep_as="checkpoint-0020.pt")
+    save_checkpoint(tmp_path, {"epoch": 21})
+    assert torch.load(tmp_path / "checkpoint-0020.pt")["epoch"] == 20
+
+
 def test_no_checkpoint_is_none(tmp_path):
     assert load_checkpoint(tmp_path) is None
 
 
 def test_an_unreadable_checkpoint_is_named(tmp_path):
     (tmp_path / "checkpoint.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(RuntimeError, match=r"checkpoint\.pt is no readable checkpoint"):
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt is no readable checkpoint"):
         load_checkpoint(tmp_path)
 
 

@@ -96,6 +96,9 @@ def test_places_and_printing_are_not_part_of_the_recipe():
         ("data", "min_crop_area", 0.0, "--data.min-crop-area"),
         ("data", "resize", 100, "--data.resize 100 is smaller than the crop, --data.size 224"),
         ("cluster", "ks", (5, 0), "--cluster.ks"),
+        ("cluster", "alpha", 0.0, "--cluster.alpha"),
+        ("cluster", "warmup_epochs", -1, "--cluster.warmup-epochs must not be negative, got -1"),
+        ("evaluation", "every", -1, "--evaluation.every"),
     ],
 )
 def test_values_that_cannot_work_name_their_flag(group, field, value, message):

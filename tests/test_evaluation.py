@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_ranks
 
+import pcl_fast.evaluation
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
 
 
@@ -44,17 +45,18 @@ def test_an_image_is_not_its_own_neighbour():
     assert knn_accuracy(features, everything, everything, neighbours=1, temperature=0.1) == 0
 
 
-def accuracy_of_shard(world, features, labels, bounds):
+def accuracy_of_shard(world, features, labels, bounds, chunk):
+    pcl_fast.evaluation._CHUNK = chunk
     shard = features[bounds[world.rank] : bounds[world.rank + 1]]
     return knn_accuracy(shard, labels, torch.arange(0, 120, 3), neighbours=9, temperature=0.1, group=world.group)
 
 
-@pytest.mark.parametrize("bounds", [(0, 50, 120), (0, 4, 120)])
-def test_ranks_equal_one(bounds):
-    """The second case has a shard smaller than the number of neighbours."""
+@pytest.mark.parametrize(("bounds", "chunk"), [((0, 50, 120), 1 << 26), ((0, 4, 120), 1 << 26), ((0, 50, 120), 500)])
+def test_ranks_equal_one(bounds, chunk):
+    """The second case has a shard smaller than the number of neighbours, the third takes the queries in chunks."""
     features, labels = labelled()
     whole = knn_accuracy(features, labels, torch.arange(0, 120, 3), neighbours=9, temperature=0.1)
-    assert run_ranks(2, accuracy_of_shard, features, labels, bounds) == [whole, whole]
+    assert run_ranks(2, accuracy_of_shard, features, labels, bounds, chunk) == [whole, whole]
 
 
 def test_ami_is_one_for_equal_partitions_and_zero_by_chance():

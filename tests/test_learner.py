@@ -7,10 +7,11 @@ import math
 
 import pytest
 import torch
+from ranks import run_ranks
 
 from pcl_fast.clustering import PrototypeSet
 from pcl_fast.config import PRESETS, OptimConfig
-from pcl_fast.data import Batch
+from pcl_fast.data import Batch, normalise
 from pcl_fast.learner import Learner, learning_rate
 
 replace = dataclasses.replace
@@ -108,6 +109,53 @@ def test_a_loss_that_is_not_finite_touches_no_weight(alone):
     learner.queue.keys[3] = 0.5
     learner.step(batch(2), [], 2)
     assert not all(torch.equal(a, b) for a, b in zip(before, weights(learner), strict=True))
+
+
+def test_a_skipped_first_step_leaves_no_trace(alone):
+    """The fused optimiser would otherwise go on from uninitialised momentum."""
+    learner, fresh = Learner(small_config(), alone), Learner(small_config(), alone)
+    keys = learner.queue.keys.clone()
+    learner.queue.keys[3] = torch.nan
+    learner.step(batch(0), [], 0)
+    learner.queue.keys.copy_(keys)
+    learner.queue.position.zero_()
+    for buffer, initial in zip(learner._buffers(), fresh._buffers(), strict=True):
+        buffer.copy_(initial)
+    learner.step(batch(1), [], 1)
+    fresh.step(batch(1), [], 1)
+    for ours, theirs in zip(weights(learner), weights(fresh), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def one_step(world, config, whole: Batch, poisoned: bool):
+    """A step on this rank's half of a batch, the key encoder in eval mode so that a key depends on its image alone."""
+    learner = Learner(config, world)
+    if world.rank == 1 and poisoned:
+        learner.queue.keys[2] = torch.nan
+    rows = slice(0, 3) if world.rank == 0 else slice(3, 6)
+    learner.twin.key.eval()
+    before = weights(learner)
+    learner.step(Batch(*(part[rows] for part in whole)), [], 0)
+    momentum = [state["momentum_buffer"].clone() for state in learner.optimizer.state.values()]
+    return before, weights(learner), momentum, learner.queue.keys.clone()
+
+
+def test_ranks_take_the_same_step_and_queue_all_keys_in_order(alone):
+    config, whole = small_config(), batch()
+    (before, one, momentum, queue), (_, other, other_momentum, other_queue) = run_ranks(
+        2, one_step, config, whole, False
+    )
+    for mine, theirs in zip([*one, *momentum, queue], [*other, *other_momentum, other_queue], strict=True):
+        assert torch.equal(mine, theirs)
+    assert not all(torch.equal(a, b) for a, b in zip(before, one, strict=True))
+    keys = Learner(config, alone).twin.key.eval()(normalise(whole.key_view))
+    torch.testing.assert_close(queue[:6], keys, rtol=1e-5, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_touches_no_weight_on_any():
+    for before, after, momentum, _ in run_ranks(2, one_step, small_config(), batch(), True):
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        assert all(not buffer.any() for buffer in momentum)
 
 
 def test_initial_weights_depend_on_the_seed_alone(alone):

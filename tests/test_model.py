@@ -77,21 +77,24 @@ def shuffle_there_and_back(world, rows: int):
     owner = torch.full((rows, 1), world.rank)
     exchange = BatchShuffle(rows, world.group)
     shuffled, restore = exchange.shuffle(batch, seed=world.rank)
+    others = [exchange.shuffle(batch, seed=10 * number + world.rank)[0] for number in range(1, 5)]
     owners, _ = exchange.shuffle(owner, seed=world.rank)
     results = shuffled.double().mean((1, 2))[:, None] + torch.tensor([0.0, 0.5])
-    return batch, shuffled, restore(shuffled), restore(results), owners
+    return batch, shuffled, restore(shuffled), restore(results), owners, others
 
 
 @pytest.mark.parametrize(("size", "rows"), [(2, 8), (2, 5), (2, 1), (3, 7)])
 def test_shuffle_mixes_and_restore_undoes_it(size, rows):
     ranks = run_ranks(size, shuffle_there_and_back, rows)
-    for rank, (batch, shuffled, restored, results, owners) in enumerate(ranks):
+    for rank, (batch, shuffled, restored, results, owners, others) in enumerate(ranks):
         assert torch.equal(restored, batch)
         torch.testing.assert_close(results, batch.double().mean((1, 2))[:, None] + torch.tensor([0.0, 0.5]))
         assert shuffled.shape == batch.shape
         counts = torch.bincount(owners.view(-1), minlength=size)
         assert counts.max() - counts.min() <= 1
-        if rows == 1:
+        if rows > 1:
+            assert any(not torch.equal(other, shuffled) for other in others)
+        else:
             assert owners.item() != rank
     everything = sorted(row.tolist() for result in ranks for row in result[1].flatten(1))
     assert everything == sorted(row.tolist() for result in ranks for row in result[0].flatten(1))

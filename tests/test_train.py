@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from pcl_fast.checkpoint import load_checkpoint
+from pcl_fast.config import PRESETS
 from pcl_fast.metrics import read_rows
+from pcl_fast.trainer import check_sizes
 
 FLAGS = """
     --data.size 16 --data.resize 20 --epochs 3 --optim.batch-size 12 --log-every 1
@@ -25,40 +27,54 @@ FLAGS = """
 """
 
 
-def command(data: Path, output: Path, *flags: str, ranks: int = 1) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+# Sends a signal to a process (itself, or its launcher) when a step's metrics are looked at; with a launcher it then
+# slows down, so that the signal comes before the end.
+SIGNALLING = """
+import os, sys, time
+from pcl_fast.metrics import StepMetrics
+from pcl_fast.train import main
+flush, step, number, to_launcher = StepMetrics.flush, int(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
+def signalling(self, *args, **kwargs):
+    reached = self._pending[-1][0]
+    stop = flush(self, *args, **kwargs)
+    if reached == step and os.environ.get("RANK", "0") == "0":
+        os.kill(os.getppid() if to_launcher else os.getpid(), number)
+    if reached >= step and to_launcher:
+        time.sleep(1)
+    return stop
+StepMetrics.flush = signalling
+if __name__ == "__main__":
+    main()
+"""
+
+
+def command(data: Path, output: Path, *flags: str, ranks: int = 1, program: tuple[str, ...] = ()) -> list[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
+    program = program or ("-m", "pcl_fast.train")
     return [
-        *(launcher if ranks > 1 else [sys.executable]),
-        *("-m", "pcl_fast.train", "demo", "--data", str(data), "--output", str(output)),
-        *FLAGS.split(),
-        *flags,
+        *(sys.executable, *launcher, *program, "demo", "--data", str(data), "--output", str(output)),
+        *(*FLAGS.split(), *flags),
     ]
 
 
+def execute(command: list[str]) -> subprocess.CompletedProcess:
+    """On the CPU, one thread per rank: bit-equality is tested, and ranks would have to share a GPU."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def train(*arguments, ranks: int = 1, code: int = 0) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(*arguments, ranks=ranks), env=environment, capture_output=True, text=True)
+    done = execute(command(*arguments, ranks=ranks))
     assert (done.returncode != 0) == (code != 0), done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def interrupt_after_steps(steps: int, number: signal.Signals, data: Path, output: Path, ranks: int = 1) -> str:
-    """Start the run, send a signal once `steps` are recorded, and wait for it to end."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(
-        command(data, output, ranks=ranks), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    metrics = output / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.read_text().count('"kind": "step"') >= steps):
-        assert run.poll() is None, run.stdout.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    run.send_signal(number)
-    text = run.communicate(timeout=120)[0]
-    if ranks == 1:
-        assert run.returncode == 0, text
-    return text
+def interrupt(step: int, number: signal.Signals, folder: Path, data: Path, output: Path, *flags: str, ranks: int = 1):
+    """Run until a signal comes after `step` steps; returns the ended process."""
+    script = folder / "signalling.py"
+    script.write_text(SIGNALLING)
+    program = (str(script), str(step), str(int(number)), str(int(ranks > 1)))
+    return execute(command(data, output, *flags, ranks=ranks, program=program))
 
 
 def same_state(one: Path, other: Path) -> None:
@@ -124,36 +140,40 @@ def test_checkpoint_holds_the_run(two_ranks):
     assert len(state["ranks"]) == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_continues_bit_for_bit(one_rank, image_folder, tmp_path, number):
-    """Stopped in the second epoch (of four steps each), after the first E-step."""
-    text = interrupt_after_steps(6, number, image_folder, tmp_path)
-    assert "stopped by a signal" in text
-    state = load_checkpoint(tmp_path)
-    assert 6 <= state["global_step"] < 12
-    train(image_folder, tmp_path)
-    same_state(one_rank, tmp_path)
-    kinds = [(row["kind"], row["step"], row.get("k")) for row in read_rows(tmp_path)]
-    assert kinds == [(row["kind"], row["step"], row.get("k")) for row in read_rows(one_rank)]
+def same_rows(one: Path, other: Path) -> None:
+    kinds = [[(row["kind"], row["step"], row.get("k")) for row in read_rows(folder)] for folder in (one, other)]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 6), (signal.SIGINT, 6), (signal.SIGTERM, 8)])
+def test_an_interrupted_run_continues_bit_for_bit(one_rank, image_folder, tmp_path, number, step):
+    """Epochs have four steps: stopped within the second after the first E-step, and at its very end."""
+    done = interrupt(step, number, tmp_path, image_folder, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "stopped by a signal" in done.stdout
+    # Looked at once a step: a signal after the look at step 6 is seen at step 7; after an epoch's last, at its end.
+    assert load_checkpoint(tmp_path / "run")["global_step"] == (7 if step == 6 else 8)
+    train(image_folder, tmp_path / "run")
+    same_state(one_rank, tmp_path / "run")
+    same_rows(one_rank, tmp_path / "run")
 
 
 def test_two_ranks_agree_when_to_stop_and_continue_bit_for_bit(two_ranks, image_folder, tmp_path):
-    interrupt_after_steps(5, signal.SIGTERM, image_folder, tmp_path, ranks=2)
-    assert 5 <= load_checkpoint(tmp_path)["global_step"] < 12
-    train(image_folder, tmp_path, ranks=2)
-    same_state(two_ranks[0], tmp_path)
+    """The launcher is signalled and signals its whole process group, loader workers included."""
+    done = interrupt(5, signal.SIGTERM, tmp_path, image_folder, tmp_path / "run", "--data.workers", "1", ranks=2)
+    assert "stopped by a signal" in done.stdout, done.stdout + done.stderr
+    assert 5 <= load_checkpoint(tmp_path / "run")["global_step"] < 12
+    train(image_folder, tmp_path / "run", ranks=2)
+    same_state(two_ranks[0], tmp_path / "run")
 
 
 def test_a_killed_run_continues_from_the_last_epoch_bit_for_bit(one_rank, image_folder, tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(command(image_folder, tmp_path), env=environment, stdout=subprocess.DEVNULL)
-    while not (tmp_path / "checkpoint.pt").exists():
-        assert run.poll() is None
-        time.sleep(0.01)
-    run.kill()
-    run.wait()
-    train(image_folder, tmp_path)
-    same_state(one_rank, tmp_path)
+    done = interrupt(6, signal.SIGKILL, tmp_path, image_folder, tmp_path / "run")
+    assert done.returncode == -signal.SIGKILL
+    assert load_checkpoint(tmp_path / "run")["global_step"] == 4
+    train(image_folder, tmp_path / "run")
+    same_state(one_rank, tmp_path / "run")
+    same_rows(one_rank, tmp_path / "run")
 
 
 def test_a_finished_run_changes_nothing(one_rank, image_folder):
@@ -171,7 +191,7 @@ def test_without_prototypes_and_labels(image_folder, tmp_path):
         (flat / f"{number}.jpg").symlink_to(path)
     train(flat, tmp_path / "run", "--cluster.ks")
     kinds = {row["kind"] for row in read_rows(tmp_path / "run")}
-    assert kinds == {"step", "epoch"}
+    assert kinds == {"step", "epoch", "finished"}
     assert (tmp_path / "run" / "report.png").exists()
 
 
@@ -189,7 +209,7 @@ def test_another_recipe_is_refused(one_rank, image_folder):
         (["--optim.batch-size", "100"], "--optim.batch-size 100 is larger than the data set of 53 images"),
         (["--model.arch", "vgg11"], "--model.arch vgg11"),
         (["--optim.lr", "-1"], "--optim.lr must be positive"),
-        (["--optim.lr", "1e30"], "is not finite|is nan|is inf"),
+        (["--optim.lr", "1e30"], r"loss of step \d+ is (nan|inf); .* images are \[.*class_\d/\d\d\.jpg"),
     ],
 )
 def test_bad_values_end_in_one_line(image_folder, tmp_path, flags, message):
@@ -198,9 +218,27 @@ def test_bad_values_end_in_one_line(image_folder, tmp_path, flags, message):
     assert "Traceback" not in text
 
 
+def test_another_data_set_is_refused(one_rank, image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "less")
+    next((tmp_path / "less" / "class_0").iterdir()).unlink()
+    text = train(tmp_path / "less", one_rank, code=1)
+    assert "data set: 53 images" in text
+    assert "-> 52 images" in text
+
+
+def test_a_spoiled_checkpoint_is_named(image_folder, tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"spoiled")
+    text = train(image_folder, tmp_path, code=1)
+    assert "checkpoint.pt is no readable checkpoint" in text
+    assert "Traceback" not in text
+
+
+def test_a_batch_that_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"--optim.batch-size 64 does not divide among 3 ranks"):
+        check_sizes(PRESETS["demo"][1], 5000, 3)
+
+
 def test_missing_data_is_said(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "pcl_fast.train", "pcl_v2", "--output", str(tmp_path)], capture_output=True, text=True
-    )
+    done = execute([sys.executable, "-m", "pcl_fast.train", "pcl_v2", "--output", str(tmp_path)])
     assert done.returncode != 0
     assert "--data is missing" in done.stderr

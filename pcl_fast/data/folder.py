@@ -10,18 +10,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from pcl_fast.errors import ImageError
+
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 
 # Opening a file's header costs about 0.1 ms on a local disk and some milliseconds on a network one, so that this many
 # can be looked at before training without anyone noticing.
 _HEADERS_CHECKED = 20_000
-
-# What PIL raises on files that are missing, truncated, of another kind or absurdly large.
-_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-class ImageError(RuntimeError):
-    """An image, or a folder of images, that cannot be used; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class ImageFolder:
         try:
             with Image.open(os.path.join(self.root, self.paths[index])) as image:
                 return image.convert("RGB")
-        except _UNREADABLE as error:
+        except Exception as error:  # PIL's plugins raise whatever their parsers run into
             raise ImageError(f"cannot read image {self.path(index)}: {error}") from error
 
     def fingerprint(self) -> str:
@@ -75,7 +70,7 @@ def find_images(root: Path) -> ImageFolder:
         if entry.is_dir():
             folders.append(entry.name)
         elif _is_image(entry.name):
-            flat.append((entry.name, entry.stat().st_size))
+            flat.append((entry.name, _size(Path(entry.path))))
     per_class = {name: _images_below(root, name) for name in folders}
     per_class = {name: images for name, images in per_class.items() if images}
     if flat and per_class:
@@ -93,7 +88,7 @@ def find_images(root: Path) -> ImageFolder:
 
 
 def check_headers(folder: ImageFolder, rank: int = 0, size: int = 1) -> None:
-    """Open the header of every image, or of an evenly spaced 20,000 of a larger set; each rank does its share.
+    """Open the header of every image, or of some 20,000 evenly spaced ones of a larger set; each rank does its share.
 
     Raises:
         ImageError: some of them are no images; names the first.
@@ -110,7 +105,7 @@ def _header_fault(path: Path) -> str | None:
     try:
         with Image.open(path):
             return None
-    except _UNREADABLE as error:
+    except Exception as error:
         return f"{path}: {error}"
 
 
@@ -118,12 +113,17 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
 
 
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:  # a link to nowhere, say
+        raise ImageError(f"cannot read image {path}: {error}") from error
+
+
 def _images_below(root: Path, name: str) -> list[tuple[str, int]]:
     """(path relative to root, bytes) of all images below root/name, sorted."""
     found = []
     for folder, _, files in os.walk(root / name, followlinks=True):
         relative = Path(folder).relative_to(root)
-        found += [
-            ((relative / file).as_posix(), (Path(folder) / file).stat().st_size) for file in files if _is_image(file)
-        ]
+        found += [((relative / file).as_posix(), _size(Path(folder) / file)) for file in files if _is_image(file)]
     return sorted(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -117,4 +118,11 @@ def _workers(config: DataConfig, world: World) -> dict:
         "pin_memory": pin,
         "persistent_workers": True,
         "prefetch_factor": 4,
+        "worker_init_fn": _leave_signals_to_the_trainer,
     }
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """torchrun and terminals signal the whole process group; a worker that died of it would bring the trainer down."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms import v2
@@ -51,7 +52,7 @@ def training_view(config: DataConfig) -> View:
             v2.Resize((config.size, config.size), antialias=True),
         ],
     }
-    return v2.Compose([*recipes[config.views], v2.PILToTensor()])
+    return v2.Compose([*recipes[config.views], to_bytes])
 
 
 class GaussianBlur(torch.nn.Module):
@@ -73,7 +74,12 @@ class GaussianBlur(torch.nn.Module):
 
 def clustering_view(config: DataConfig) -> View:
     """The whole training set is clustered on plain centre crops."""
-    return v2.Compose([v2.Resize(config.resize, antialias=True), v2.CenterCrop(config.size), v2.PILToTensor()])
+    return v2.Compose([v2.Resize(config.resize, antialias=True), v2.CenterCrop(config.size), to_bytes])
+
+
+def to_bytes(image: Image.Image) -> torch.Tensor:
+    """RGB image -> uint8 [3, H, W]. v2.PILToTensor takes four times as long (0.1 ms), which tells for small images."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def normalise(images: torch.Tensor) -> torch.Tensor:

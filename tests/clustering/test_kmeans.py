@@ -124,7 +124,9 @@ def test_errors_name_the_numbers():
     cases = [
         (lambda: kmeans(features, 31), r"k = 31 clusters of 30 points.*--cluster.ks.*30"),
         (lambda: kmeans(features, 0), "k = 0"),
-        (lambda: kmeans(features[0], 2), r"features must be \[n, d\] float32, got \[16\]"),
+        (lambda: kmeans(features[0], 2), r"features must be \[n, d\] float32 and contiguous, got \[16\]"),
+        (lambda: kmeans(features[:, ::2], 2), r"contiguous, got .*strides \(16, 2\)"),
+        (lambda: kmeans(features / (features > 0), 2), "features of rank 0 are not finite: 30 of 30 rows"),
         (lambda: kmeans(features.double(), 2), "float64"),
         (lambda: kmeans(features, 2, iterations=0), "iterations and redo.*0 and 1"),
         (lambda: kmeans(features, 2, init=features[:3]), r"init must be \[2, 16\].*\[3, 16\]"),
@@ -134,6 +136,22 @@ def test_errors_name_the_numbers():
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+def broken_on_the_second_rank(world):
+    features = blobs(20 + world.rank)
+    if world.rank == 1:
+        features[3:5, 2] = torch.nan
+    with pytest.raises(ValueError, match="features of rank 1 are not finite: 2 of 21 rows"):
+        kmeans(features, 4, group=world.group)
+
+
+def test_broken_features_are_an_error_on_every_rank():
+    run_ranks(2, broken_on_the_second_rank)
+
+
+def test_centroids_carry_no_graph():
+    assert not kmeans(blobs(50).requires_grad_(), 3).centroids.requires_grad
 
 
 def cluster_of_shard(world, features):

@@ -7,7 +7,8 @@ import shutil
 import pytest
 from PIL import Image
 
-from pcl_fast.data import ImageError, check_headers, find_images
+from pcl_fast.data import check_headers, find_images
+from pcl_fast.errors import ImageError
 
 
 def image(path, colour=(200, 30, 90)):
@@ -72,6 +73,10 @@ def test_broken_images_are_named(tmp_path):
         check_headers(folder)
     with pytest.raises(ImageError, match=r"cannot read image .*cut\.jpg"):
         folder.read(folder.paths.index("a/cut.jpg"))
+    (tmp_path / "a" / "link.jpg").symlink_to(tmp_path / "gone.jpg")
+    with pytest.raises(ImageError, match=r"cannot read image .*link\.jpg"):
+        find_images(tmp_path)
+    (tmp_path / "a" / "link.jpg").unlink()
     (tmp_path / "a" / "none.jpg").touch()
     with pytest.raises(ImageError, match=r"1 empty image files.*none\.jpg"):
         find_images(tmp_path)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from pcl_fast.config import DataConfig
-from pcl_fast.data import ImageError, TrainingLoader, clustering_loader, find_images
+from pcl_fast.data import TrainingLoader, clustering_loader, find_images
 from pcl_fast.distributed import World
+from pcl_fast.errors import ImageError
 
 CONFIG = DataConfig(size=16, resize=20, workers=0)
 

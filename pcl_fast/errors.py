@@ -1,0 +1,23 @@
+"""Errors that a user can mend. Their messages say what was wrong and what to do; a stack trace would hide that."""
+
+from __future__ import annotations
+
+
+class UserError(RuntimeError):
+    """Something outside the program is not as it must be: images, a checkpoint, an installed package, the recipe."""
+
+
+class ImageError(UserError):
+    """An image, or a folder of images, that cannot be used; names it."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read; names it."""
+
+
+class MissingPackageError(UserError):
+    """A package that this choice needs is not installed."""
+
+
+class NonFiniteLossError(UserError):
+    """The loss became NaN or infinite; names the images of the batch."""

@@ -1,0 +1,92 @@
+"""Recording, resuming a record, and losses that are not finite."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import run_ranks
+
+from pcl_fast.data import find_images
+from pcl_fast.errors import NonFiniteLossError
+from pcl_fast.metrics import Recorder, StepMetrics, Stopwatch, read_rows
+
+
+def step_metrics(root, world, recorder=None) -> StepMetrics:
+    recorder = recorder or Recorder(root, enabled=False)
+    return StepMetrics(recorder, find_images(root), world, batch_size=4)
+
+
+def add(metrics: StepMetrics, step: int, loss: float, index: tuple[int, ...] = (0, 1)) -> None:
+    metrics.add(step, torch.tensor(index), {"loss": torch.tensor(loss), "accuracy": torch.tensor(10.0 * loss)})
+
+
+def test_means_and_rows(tmp_path, image_folder, alone):
+    recorder = Recorder(tmp_path)
+    metrics = step_metrics(image_folder, alone, recorder)
+    for step, loss in enumerate((1.0, 2.0, 6.0), start=1):
+        add(metrics, step, loss)
+    assert not metrics.flush(0, 3, lr=0.1, stop=False)
+    add(metrics, 4, 3.0)
+    assert metrics.flush(0, 4, lr=0.1, stop=True)
+    assert metrics.epoch_means() == {"loss": 3.0, "accuracy": 30.0}
+    recorder.close()
+    rows = [(row["kind"], row["step"], row["loss"]) for row in read_rows(tmp_path)]
+    assert rows == [("step", 3, 6.0), ("step", 4, 3.0)]
+
+
+def test_a_bad_loss_names_the_batch_of_its_step(image_folder, alone):
+    metrics = step_metrics(image_folder, alone)
+    add(metrics, 7, 1.0, (3, 4))
+    add(metrics, 8, float("nan"), (20, 30))
+    add(metrics, 9, float("nan"), (5, 6))
+    with pytest.raises(NonFiniteLossError, match=r"loss of step 8 is nan.*\[20, 30\].*class_1/02\.jpg"):
+        metrics.flush(0, 9, lr=0.1, stop=False)
+
+
+def metrics_of_rank(world, root):
+    metrics = step_metrics(root, world)
+    add(metrics, 1, 1.0 + world.rank)
+    stop = metrics.flush(0, 1, lr=0.1, stop=world.rank == 1)
+    means = metrics.epoch_means()
+    add(metrics, 2, float("inf") if world.rank == 1 else 1.0)
+    with pytest.raises(NonFiniteLossError) as raised:
+        metrics.flush(0, 2, lr=0.1, stop=False)
+    return stop, means["loss"], str(raised.value)
+
+
+def test_ranks_agree_on_means_stopping_and_bad_losses(image_folder):
+    (stop, mean, said), (other_stop, other_mean, other_said) = run_ranks(2, metrics_of_rank, image_folder)
+    assert stop
+    assert other_stop
+    assert mean == other_mean == 1.5
+    assert "step 2 is not finite on another rank" in said
+    assert "step 2 is inf" in other_said
+
+
+def test_a_resumed_record_drops_what_came_after_the_checkpoint(tmp_path):
+    recorder = Recorder(tmp_path)
+    recorder.row("epoch", 1, 1, loss=1.0)
+    kept = recorder.length()
+    recorder.row("epoch", 2, 2, loss=2.0)
+    recorder.close()
+    resumed = Recorder(tmp_path, resume_at=(1, kept))
+    assert resumed.length() == kept
+    resumed.row("epoch", 2, 2, loss=3.0)
+    resumed.close()
+    assert [row["loss"] for row in read_rows(tmp_path)] == [1.0, 3.0]
+
+
+def test_only_the_main_rank_writes(tmp_path):
+    recorder = Recorder(tmp_path / "none", enabled=False)
+    recorder.row("epoch", 1, 1, loss=1.0)
+    recorder.close()
+    assert not (tmp_path / "none").exists()
+
+
+def test_stopwatch_adds_up_and_starts_again():
+    watch = Stopwatch()
+    for _ in range(2):
+        with watch.phase("a"):
+            pass
+    assert list(watch.take()) == ["a"]
+    assert watch.take() == {}
