@@ -198,7 +198,7 @@ def test_without_prototypes_and_labels(image_folder, tmp_path):
 def test_another_recipe_is_refused(one_rank, image_folder):
     text = train(image_folder, one_rank, "--optim.lr", "0.5", "--cluster.ks", "4", code=1)
     assert "cluster.ks: [3, 9] -> [4]" in text
-    assert "optim.lr: 0.05 -> 0.5" in text
+    assert f"optim.lr: {PRESETS['demo'][1].optim.lr} -> 0.5" in text
     assert "Traceback" not in text
 
 
