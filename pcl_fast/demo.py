@@ -98,7 +98,7 @@ def score_all(output: Path, folder: Path) -> dict[str, Scores]:
             backbone = torch.cat([encoder.backbone(normalise(chunk)) for chunk in views.split(500)])
             features = F.normalize(encoder.head(backbone), dim=1)
         rows[f"{name}, backbone"] = score(backbone, labels)
-        rows[f"{name}, 128-d features"] = score(features, labels)
+        rows[f"{name}, 128-d"] = score(features, labels)
     return rows
 
 
@@ -115,7 +115,7 @@ def score(features: torch.Tensor, labels: torch.Tensor) -> Scores:
 
 
 def as_table(rows: dict[str, Scores]) -> Table:
-    table = Table("features", "AMI (10 clusters)", "AMI (50 clusters)", "kNN accuracy")
+    table = Table("features", "AMI, k = 10", "AMI, k = 50", "kNN accuracy")
     for name, scores in rows.items():
         table.add_row(name, f"{scores.ami_10:.3f}", f"{scores.ami_50:.3f}", f"{scores.knn:.3f}")
     return table

@@ -85,7 +85,8 @@ def _cluster_sizes(axes: Axes, rows: dict[str, Rows]) -> None:
 
 
 def _seconds(axes: Axes, rows: dict[str, Rows]) -> None:
-    names = sorted({name for row in rows["epoch"] for name in row["seconds"]} - {"waiting for data"})
+    others = {name for row in rows["epoch"] for name in row["seconds"]} - {"training", "waiting for data"}
+    names = ["training", *sorted(others)]
     epochs = [row["epoch"] for row in rows["epoch"]]
     bottom = [0.0] * len(epochs)
     for name in names:
@@ -93,5 +94,6 @@ def _seconds(axes: Axes, rows: dict[str, Rows]) -> None:
         axes.bar(epochs, seconds, bottom=bottom, width=1.0, label=name)
         bottom = [below + value for below, value in zip(bottom, seconds, strict=True)]
     waiting = [row["seconds"].get("waiting for data", 0.0) for row in rows["epoch"]]
-    axes.plot(epochs, waiting, color="black", lw=1, label="of which waiting for data")
+    axes.plot(epochs, waiting, color="black", lw=1, label="of training: waiting for data")
+    axes.set_ylim(top=1.6 * max(bottom, default=1))  # room for the legend
     axes.set_xlabel("epochs")
