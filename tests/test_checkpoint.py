@@ -36,7 +36,7 @@ def test_what_was_saved_is_loaded(tmp_path):
 def test_kept_checkpoints_do_not_change(tmp_path):
     save_checkpoint(tmp_path, {"epoch": 1}, keep_as="checkpoint-0001.pt")
     save_checkpoint(tmp_path, {"epoch": 2})
-    assert torch.load(tmp_path / "checkpoint-0001.pt")["epoch"] == 1
+    assert torch.load(tmp_path / "checkpoint-0001.pt", weights_only=True)["epoch"] == 1
     assert load_checkpoint(tmp_path)["epoch"] == 2
 
 
@@ -49,7 +49,7 @@ def test_a_crash_before_the_rename_cannot_spoil_a_kept_checkpoint(tmp_path, monk
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, {"epoch": 20}, keep_as="checkpoint-0020.pt")
     save_checkpoint(tmp_path, {"epoch": 21})
-    assert torch.load(tmp_path / "checkpoint-0020.pt")["epoch"] == 20
+    assert torch.load(tmp_path / "checkpoint-0020.pt", weights_only=True)["epoch"] == 20
 
 
 def test_no_checkpoint_is_none(tmp_path):
