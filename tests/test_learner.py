@@ -111,6 +111,13 @@ def test_a_loss_that_is_not_finite_touches_no_weight(alone):
     assert not all(torch.equal(a, b) for a, b in zip(before, weights(learner), strict=True))
 
 
+def test_an_infinite_loss_with_finite_gradients_touches_no_weight(alone):
+    learner = Learner(small_config(), alone)
+    before = weights(learner)
+    learner._descend(sum(p.sum() for p in learner.encoder.parameters()) + torch.inf)
+    assert all(torch.equal(a, b) for a, b in zip(before, weights(learner), strict=True))
+
+
 def test_a_skipped_first_step_leaves_no_trace(alone):
     """The fused optimiser would otherwise go on from uninitialised momentum."""
     learner, fresh = Learner(small_config(), alone), Learner(small_config(), alone)
