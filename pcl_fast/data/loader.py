@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import signal
+import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -118,11 +118,12 @@ def _workers(config: DataConfig, world: World) -> dict:
         "pin_memory": pin,
         "persistent_workers": True,
         "prefetch_factor": 4,
-        "worker_init_fn": _leave_signals_to_the_trainer,
+        "worker_init_fn": _leave_process_group,
     }
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    """torchrun and terminals signal the whole process group; a worker that died of it would bring the trainer down."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _leave_process_group(worker: int) -> None:
+    """torchrun and terminals signal the trainer's whole process group; a worker that died of it would bring the trainer
+    down before it has saved. (Ignoring the signals instead would keep workers from being ended at exit.)
+    """
+    os.setpgid(0, 0)
