@@ -27,8 +27,8 @@ FLAGS = """
 """
 
 
-# Sends a signal to a process (itself, or its launcher) when a step's metrics are looked at; with a launcher it then
-# slows down, so that the signal comes before the end.
+# Sends a signal when a step is looked at: to its whole process group, as a terminal does, or to its launcher,
+# and then slows down so that what the launcher does comes before the end.
 SIGNALLING = """
 import os, sys, time
 from pcl_fast.metrics import StepMetrics
@@ -38,7 +38,7 @@ def signalling(self, *args, **kwargs):
     reached = self._pending[-1][0]
     stop = flush(self, *args, **kwargs)
     if reached == step and os.environ.get("RANK", "0") == "0":
-        os.kill(os.getppid() if to_launcher else os.getpid(), number)
+        os.kill(os.getppid(), number) if to_launcher else os.killpg(0, number)
     if reached >= step and to_launcher:
         time.sleep(1)
     return stop
@@ -60,7 +60,8 @@ def command(data: Path, output: Path, *flags: str, ranks: int = 1, program: tupl
 def execute(command: list[str]) -> subprocess.CompletedProcess:
     """On the CPU, one thread per rank: bit-equality is tested, and ranks would have to share a GPU."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    # In a process group of its own, which can be signalled without ending the tests.
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, start_new_session=True)
 
 
 def train(*arguments, ranks: int = 1, code: int = 0) -> str:
@@ -145,10 +146,15 @@ def same_rows(one: Path, other: Path) -> None:
     assert kinds[0] == kinds[1]
 
 
-@pytest.mark.parametrize(("number", "step"), [(signal.SIGTERM, 6), (signal.SIGINT, 6), (signal.SIGTERM, 8)])
-def test_an_interrupted_run_continues_bit_for_bit(one_rank, image_folder, tmp_path, number, step):
-    """Epochs have four steps: stopped within the second after the first E-step, and at its very end."""
-    done = interrupt(step, number, tmp_path, image_folder, tmp_path / "run")
+@pytest.mark.parametrize(
+    ("number", "step", "workers"), [(signal.SIGTERM, 6, "1"), (signal.SIGINT, 6, "1"), (signal.SIGTERM, 8, "0")]
+)
+def test_an_interrupted_run_continues_bit_for_bit(one_rank, image_folder, tmp_path, number, step, workers):
+    """Epochs have four steps: stopped within the second after the first E-step, and at its very end.
+
+    The signal goes to the loader's processes as well.
+    """
+    done = interrupt(step, number, tmp_path, image_folder, tmp_path / "run", "--data.workers", workers)
     assert done.returncode == 0, done.stderr
     assert "stopped by a signal" in done.stdout
     # Looked at once a step: a signal after the look at step 6 is seen at step 7; after an epoch's last, at its end.
