@@ -15,10 +15,8 @@ import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -76,10 +74,8 @@ class Recorder:
             return
         columns = (
             TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=8),
             TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
         with Progress(*columns, console=self.console, transient=True) as self._bar:
@@ -92,7 +88,7 @@ class Recorder:
         if self._bar is not None:
             task = self._bar.tasks[0]
             speed = f", {task.speed * batch_size:.0f} images/s" if task.speed else ""
-            self._bar.update(task.id, completed=done, note=describe(values) + speed)
+            self._bar.update(task.id, completed=done, note=_brief(values) + speed)
 
     def epoch_line(
         self, epoch: int, epochs: int, means: dict[str, float], rate: float, seconds: dict[str, float]
@@ -206,6 +202,14 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 def describe(values: dict[str, float]) -> str:
     """ "loss 3.142, instance 7.1, ..." """
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
+
+
+def _brief(values: dict[str, float]) -> str:
+    """Instance and prototype part of loss and accuracy, short enough for a terminal of 80 columns."""
+    parts = ("instance", "prototype")
+    loss = " + ".join(f"{values[f'{part}_loss']:.2f}" for part in parts if f"{part}_loss" in values)
+    right = " / ".join(f"{values[f'{part}_accuracy']:.0f}" for part in parts if f"{part}_accuracy" in values)
+    return f"loss {loss}, right {right} %"
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
