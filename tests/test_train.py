@@ -164,6 +164,34 @@ def test_an_interrupted_run_continues_bit_for_bit(one_rank, image_folder, tmp_pa
     same_rows(one_rank, tmp_path / "run")
 
 
+# The same in the midst of the second E-step, which is not waited for.
+SIGNALLING_IN_E_STEP = """
+import os, signal
+import pcl_fast.trainer as trainer
+from pcl_fast.train import main
+cluster, calls = trainer.cluster, []
+def signalling(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == 2:
+        os.killpg(0, signal.SIGTERM)
+    return cluster(*args, **kwargs)
+trainer.cluster = signalling
+main()
+"""
+
+
+def test_a_signal_ends_an_e_step_and_the_epoch_before_stands(one_rank, image_folder, tmp_path):
+    script = tmp_path / "signalling.py"
+    script.write_text(SIGNALLING_IN_E_STEP)
+    done = execute(command(image_folder, tmp_path / "run", program=(str(script),)))
+    assert done.returncode == 0, done.stderr
+    assert "stopped by a signal" in done.stdout
+    assert load_checkpoint(tmp_path / "run")["global_step"] == 8
+    train(image_folder, tmp_path / "run")
+    same_state(one_rank, tmp_path / "run")
+    same_rows(one_rank, tmp_path / "run")
+
+
 def test_two_ranks_agree_when_to_stop_and_continue_bit_for_bit(two_ranks, image_folder, tmp_path):
     """The launcher is signalled and signals its whole process group, loader workers included."""
     done = interrupt(5, signal.SIGTERM, tmp_path, image_folder, tmp_path / "run", "--data.workers", "1", ranks=2)
