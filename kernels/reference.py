@@ -12,9 +12,13 @@ for confident rows too, where 1 - softmax would have cancelled to nothing.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
+
+ROUNDS = 6  # of the permutation; sampling.py has the same
+MASK = 0xFFFFFFFF
 
 
 def contrast(
@@ -24,6 +28,7 @@ def contrast(
     bank: torch.Tensor,
     bank_weight: torch.Tensor | float,
     hidden: torch.Tensor | None = None,
+    there: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of every query's positive against the bank.
 
@@ -34,6 +39,7 @@ def contrast(
         bank: [R, d] negatives, shared by all queries; R may be 0.
         bank_weight: [R] or scalar, 1 / temperature of each negative.
         hidden: [N, H] bool with H <= R, True where column j < H is no negative of row i.
+        there: [C] bool with C <= R, False where one of the last C columns is nobody's negative.
 
     Inputs are brought to float32 (float64 if query is) before anything is multiplied.
 
@@ -48,6 +54,8 @@ def contrast(
     scores = (query @ bank.detach().to(dtype).T) * bank_weight
     if hidden is not None:
         scores[:, : hidden.shape[1]].masked_fill_(hidden, -torch.inf)
+    if there is not None:
+        scores[:, len(bank) - len(there) :].masked_fill_(~there, -torch.inf)
     if not len(bank):
         return score * 0, torch.ones_like(score, dtype=torch.bool)
     largest = scores.detach().amax(1)
@@ -59,34 +67,93 @@ def contrast(
     return F.softplus((shift - score) + total.log(), threshold=40), score.detach() > largest
 
 
-def candidate_negatives(
-    num_prototypes: int, num_negatives: int | None, positives: torch.Tensor, seed: int
-) -> torch.Tensor:
-    """Distinct prototypes, uniform over those that are nobody's positive, in random order.
+def negative_columns(
+    num_prototypes: int, num_negatives: int | None, positives: torch.Tensor, seed: int | torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Distinct prototypes, uniform over those that are nobody's positive: the first of a keyed permutation.
+
+    Nothing waits for the device: what is not there is masked instead of left out.
 
     Args:
         num_prototypes: K.
         num_negatives: r, or None for all there are.
         positives: int64 [N] in [0, K).
-        seed: the draw depends on nothing but it and the other arguments.
+        seed: int or 0-d int64 tensor. The draw depends on nothing but it and the other arguments, on any device.
 
     Returns:
-        int64 [min(r, number of prototypes that are nobody's positive)], on the device of `positives`.
+        ids: int64 [min(r, K)] on the device of `positives`.
+        there: bool, of the same shape, True for a beginning of it: the ids that exist. None if all do in any case.
     """
-    device = positives.device
-    taken = torch.zeros(num_prototypes, dtype=torch.bool, device=device)
-    taken.index_fill_(0, positives, True)  # taken[positives] = True would copy the value from the host and wait
-    generator = torch.Generator(device).manual_seed(seed)
-    order = torch.randperm(num_prototypes, generator=generator, device=device)
-    # Among the first r + N of a permutation at most N are somebody's positive, so r others are left if they exist.
-    needed = num_prototypes if num_negatives is None else num_negatives + len(positives)
-    order = order[:needed]
-    free = ~taken[order]
-    if num_negatives is None or needed > num_prototypes:
-        return order[free][:num_negatives]  # only the device knows how many these are: this waits for it
-    # The same without waiting, as r of them are sure to be there: each goes to its place, what is too much to a dump.
-    place = torch.where(free, free.cumsum(0) - 1, num_negatives).clamp(max=num_negatives)
-    return order.new_empty(num_negatives + 1).scatter_(0, place, order)[:num_negatives]
+    height, width = grid(num_prototypes, num_negatives)
+    cells = height * width
+    wanted = num_prototypes if num_negatives is None else min(num_negatives, num_prototypes)
+    holes = torch.arange(num_prototypes, cells, device=positives.device)
+    excluded = unpermute(torch.cat([positives, holes]), height, width, seed).sort().values
+    first = torch.ones_like(excluded, dtype=torch.bool)
+    first[1:] = excluded[1:] != excluded[:-1]
+    # The free id number j is at position j + e if e excluded positions come before it: those, in order, whose own
+    # number of free ids before them is j or less. Repeated ones are moved out of the way.
+    free_before = torch.where(first, excluded - (first.cumsum(0) - 1), cells).sort().values
+    number = torch.arange(wanted, device=positives.device)
+    position = number + torch.searchsorted(free_before, number, right=True)
+    there = None if wanted + len(excluded) <= cells else position < cells
+    ids = permute(position.clamp(max=cells - 1), height, width, seed)
+    return (ids if there is None else ids.clamp(max=num_prototypes - 1)), there
+
+
+@lru_cache
+def grid(num_prototypes: int, num_negatives: int | None) -> tuple[int, int]:
+    """(height, width) of the permutation's grid: at least K cells, nearly square, and hardly any more than K.
+
+    A side of at least 16 makes 6 rounds enough for pairs of ids to be uniform to some 1e-3 (the deviation falls with
+    the cube of the side). All prototypes need no random order: one row, which is then turned by a random amount.
+    """
+    if num_negatives is None or num_negatives >= num_prototypes:
+        return 1, num_prototypes
+    side = max(16, math.isqrt(num_prototypes - 1) + 1)
+    height, width = side, side
+    for candidate in range(side, max(16, side * 3 // 4) - 1, -1):
+        columns = max(16, -(-num_prototypes // candidate))
+        if candidate * columns < height * width:
+            height, width = candidate, columns
+    return height, width
+
+
+def permute(position: torch.Tensor, height: int, width: int, seed: int | torch.Tensor) -> torch.Tensor:
+    """Ids at int64 positions in [0, height * width): a Feistel network on the grid's rows and columns."""
+    row, column = position // width, position % width
+    for i in range(0, ROUNDS, 2):
+        row = (row + _offset(column, _round_key(seed, i), height)) % height
+        column = (column + _offset(row, _round_key(seed, i + 1), width)) % width
+    return row * width + column
+
+
+def unpermute(ids: torch.Tensor, height: int, width: int, seed: int | torch.Tensor) -> torch.Tensor:
+    """Positions of int64 ids, the inverse of `permute`."""
+    row, column = ids // width, ids % width
+    for i in reversed(range(0, ROUNDS, 2)):
+        column = (column - _offset(row, _round_key(seed, i + 1), width)) % width
+        row = (row - _offset(column, _round_key(seed, i), height)) % height
+    return row * width + column
+
+
+def _round_key(seed: int | torch.Tensor, i: int) -> int | torch.Tensor:
+    """32 bits from a 64-bit seed."""
+    return _mix(_mix((seed & MASK) ^ (0x9E3779B9 * (i + 1) & MASK)) ^ (seed >> 32 & MASK))
+
+
+def _mix(x: int | torch.Tensor) -> int | torch.Tensor:
+    """Hash of 32 bits in which every bit of the result depends on every bit of x."""
+    x = (x ^ x >> 16) * 0x7FEB352D & MASK
+    x = (x ^ x >> 15) * 0x846CA68B & MASK
+    return x ^ x >> 16
+
+
+def _offset(value: torch.Tensor, key: int | torch.Tensor, size: int) -> torch.Tensor:
+    """Hash of values to [0, size)."""
+    value = (value ^ key) * 0x9E3779B1 & MASK
+    value = (value ^ value >> 15) * 0x85EBCA77 & MASK
+    return value * size >> 32
 
 
 # What follows is the loss as the paper and the official code define it, row by row in Python and float64: slow on

@@ -60,7 +60,7 @@ class LossConfig:
     """tau: InfoNCE's temperature and the mean concentration of the prototypes."""
     num_negatives: int | None = 16384
     """r: negative prototypes drawn per batch and granularity; None takes all."""
-    backend: Literal["auto", "torch"] = "auto"
+    backend: Literal["auto", "triton", "torch"] = "auto"
     """Implementation of the loss; auto takes the fastest that runs on the device."""
 
 

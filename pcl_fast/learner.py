@@ -1,6 +1,6 @@
 """One M-step: everything that changes with a batch.
 
-Nothing in here waits for the device (the loss does, while it is plain PyTorch and takes all negatives there are).
+Nothing in here waits for the device.
 """
 
 from __future__ import annotations

@@ -1,17 +1,33 @@
 """InfoNCE and ProtoNCE (equations 1 and 11 of the paper).
 
 Keys, queue and prototypes are constants: the only gradient is with respect to the query.
+
+backend, in all of these: "triton", the fused kernels; "torch", plain PyTorch operations; "auto", triton for CUDA
+tensors of the types that it takes, torch elsewhere. Both draw the same negatives and, but for rounding, return the
+same. The kernels take float32, float16 and bfloat16, d up to 512 (128 on Volta and Turing), and entries of float32
+features below 64 in absolute value.
+
+Shapes, types and devices are always checked. Values are checked where looking costs nothing, on the CPU; on a GPU it
+would wait for the GPU, and is only done if PCL_FAST_DEBUG=1 is set in the environment.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 
 from pcl_fast.clustering.types import PrototypeSet
 from pcl_fast.kernels import reference
+
+# There is no triton for macOS.
+fused_kernels = import_module("pcl_fast.kernels.contrast") if find_spec("triton") else None
+_FUSED_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ContrastResult(NamedTuple):
@@ -41,16 +57,17 @@ def info_nce(
         key: [N, d] momentum features of the other view.
         queue: [R, d] keys of earlier batches.
         temperature: tau > 0.
-        backend: "torch", or "auto", the fastest for the device.
+        backend: see the module.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, temperature <= 0, or an unknown backend.
+        ValueError: shapes, dtypes or devices that do not fit, an empty queue, temperature <= 0, or a backend that is
+            unknown or cannot be used here.
     """
-    _check_backend(backend)
-    _check_rows("query", query)
-    _check_like("key", key, query, len(query))
-    _check_like("queue", queue, query)
-    _check_positive("temperature", temperature)
+    _check_instance(query, key, queue, temperature)
+    fused = _fused(backend, query, key, queue)
+    if fused:
+        _, loss, correct = fused.contrast(query, key, queue, temperature, [], None, None, 0)
+        return ContrastResult(loss[0], correct[0])
     with _full_precision(query):
         return ContrastResult(*reference.contrast(query, key, 1 / temperature, queue, 1 / temperature))
 
@@ -74,19 +91,23 @@ def proto_nce(
         prototypes: centroids [K, d], concentration [K], assignment [n].
         index: int64 [N], positions of the rows' images in the data set, in [0, n).
         num_negatives: r; None, or more than exist: all.
-        seed: of the draw; int, or 0-d int64 tensor (reading it from a GPU waits for the GPU).
-        backend: see `info_nce`.
+        seed: of the draw; int, or 0-d int64 tensor on the query's device, which is read there: a CUDA graph draws
+            afresh at every replay if the tensor has changed.
+        backend: see the module.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, r < 1, an unknown backend, or (on CPU, where looking
-            costs nothing) an index out of range.
+        ValueError: shapes, dtypes or devices that do not fit, no prototypes, r < 1, a backend that is unknown or cannot
+            be used here, or (where values are looked at) an index out of range or a concentration <= 0.
     """
-    _check_backend(backend)
     _check_rows("query", query)
-    _check_prototypes(prototypes, query)
-    _check_index(index, query, len(prototypes.assignment))
+    _check_draw(num_negatives, seed, query.device)
+    _check_prototypes(prototypes, index, query)
+    fused = _fused(backend, query, prototypes.centroids)
+    if fused:
+        _, loss, correct = fused.contrast(query, None, None, 1.0, [prototypes], index, num_negatives, seed)
+        return ContrastResult(loss[0], correct[0])
     positives = prototypes.assignment[index].long()
-    negatives = sample_negatives(len(prototypes.centroids), num_negatives, positives, seed=seed)
+    negatives, there = reference.negative_columns(len(prototypes.centroids), num_negatives, positives, seed)
     columns = torch.cat([positives, negatives])
     weight = 1 / prototypes.concentration
     # Hidden: the rows' columns that are a row's own prototype, which the sampled ones cannot be.
@@ -100,6 +121,7 @@ def proto_nce(
                 prototypes.centroids.index_select(0, columns),  # a quarter of the time of [columns] on a CPU
                 weight[columns],
                 twin,
+                there,
             )
         )
 
@@ -119,14 +141,16 @@ def sample_negatives(
         int64 [r']: distinct, uniform over the prototypes that are not in `positives`, in random order. r' = r, or fewer
         if there are no more.
 
+    Where r may be more than there are, counting them waits for the GPU; the losses themselves never do.
+
     Raises:
-        ValueError: K < 1 or r < 1.
+        ValueError: K < 1, r < 1, or a seed beyond 64 bits or on another device.
     """
     if num_prototypes < 1:
         raise ValueError(f"num_prototypes must be positive, got {num_prototypes}")
-    if num_negatives is not None and num_negatives < 1:
-        raise ValueError(f"num_negatives must be positive, or None for all, got {num_negatives}")
-    return reference.candidate_negatives(num_prototypes, num_negatives, positives, int(seed))
+    _check_draw(num_negatives, seed, positives.device)
+    ids, there = reference.negative_columns(num_prototypes, num_negatives, positives, seed)
+    return ids if there is None else ids[there]
 
 
 def protonce(
@@ -149,6 +173,16 @@ def protonce(
     Raises:
         ValueError: see `info_nce` and `proto_nce`.
     """
+    _check_rows("query", query)
+    fused = _fused(backend, query, key, queue, *(granularity.centroids for granularity in prototypes))
+    if fused:
+        _check_instance(query, key, queue, temperature)
+        _check_draw(num_negatives, seed, query.device)
+        for granularity in prototypes:
+            _check_prototypes(granularity, index, query)
+        mean, loss, correct = fused.contrast(query, key, queue, temperature, prototypes, index, num_negatives, seed)
+        results = [ContrastResult(*rows) for rows in zip(loss.unbind(), correct.unbind(), strict=True)]
+        return ProtoNCEResult(mean, results[0], results[1:])
     instance = info_nce(query, key, queue, temperature, backend=backend)
     parts = [
         proto_nce(query, granularity, index, num_negatives, seed=seed + m, backend=backend)
@@ -165,11 +199,58 @@ def _full_precision(query: torch.Tensor) -> torch.autocast:
     return torch.autocast(query.device.type, enabled=False)
 
 
-def _check_backend(backend: str) -> None:
-    if backend == "triton":
-        raise ValueError('backend "triton" is not part of this version; use "torch" or "auto"')
-    if backend not in ("auto", "torch"):
-        raise ValueError(f'the loss has the backends "auto" and "torch", not {backend!r}')
+def _fused(backend: str, query: torch.Tensor, *banks: torch.Tensor) -> ModuleType | None:
+    """The module of the fused kernels, if it is to be used."""
+    if backend not in ("auto", "triton", "torch"):
+        raise ValueError(f'the loss has the backends "auto", "triton" and "torch", not {backend!r}')
+    if backend == "torch" or (backend == "auto" and not query.is_cuda):
+        return None
+    obstacle = _obstacle(query, banks)
+    if obstacle is None:
+        return fused_kernels
+    if backend == "auto":
+        return None
+    raise ValueError(f'backend "triton" {obstacle}; use backend "torch"')
+
+
+def _obstacle(query: torch.Tensor, banks: Sequence[torch.Tensor]) -> str | None:
+    """Why the fused kernels cannot be used, or None."""
+    if fused_kernels is None:
+        return "needs the package triton, which is not installed"
+    if not query.is_cuda and not fused_kernels.INTERPRETED:
+        return (
+            f"needs CUDA tensors, query is on {query.device} (to debug the kernels without a GPU, set "
+            "TRITON_INTERPRET=1 before Python starts)"
+        )
+    other = [str(rows.dtype) for rows in (query, *banks) if rows.dtype not in _FUSED_TYPES]
+    if other:
+        return f"takes float32, float16 and bfloat16, got {other[0]}"
+    widest = fused_kernels.widest(query.device)
+    if not widest:
+        return f"needs a GPU of compute capability 8.0 or newer, or 7.0 with Triton 3.1; {query.device} is neither"
+    return f"takes d up to {widest} on {query.device}, got {query.shape[1]}" if query.shape[1] > widest else None
+
+
+def _check_instance(query: torch.Tensor, key: torch.Tensor, queue: torch.Tensor, temperature: float) -> None:
+    _check_rows("query", query)
+    _check_like("key", key, query, len(query))
+    _check_like("queue", queue, query)
+    if not len(queue):
+        raise ValueError("queue is empty, there is nothing to contrast with")
+    _check_positive("temperature", temperature)
+
+
+def _check_draw(num_negatives: int | None, seed: int | torch.Tensor, device: torch.device) -> None:
+    if num_negatives is not None and num_negatives < 1:
+        raise ValueError(f"num_negatives must be positive, or None for all, got {num_negatives}")
+    if isinstance(seed, torch.Tensor):
+        if seed.ndim or seed.dtype != torch.int64 or seed.device != device:
+            raise ValueError(
+                f"seed must be an int or a 0-d int64 tensor on {device}, got {seed.dtype} {list(seed.shape)} "
+                f"on {seed.device}"
+            )
+    elif not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit into 64 bits, got {seed}")
 
 
 def _check_rows(name: str, rows: torch.Tensor) -> None:
@@ -189,29 +270,40 @@ def _check_like(name: str, rows: torch.Tensor, query: torch.Tensor, length: int 
     _check_device(name, rows, query)
 
 
-def _check_prototypes(prototypes: PrototypeSet, query: torch.Tensor) -> None:
+def _check_prototypes(prototypes: PrototypeSet, index: torch.Tensor, query: torch.Tensor) -> None:
     centroids, concentration, assignment = prototypes
     _check_like("prototypes.centroids", centroids, query)
-    if concentration.shape != centroids.shape[:1] or not len(centroids):
+    fits = concentration.shape == centroids.shape[:1] and concentration.is_floating_point()
+    if not fits or not len(centroids):
         raise ValueError(
-            f"prototypes.concentration must be [K] with K >= 1 for centroids {list(centroids.shape)}, "
-            f"got {list(concentration.shape)}"
+            f"prototypes.concentration must be [K] floating point with K >= 1 for centroids {list(centroids.shape)}, "
+            f"got {list(concentration.shape)} {concentration.dtype}"
         )
-    if assignment.ndim != 1 or assignment.is_floating_point():
-        raise ValueError(f"prototypes.assignment must be [n] integers, got {list(assignment.shape)} {assignment.dtype}")
-    _check_device("prototypes.concentration", concentration, query)
-    _check_device("prototypes.assignment", assignment, query)
-
-
-def _check_index(index: torch.Tensor, query: torch.Tensor, images: int) -> None:
+    if assignment.ndim != 1 or assignment.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"prototypes.assignment must be [n] int32 or int64, got {list(assignment.shape)} {assignment.dtype}"
+        )
     if index.shape != query.shape[:1] or index.dtype != torch.int64:
         raise ValueError(f"index must be int64 [{len(query)}], got {index.dtype} {list(index.shape)}")
+    _check_device("prototypes.concentration", concentration, query)
+    _check_device("prototypes.assignment", assignment, query)
     _check_device("index", index, query)
-    if index.device.type == "cpu" and not (int(index.min()) >= 0 and int(index.max()) < images):
-        raise ValueError(
-            f"index must lie in [0, {images}), the images that were clustered; "
-            f"got {int(index.min())} to {int(index.max())}"
-        )
+    if not torch.compiler.is_compiling() and (not query.is_cuda or os.environ.get("PCL_FAST_DEBUG") == "1"):
+        _check_values(prototypes, index)
+
+
+def _check_values(prototypes: PrototypeSet, index: torch.Tensor) -> None:
+    centroids, concentration, assignment = prototypes
+    _check_range("index", index, len(assignment), "the images that were clustered")
+    _check_range("prototypes.assignment of the batch", assignment[index], len(centroids), "the prototypes")
+    if not float(concentration.min()) > 0:
+        raise ValueError(f"prototypes.concentration must be positive, got {float(concentration.min())}")
+
+
+def _check_range(name: str, values: torch.Tensor, end: int, what: str) -> None:
+    least, most = (int(value) for value in values.aminmax())
+    if least < 0 or most >= end:
+        raise ValueError(f"{name} must lie in [0, {end}), {what}; got {least} to {most}")
 
 
 def _check_device(name: str, tensor: torch.Tensor, query: torch.Tensor) -> None:

@@ -11,6 +11,7 @@ from pcl_fast.clustering import PrototypeSet
 from pcl_fast.losses import info_nce, proto_nce, protonce, sample_negatives
 
 D = 24
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def unit(rows: int, generator: torch.Generator, common: float = 0.0, dtype=torch.float64) -> torch.Tensor:
@@ -180,6 +181,95 @@ def test_autocast_does_not_round_the_products(generator):
         assert torch.equal(info_nce(query, key, queue, 0.05).loss, plain)
 
 
+# --- the fused kernels (in Triton's interpreter where there is no GPU) --------------------------------------------
+
+
+def fused_case(generator: torch.Generator, rows: int = 6) -> dict:
+    """Arguments of protonce but query and backend, on the device that the kernels run on."""
+    prototypes = [
+        PrototypeSet(*(field.to(DEVICE) for field in prototype_set(k, 50, generator, common=0.5))) for k in (20, 40)
+    ]
+    return {
+        "key": unit(rows, generator).float().to(DEVICE),
+        "queue": unit(30, generator).float().to(DEVICE),
+        "prototypes": prototypes,
+        "index": torch.randint(0, 50, (rows,), generator=generator).to(DEVICE),
+        "temperature": 0.1,
+        "num_negatives": 12,
+        "seed": 17,
+    }
+
+
+def test_backends_agree(generator):
+    query, case = unit(6, generator).float().to(DEVICE), fused_case(generator)
+    results, gradients = [], []
+    for backend in ("torch", "triton"):
+        leaf = query.clone().requires_grad_()
+        results.append(protonce(leaf, **case, backend=backend))
+        results[-1].loss.backward()
+        gradients.append(leaf.grad)
+    torch_one, fused = results
+    torch.testing.assert_close(fused.loss, torch_one.loss)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    for mine, other in zip([fused.instance, *fused.prototype], [torch_one.instance, *torch_one.prototype], strict=True):
+        torch.testing.assert_close(mine.loss, other.loss, rtol=1e-5, atol=1e-5)
+        assert torch.equal(mine.correct, other.correct)
+
+
+def test_parts_are_what_the_whole_is_made_of(generator):
+    query, case = unit(6, generator).float().to(DEVICE), fused_case(generator)
+    whole = protonce(query, **case, backend="triton")
+    instance = info_nce(query, case["key"], case["queue"], 0.1, backend="triton")
+    assert torch.equal(instance.loss, whole.instance.loss)
+    for m, (granularity, part) in enumerate(zip(case["prototypes"], whole.prototype, strict=True)):
+        alone = proto_nce(query, granularity, case["index"], 12, seed=17 + m, backend="triton")
+        torch.testing.assert_close(alone.loss, part.loss)
+        assert torch.equal(alone.correct, part.correct)
+    warm = protonce(query, **{**case, "prototypes": []}, backend="triton")
+    torch.testing.assert_close(warm.loss, instance.loss.mean())
+
+
+def test_a_seed_on_the_device(generator):
+    query, case = unit(6, generator).float().to(DEVICE), fused_case(generator)
+    on_device = {**case, "seed": torch.tensor(17, device=DEVICE)}
+    for backend in ("torch", "triton"):
+        given, read = (protonce(query, **arguments, backend=backend).loss for arguments in (case, on_device))
+        assert torch.equal(given, read)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_the_loss_compiles_as_one_graph(backend):
+    generator = torch.Generator().manual_seed(0)
+    query, case = unit(6, generator).float().to(DEVICE), fused_case(generator)
+    compiled = torch.compile(protonce, fullgraph=True, backend="aot_eager")
+    for seed in (1, 2, 3):
+        plain, traced = (query.clone().requires_grad_() for _ in range(2))
+        protonce(plain, **{**case, "seed": seed}, backend=backend).loss.backward()
+        compiled(traced, **{**case, "seed": seed}, backend=backend).loss.backward()
+        torch.testing.assert_close(traced.grad, plain.grad)
+
+
+def test_fused_kernels_leave_other_inputs_without_gradient(generator):
+    query, case = unit(6, generator).float().to(DEVICE).requires_grad_(), fused_case(generator)
+    case["queue"].requires_grad_()
+    protonce(query, **case, backend="triton").loss.backward()
+    assert query.grad is not None
+    assert case["queue"].grad is None
+
+
+def test_fused_kernels_are_refused_with_the_reason(generator, monkeypatch):
+    wide = torch.nn.functional.normalize(torch.ones(4, 600, device=DEVICE), dim=1)
+    with pytest.raises(ValueError, match=r'backend "triton" takes d up to 512 .*got 600; use backend "torch"'):
+        info_nce(wide, wide, wide, 0.1, backend="triton")
+    monkeypatch.setattr("pcl_fast.losses.fused_kernels.INTERPRETED", False)
+    query = unit(4, generator).float()
+    with pytest.raises(ValueError, match=r"needs CUDA tensors, query is on cpu .*TRITON_INTERPRET=1"):
+        info_nce(query, query, query, 0.1, backend="triton")
+    monkeypatch.setattr("pcl_fast.losses.fused_kernels", None)
+    with pytest.raises(ValueError, match="needs the package triton, which is not installed"):
+        info_nce(query, query, query, 0.1, backend="triton")
+
+
 # --- sampling -----------------------------------------------------------------------------------------------------
 
 
@@ -231,7 +321,11 @@ def test_errors_name_argument_and_value(generator):
         (lambda: info_nce(q, q, queue[:, :5], 0.1), r"queue must be \[R, 24\].*\[9, 5\]"),
         (lambda: info_nce(q, q, queue, 0.0), "temperature must be positive, got 0.0"),
         (lambda: info_nce(q, q, queue, 0.1, backend="cuda"), "backends .*'cuda'"),
-        (lambda: info_nce(q, q, queue, 0.1, backend="triton"), "triton"),
+        (lambda: info_nce(q, q, queue[:0], 0.1), "queue is empty"),
+        (
+            lambda: info_nce(q, q, queue, 0.1, backend="triton"),
+            "takes float32, float16 and bfloat16, got torch.float64",
+        ),
         (lambda: proto_nce(q, prototypes, index[:2], 5, seed=0), r"index must be int64 \[4\]"),
         (lambda: proto_nce(q, prototypes, index.int(), 5, seed=0), "index must be int64.*int32"),
         (lambda: proto_nce(q, prototypes, index + 37, 5, seed=0), r"index must lie in \[0, 40\).*37 to 40"),
@@ -241,6 +335,25 @@ def test_errors_name_argument_and_value(generator):
             lambda: proto_nce(q, prototypes._replace(concentration=torch.ones(3)), index, 5, seed=0),
             r"prototypes.concentration must be \[K\].*\[3\]",
         ),
+        (
+            lambda: proto_nce(q, prototypes._replace(concentration=torch.zeros(10)), index, 5, seed=0),
+            "prototypes.concentration must be positive, got 0.0",
+        ),
+        (
+            lambda: proto_nce(q, prototypes._replace(centroids=q[:0], concentration=torch.ones(0)), index, 5, seed=0),
+            "with K >= 1",
+        ),
+        (
+            lambda: proto_nce(q, prototypes._replace(assignment=torch.full((40,), 10)), index, 5, seed=0),
+            r"prototypes.assignment of the batch must lie in \[0, 10\).*10 to 10",
+        ),
+        (
+            lambda: proto_nce(q, prototypes._replace(assignment=torch.zeros(40)), index, 5, seed=0),
+            "assignment must be .* int32 or int64.*float32",
+        ),
+        (lambda: proto_nce(q, prototypes, index, 5, seed=2**63), "seed must fit into 64 bits, got 9223372036854775808"),
+        (lambda: proto_nce(q, prototypes, index, 5, seed=torch.tensor([1])), r"0-d int64 tensor on cpu, got .*\[1\]"),
+        (lambda: sample_negatives(10, 5, index, seed=torch.tensor(1.0)), "seed must be .* got torch.float32"),
         (lambda: sample_negatives(0, 5, index, seed=0), "num_prototypes must be positive"),
     ]
     for call, message in cases:

@@ -1,0 +1,42 @@
+"""What the kernels share: tiles of matrix rows, and units."""
+
+# Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
+import triton
+import triton.language as tl
+
+# Scores are kept in units of log 2: exp2 is the hardware's exponential.
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+# Finite stand-ins for -inf, whose difference would be NaN. A hidden score is so far below the initial maximum that its
+# exponential is 0 against that too.
+HIDDEN = tl.constexpr(-3e30)
+LOWEST = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _places(ids, valid, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = first + tl.arange(0, BLOCK_D)
+    mask = valid[:, None]
+    if D % BLOCK_D != 0:
+        mask = mask & (d < D)[None, :]
+    return ids.to(tl.int64)[:, None] * D + d[None, :], mask
+
+
+@triton.jit
+def load_rows(matrix, ids, valid, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows of a [*, D] matrix, BLOCK_D entries from `first` on: 0 where not valid and beyond D."""
+    places, mask = _places(ids, valid, first, D, BLOCK_D)
+    return tl.load(matrix + places, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(matrix, ids, rows, valid, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The counterpart of `load_rows`."""
+    places, mask = _places(ids, valid, first, D, BLOCK_D)
+    tl.store(matrix + places, rows, mask=mask)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x, correctly rounded, for a score must not depend on where its weight was computed."""
+    return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x.to(tl.float32))

@@ -1,0 +1,139 @@
+"""Compiles the kernels for GPUs that need not be there, and prints what they take, one line per kernel and target.
+
+    python tests/kernels/resources.py 80 90
+
+Exits with 1 if a kernel spills registers to memory, or a product does not run on the matrix units. Must run without
+TRITON_INTERPRET, which replaces the kernels by Python.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from pcl_fast.kernels import combine, launch, sampling, stream
+from pcl_fast.kernels.contrast import DRAW_BLOCK, TRITON_TYPES, chunk, parts_at_once
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+# Pointers of every kernel by name, if not to float32; what ends in a digit goes without it.
+INTEGERS = {"index": "*i64", "assignment": "*i32", "list_ids": "*i32", "ends": "*i32", "correct": "*u8"}
+FLOATS = ("queue_weight", "first_share", "other_share")
+FEATURES = ("query", "key", "bank", "out")
+NUMBERS = (
+    "n", "size", "columns", "height", "width", "length", "begin", "granularity", "stride", "first_bank", "first_part",
+    "part_columns", "seed_low", "seed_high", "banks", "bank_stride", "row_stride",
+)  # fmt: skip
+
+
+class Case(NamedTuple):
+    """A kernel with its constants; features: the type of query and banks."""
+
+    name: str
+    kernel: triton.JITFunction
+    constants: dict
+    features: torch.dtype
+    options: dict
+    products: bool
+
+
+def cases(capability: int) -> Iterator[Case]:
+    """Every kernel as `contrast` launches it on this architecture, by type of operand and width."""
+    half = [torch.float16] if capability < 80 else [torch.float16, torch.bfloat16]
+    widths = (128,) if capability < 80 else (128, 512)
+    for features in (*half, torch.float32):
+        for d in widths:
+            tile = launch.tile_for(capability, features.itemsize, d)
+            operand = TRITON_TYPES[features]
+            constants = {"D": d, "BLOCK_D": min(d, launch.BLOCK_D), "ROWS": tile.rows, "COLUMNS": tile.columns}
+            constants |= {"USED": sampling.SLOTS, "QUEUE": True, "OPERAND": operand, "DOT": operand}
+            options = {"num_warps": tile.warps, "num_stages": tile.stages}
+            name = f"stream {POINTER[features][1:]} d={d}"
+            yield Case(name, stream.stream, constants, features, options, products=True)
+    for rows in (64, 1024):
+        constants = {"USED": sampling.SLOTS, "SEEDED": True, "BLOCK": DRAW_BLOCK}
+        constants |= {"EXCLUDED": 2 * rows, "CHUNK": chunk(rows, 2 * rows)}
+        yield Case(f"draw N={rows}", sampling.draw, constants, torch.float32, {}, products=False)
+    for d in widths:
+        constants = {"D": d, "BLOCK_D": d, "PARTS": parts_at_once(d)}
+        yield Case(f"combine d={d}", combine.combine, constants, torch.float32, {}, products=False)
+        constants = {"D": d, "BLOCK_D": d, "MEAN": True, "BY_ROW": True}
+        yield Case(f"weigh d={d}", combine.weigh, constants, torch.float16, {}, products=False)
+
+
+def build(case: Case, capability: int):
+    """The compiled kernel."""
+    signature = {name: _type(name, case) for name in case.kernel.arg_names if name not in case.constants}
+    aligned = [i for i, name in enumerate(case.kernel.arg_names) if signature.get(name, "").startswith("*")]
+    if "constexprs" in inspect.signature(ASTSource).parameters:
+        whole = {name: signature.get(name, "constexpr") for name in case.kernel.arg_names}
+        attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+        source = ASTSource(case.kernel, whole, constexprs=case.constants, attrs=attributes)
+    else:  # Triton 3.1
+        from triton.compiler.compiler import AttrsDescriptor
+
+        attributes = AttrsDescriptor(tuple(aligned), ())
+        source = ASTSource(case.kernel, signature, constants=case.constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=case.options)
+
+
+def _type(name: str, case: Case) -> str:
+    stem = name.rstrip("0123456789")
+    if stem in FEATURES:
+        return POINTER[case.features]
+    if stem in FLOATS:
+        return "fp32"
+    if stem in NUMBERS:
+        return "i32"
+    return "*i64" if name == "seed_on_device" else INTEGERS.get(stem, "*fp32")
+
+
+class Resources(NamedTuple):
+    registers: int
+    spills: int  # instructions that move a register to or from local memory
+    shared: int  # bytes
+    matrix: str  # matrix instructions: how many of which kind
+
+    def __str__(self) -> str:
+        sizes = f"{self.registers:4} registers {self.spills:4} spills {self.shared:7} B shared"
+        return f"{sizes}   {self.matrix or 'no products'}"
+
+
+def resources(compiled) -> Resources:
+    """Read from the machine code."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        code, usage = (
+            subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-sass", "-res-usage")
+        )
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA", "STL", "LDL")}
+    matrix = ", ".join(f"{counts[name]} {name}" for name in ("HGMMA", "HMMA") if counts[name])
+    spills = counts["STL"] + counts["LDL"]
+    return Resources(int(re.search(r"REG:(\d+)", usage)[1]), spills, compiled.metadata.shared, matrix)
+
+
+def main(targets: list[int]) -> int:
+    failed = False
+    for capability in targets:
+        for case in cases(capability):
+            found = resources(build(case, capability))
+            wrong = bool(found.spills) or (case.products and not found.matrix)
+            failed |= wrong
+            print(f"sm_{capability}  {case.name:18} {found}{'   <- FAILS' if wrong else ''}", flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main([int(argument) for argument in sys.argv[1:]]))

@@ -1,0 +1,24 @@
+"""The kernels compile for GPUs that are not there, without spilling, and multiply on the matrix units."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+# Triton 3.1 is the stack for Volta.
+TARGETS = ("70",) if triton.__version__.startswith("3.1.") else ("80", "90")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_without_spills_and_use_the_matrix_units(target):
+    script = Path(__file__).parent / "resources.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, script, target], env=environment, capture_output=True, text=True)
+    print(done.stdout)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(f"sm_{target}") >= 6
