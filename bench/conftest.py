@@ -1,7 +1,8 @@
-"""Writes bench/results/<machine>/<module>.json after a benchmark run: medians, percentiles and ratios."""
+"""Writes <results>/<machine>/<module>.json after a benchmark run: medians, percentiles, rates and ratios."""
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import re
@@ -11,66 +12,96 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 
+import device
+import pytest
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption("--results", type=Path, default=HERE / "results", help="folder of the benchmarks' records")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine() -> tuple[dict, str]:
+    """Measured before any benchmark runs, as one that fails can leave the GPU unusable."""
+    return describe_machine()
 
 
 def pytest_sessionfinish(session) -> None:
-    benchmarks = getattr(session.config._benchmarksession, "benchmarks", [])
     by_module: dict[str, list] = {}
-    for benchmark in benchmarks:
-        if benchmark.stats.rounds:
+    for benchmark in session.config._benchmarksession.benchmarks:
+        if benchmark.stats.data and not benchmark.has_error:
             by_module.setdefault(Path(benchmark.fullname.split("::")[0]).stem, []).append(benchmark)
     for module, entries in by_module.items():
         machine, slug = describe_machine()
-        folder = RESULTS / slug
+        folder = session.config.getoption("results") / slug
         folder.mkdir(parents=True, exist_ok=True)
         record = {
-            "commit": commit(),
+            "commit": output_of("git", "-C", str(HERE), "describe", "--always", "--dirty"),
             "date": date.today().isoformat(),
             **machine,
             "sizes": entries[0].extra_info["sizes"],
-            "cases": cases(entries),
+            "cases": cases(entries, machine),
         }
         path = folder / f"{module}.json"
         path.write_text(json.dumps(record, indent=2) + "\n")
         print(f"\nwritten: {path}")
-        for group, providers in record["cases"].items():
-            for provider, figures in providers.items():
-                print(f"  {group}, {provider}: {figures['median_ms']} ms, {figures['times_faster_than_first']}x")
+        for group, case in record["cases"].items():
+            for provider, row in case["providers"].items():
+                print(f"  {group}, {provider}: {row['median_ms']} ms, {row['times_faster_than_first']}x")
 
 
-def cases(entries: list) -> dict[str, dict]:
-    """group -> provider -> figures in ms; the ratio is against the group's first provider."""
+def cases(entries: list, machine: dict) -> dict[str, dict]:
+    """group -> the case, and its providers' figures in the order in which they ran."""
     result: dict[str, dict] = {}
     for entry in entries:
-        times = sorted(1e3 * seconds for seconds in entry.stats.data)
-        group = result.setdefault(entry.group, {})
-        median = statistics.median(times)
-        first = next(iter(group.values()))["median_ms"] if group else round(median, 3)
-        group[entry.extra_info["provider"]] = {
-            "median_ms": round(median, 3),
-            "p20_ms": round(times[len(times) // 5], 3),
-            "p80_ms": round(times[len(times) * 4 // 5], 3),
-            "rounds": len(times),
-            "times_faster_than_first": round(first / median, 2),
-        }
+        case = entry.extra_info["case"]
+        if entry.group not in result:
+            floor = {"floor_ms": floor_ms(case, machine)} if "floor_bytes" in case else {}
+            result[entry.group] = {**case, **floor, "providers": {}}
+        providers = result[entry.group]["providers"]
+        first = next(iter(providers.values()))["median_ms"] if providers else None
+        providers[entry.extra_info["provider"]] = figures(entry, first)
     return result
 
 
+def figures(entry, first_ms: float | None) -> dict:
+    """Times in ms, their ratio to the group's first provider's, rates where the case says of how much, memory."""
+    times = sorted(1e3 * seconds for seconds in entry.stats.data)
+    median = statistics.median(times)
+    rates = {"gb_per_s": ("floor_bytes", 1e6), "tflop_per_s": ("flop", 1e9)}
+    case = entry.extra_info["case"]
+    return {
+        "median_ms": round(median, 4),
+        "p20_ms": round(times[len(times) // 5], 4),
+        "p80_ms": round(times[len(times) * 4 // 5], 4),
+        "rounds": len(times),
+        "times_faster_than_first": round((first_ms or median) / median, 2),
+        **{rate: round(case[work] / unit / median, 3) for rate, (work, unit) in rates.items() if work in case},
+        "peak_extra_bytes": entry.extra_info.get("peak_extra_bytes"),
+    }
+
+
+def floor_ms(case: dict, machine: dict) -> float | None:
+    """No faster than the GPU copies; not known of a CPU."""
+    return round(case["floor_bytes"] / machine["copy_gb_per_s"] / 1e6, 5) if device.CUDA else None
+
+
+@functools.cache
 def describe_machine() -> tuple[dict, str]:
     """What the figures depend on, and a folder name for it."""
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    else:
-        name = f"{processor()} CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device.CUDA else f"{processor()} CPU, {torch.get_num_threads()} threads"
     machine = {
         "machine": name,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton"),
     }
+    if device.CUDA:
+        machine["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        machine["copy_gb_per_s"] = round(device.copy_rate() / 1e9, 1)
     return machine, re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -83,9 +114,10 @@ def processor() -> str:
     return found[1] if found else platform.machine()
 
 
-def commit() -> str:
-    """Short hash, with a mark if the tree differs from it."""
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return done.stdout.strip()
+def output_of(*command: str) -> str:
+    """First line that a command prints; "unknown" if it is not there or fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return done.stdout.strip().partition("\n")[0]

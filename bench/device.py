@@ -1,0 +1,106 @@
+"""What measuring takes beyond pytest-benchmark: the GPU's clock, a cold cache, memory, graphs, the rate of a copy."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+CUDA = torch.cuda.is_available()
+WARM_UP = 3
+
+
+class GpuInstant:
+    """Now, by the GPU's clock: the moment when everything enqueued before it is done.
+
+    The difference of two, in seconds, waits for the later one; nothing else waits. So between two of them lies what
+    the GPU took, and what it spent idle because the host was late.
+    """
+
+    def __init__(self) -> None:
+        self.event = torch.cuda.Event(enable_timing=True)
+        self.event.record()
+
+    def __sub__(self, earlier: GpuInstant) -> float:
+        self.event.synchronize()
+        return earlier.event.elapsed_time(self.event) / 1e3
+
+
+clock = GpuInstant if CUDA else time.perf_counter
+
+
+@functools.cache
+def _filler() -> torch.Tensor:
+    """More than the L2 cache of any GPU."""
+    return torch.empty(256 * 2**20, dtype=torch.uint8, device="cuda")
+
+
+def flush_cache() -> None:
+    """Drive the inputs out of the GPU's L2, as the rest of a training step does.
+
+    The host goes on meanwhile: by the time the GPU is done it has launched the first kernels, so that their latency is
+    hidden and only gaps between kernels count. On a CPU this does nothing.
+    """
+    if CUDA:
+        _filler().zero_()
+
+
+def peak_bytes(function: Callable) -> tuple[object, int | None]:
+    """(result, bytes): what the function returns, and the most that it had allocated on the GPU beyond what was there.
+
+    On a CPU nobody counts: None.
+    """
+    if not CUDA:
+        return function(), None
+    gc.collect()  # capture does the same, and would free what is counted as being there
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function()
+    return result, torch.cuda.max_memory_allocated() - before
+
+
+def capture(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], torch.Tensor], int | None]:
+    """(replay, bytes): the step as a CUDA graph, and the peak of its memory pool, which it keeps.
+
+    Whatever a step does only the first times (compiling kernels, allocating workspaces) cannot be captured and is done
+    before, on a side stream, since capture does not run on the default one either.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+
+    def record() -> torch.Tensor:
+        with torch.cuda.graph(graph):
+            return step()
+
+    output, size = peak_bytes(record)
+
+    def replay() -> torch.Tensor:
+        graph.replay()
+        return output
+
+    return replay, size
+
+
+def copy_rate() -> float:
+    """Bytes per second, read and written ones together, of a copy too large for any cache."""
+    source = torch.rand(2**28, device="cuda")
+    target = torch.empty_like(source)
+
+    def seconds(copies: int = 10) -> float:
+        start = clock()
+        for _ in range(copies):
+            target.copy_(source)
+        return (clock() - start) / copies
+
+    seconds()
+    return 2 * source.nbytes / statistics.median(seconds() for _ in range(5))
