@@ -5,7 +5,7 @@ STACK ?= cu13
 VENV := $(if $(filter v100,$(STACK)),.venv-v100,.venv)
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench
+.PHONY: setup demo test lint bench check-v100
 
 setup: $(VENV)/ready
 
@@ -21,6 +21,14 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m pytest bench/loss.py --benchmark-enable --benchmark-sort=name --benchmark-columns=min,median,max,rounds
+
+# The kernels on the stack for Volta, in Triton's interpreter, and what they take on every architecture. Needs no GPU.
+check-v100:
+	$(MAKE) setup STACK=v100
+	.venv-v100/bin/python -m pytest tests/kernels tests/test_losses.py --ignore tests/kernels/test_resources.py
+	.venv-v100/bin/python tests/kernels/resources.py 70
+	$(MAKE) setup STACK=cu13
+	.venv/bin/python tests/kernels/resources.py 80 90
 
 $(VENV)/ready: requirements/$(STACK).txt requirements/tools.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
