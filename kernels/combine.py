@@ -58,7 +58,8 @@ def combine(
         z = _difference(largest, total, score)
         line = bank.to(tl.int64) * n + row
         tl.store(loss + line, _softplus(z * LN2))
-        tl.store(correct + line, (score > largest).to(tl.uint8))
+        # Maxima pass over NaN on a GPU; the total does not.
+        tl.store(correct + line, ((score > largest) & (total == total)).to(tl.uint8))
         # e^z / (1 + e^z), without overflow.
         small = tl.exp2(-tl.abs(z))
         sigmoid = tl.where(z > 0, 1.0, small) / (1.0 + small)

@@ -23,7 +23,8 @@ positive, and one column per other row, its positive, unless that is this row's 
 
 Numerics. fp16 and bf16 operands are multiplied as they are, the promotion of query and bank type, and added in fp32.
 fp32 operands are split into two fp16 numbers, high + low, and multiplied as high high + high low + low high: 22 bits,
-which with the order of the sums is what fp32 is worth, on the matrix units of every architecture; TF32 has 11 bits.
+on the matrix units of every architecture, where TF32 has 11. Matrix units truncate what they add to an accumulator; so
+that this does not pile up over a part, fp32 numerators are added outside of them.
 Exponentials times weights are scaled to at most 2^15 before they are rounded to fp16, whose small numbers would
 otherwise swallow a long tail of little exponentials. The scale is by the largest weight so far, a running maximum like
 that of the scores.
@@ -44,6 +45,7 @@ from pcl_fast.kernels.launch import BLOCK_D, Tile, capability, divide, multiproc
 from pcl_fast.kernels.reference import grid
 from pcl_fast.kernels.sampling import SLOTS, draw, halves
 from pcl_fast.kernels.stream import stream
+from torch.autograd.function import once_differentiable
 
 INTERPRETED = not isinstance(stream, triton.JITFunction)
 OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
@@ -54,12 +56,19 @@ TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bflo
 def widest(device: torch.device) -> int:
     """The largest d of the kernels on a device, 0 where they are of no use.
 
-    Triton up to 3.1 alone knows matrix units older than Ampere's; of the GPUs with these, Volta is the one that is
-    checked, and d of more than one block does not compile for it.
+    Triton up to 3.1 knows Volta's matrix units, for which it cannot compile more than one block of d, but fails at the
+    fp32 kernels for Hopper; later versions know those from Ampere's on.
     """
-    if capability(device) >= 80:
+    if INTERPRETED:
         return 4 * BLOCK_D
-    return BLOCK_D if 70 <= capability(device) < 75 and OLD_TRITON else 0
+    if OLD_TRITON:
+        return BLOCK_D if 70 <= capability(device) < 75 else 0
+    return 4 * BLOCK_D if capability(device) >= 80 else 0
+
+
+def takes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether features may be of this type: GPUs before Ampere do not know bf16."""
+    return dtype in TRITON_TYPES and (dtype != torch.bfloat16 or capability(device) >= 80)
 
 
 class PrototypeBank(NamedTuple):
@@ -111,6 +120,7 @@ class _Contrast(torch.autograd.Function):
         return mean, loss, correct
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, upstream_mean, upstream_loss, _):
         (gradient,) = ctx.saved_tensors
         upstream = gradient, upstream_mean, upstream_loss
@@ -171,8 +181,7 @@ def _contrast(
         torch.empty_like(gradient),
         query.new_empty(len(banks), dtype=torch.int32),
     )
-    if index is None:
-        index = query.new_empty(0, dtype=torch.int64)
+    index = query.new_empty(0, dtype=torch.int64) if index is None else index.contiguous()
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         for launch in launches:
             lists = _draw(launch, index, n, len(sets) - len(banks), seed, device_seed)
@@ -292,11 +301,11 @@ def _plan(query: torch.Tensor, banks: list[_Bank]) -> list[_Launch]:
 
 
 def _operand_type(query: torch.Tensor, group: list[_Bank]) -> torch.dtype:
-    """The promotion of all types that are multiplied. GPUs without bf16 multiply it as fp32."""
+    """The promotion of all types that are multiplied."""
     operand = torch.promote_types(query.dtype, group[0].rows.dtype)
     if group[0].key is not None:
         operand = torch.promote_types(operand, group[0].key.dtype)
-    return torch.float32 if operand == torch.bfloat16 and capability(query.device) < 80 else operand
+    return operand
 
 
 def _draw(

@@ -109,7 +109,7 @@ def stream(
     repeats the scores of the programs beside it, for registers do not hold more.
 
     State of a row: largest score, total of exponentials against it, numerator of the weighted mean in multiples of
-    unit / SHARE_SCALE, where unit is the largest weight so far.
+    unit / SHARE_SCALE (and of 1 / FEATURE_SCALE for fp32), where unit is the largest weight so far.
     """
     row_tiles = tl.cdiv(n, ROWS)
     part = tl.program_id(0) // row_tiles
@@ -172,8 +172,15 @@ def stream(
 
         new_unit = tl.maximum(unit, tl.max(weight, axis=0))
         share, share_low = _operands(exponentials * (weight * (SHARE_SCALE / new_unit))[None, :], OPERAND, DOT)
-        numerator *= (decay * (unit / new_unit))[:, None]
-        numerator = _product(share, share_low, columns, columns_low, numerator, OPERAND)
+        # The hardware's quotient of equal numbers may be below 1.
+        change = (decay * tl.where(unit == new_unit, 1.0, unit / new_unit))[:, None]
+        if OPERAND == tl.float32:
+            # fma, as the compiler would turn a sum back into an accumulator of the product.
+            here = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            here = _product(share, share_low, columns, columns_low, here, OPERAND)
+            numerator = tl.fma(numerator, tl.broadcast_to(change, numerator.shape), here)
+        else:
+            numerator = _product(share, share_low, columns, columns_low, numerator * change, OPERAND)
         largest = new_largest
         unit = new_unit
 

@@ -4,8 +4,8 @@ Keys, queue and prototypes are constants: the only gradient is with respect to t
 
 backend, in all of these: "triton", the fused kernels; "torch", plain PyTorch operations; "auto", triton for CUDA
 tensors of the types that it takes, torch elsewhere. Both draw the same negatives and, but for rounding, return the
-same. The kernels take float32, float16 and bfloat16, d up to 512 (128 on Volta and Turing), and entries of float32
-features below 64 in absolute value.
+same. The kernels take float32, float16 and bfloat16, d up to 512 (on Volta 128, and no bfloat16), and entries of
+float32 features below 64 in absolute value.
 
 Shapes, types and devices are always checked. Values are checked where looking costs nothing, on the CPU; on a GPU it
 would wait for the GPU, and is only done if PCL_FAST_DEBUG=1 is set in the environment.
@@ -27,7 +27,6 @@ from pcl_fast.kernels import reference
 
 # There is no triton for macOS.
 fused_kernels = import_module("pcl_fast.kernels.contrast") if find_spec("triton") else None
-_FUSED_TYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ContrastResult(NamedTuple):
@@ -222,12 +221,12 @@ def _obstacle(query: torch.Tensor, banks: Sequence[torch.Tensor]) -> str | None:
             f"needs CUDA tensors, query is on {query.device} (to debug the kernels without a GPU, set "
             "TRITON_INTERPRET=1 before Python starts)"
         )
-    other = [str(rows.dtype) for rows in (query, *banks) if rows.dtype not in _FUSED_TYPES]
+    other = [str(rows.dtype) for rows in (query, *banks) if not fused_kernels.takes(rows.dtype, query.device)]
     if other:
-        return f"takes float32, float16 and bfloat16, got {other[0]}"
+        return f"takes float32, float16 and, from compute capability 8.0 on, bfloat16, got {other[0]}"
     widest = fused_kernels.widest(query.device)
     if not widest:
-        return f"needs a GPU of compute capability 8.0 or newer, or 7.0 with Triton 3.1; {query.device} is neither"
+        return f"needs a GPU of compute capability 8.0 or newer, or 7.0 and Triton 3.1, which {query.device} is not"
     return f"takes d up to {widest} on {query.device}, got {query.shape[1]}" if query.shape[1] > widest else None
 
 

@@ -102,6 +102,11 @@ class Problem:
         return float(torch.cat(terms).max())
 
 
+def skip_what_the_gpu_lacks(d: int, dtype: torch.dtype) -> None:
+    if d > kernels.widest(DEVICE) or not kernels.takes(dtype, DEVICE):
+        pytest.skip("not on this GPU")
+
+
 def row_errors(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """Largest error of each row."""
     return (found.double() - exact).abs().amax(-1)
@@ -149,6 +154,7 @@ SHAPES = [
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_as_exact_as_pytorch(shape, dtype):
+    skip_what_the_gpu_lacks(shape[1], dtype)
     check(Problem(*shape, dtype=dtype, seed=len(str(shape))))
 
 
@@ -160,6 +166,7 @@ def test_many_rows():
 @pytest.mark.parametrize("kind", ["correlated", "confident", "collapsed"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_as_exact_on_hard_features(kind, dtype, seed):
+    skip_what_the_gpu_lacks(64, dtype)
     check(Problem(9, 64, 150, 140, (180,), dtype=dtype, kind=kind, seed=seed, temperature=0.05))
 
 
@@ -187,6 +194,7 @@ def test_fp16_keeps_a_long_tail():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_concentrations_of_any_size(dtype):
+    skip_what_the_gpu_lacks(16, dtype)
     problem = Problem(6, 16, 50, 40, (80,), dtype=dtype)
     problem.sets[0].concentration.copy_(torch.logspace(-4, 4, 80))
     check(problem)
@@ -194,11 +202,32 @@ def test_concentrations_of_any_size(dtype):
 
 def test_types_may_be_mixed():
     """Half precision queries against float32 centroids; assignments in int64; launches of their own for the types."""
+    skip_what_the_gpu_lacks(24, torch.bfloat16)
     problem = Problem(6, 24, 30, 50, (60, 70), dtype=torch.float16)
     first, second = problem.sets
     problem.sets[0] = PrototypeBank(first.centroids.float(), first.concentration.half(), first.assignment.long())
     problem.sets[1] = second._replace(centroids=second.centroids.bfloat16())
     check(problem)
+
+
+def test_inputs_need_not_be_contiguous():
+    problem = Problem(6, 24, 30, 50, (60,))
+    expected = problem.fused()
+    problem.index = torch.stack([problem.index, torch.zeros_like(problem.index)], dim=1)[:, 0]
+    problem.query, problem.key, problem.queue = (
+        x.T.contiguous().T for x in (problem.query, problem.key, problem.queue)
+    )
+    for one, other in zip(problem.fused(), expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_no_second_derivative_is_a_wrong_one():
+    problem = Problem(3, 16, 10, 20, (30,))
+    query = problem.query.clone().requires_grad_()
+    mean, _, _ = contrast(query, problem.key, problem.queue, 0.1, problem.sets, problem.index, 10, 0)
+    (gradient,) = torch.autograd.grad(mean, query, torch.ones_like(mean, requires_grad=True), create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
 
 
 def test_far_rows_of_a_large_bank():

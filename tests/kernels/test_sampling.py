@@ -13,7 +13,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEEDS = [0, 1, -1, 2**31, 2**31 - 1, 2**32 + 2**31, -(2**63), 2**63 - 1, 1234567890123456789]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["low", "high", "height", "width", "count"])
 def both_ways(ids, positions, height, width, low, high, count, BLOCK: tl.constexpr):  # noqa: N803
     place = tl.arange(0, BLOCK)
     seed = sampling.join(low, high)
