@@ -123,8 +123,8 @@ def permute(position: torch.Tensor, height: int, width: int, seed: int | torch.T
     """Ids at int64 positions in [0, height * width): a Feistel network on the grid's rows and columns."""
     row, column = position // width, position % width
     for i in range(0, ROUNDS, 2):
-        row = (row + _offset(column, _round_key(seed, i), height)) % height
-        column = (column + _offset(row, _round_key(seed, i + 1), width)) % width
+        row = _offset(column, _round_key(seed, i), height).add_(row).remainder_(height)
+        column = _offset(row, _round_key(seed, i + 1), width).add_(column).remainder_(width)
     return row * width + column
 
 
@@ -150,10 +150,16 @@ def _mix(x: int | torch.Tensor) -> int | torch.Tensor:
 
 
 def _offset(value: torch.Tensor, key: int | torch.Tensor, size: int) -> torch.Tensor:
-    """Hash of values to [0, size)."""
-    value = (value ^ key) * 0x9E3779B1 & MASK
-    value = (value ^ value >> 15) * 0x85EBCA77 & MASK
-    return value * size >> 32
+    """Hash of values to [0, size). In place where it can be: on a CPU, fresh memory costs as much as the arithmetic."""
+    value = value ^ key
+    value *= 0x9E3779B1
+    value &= MASK
+    value ^= value >> 15
+    value *= 0x85EBCA77
+    value &= MASK
+    value *= size
+    value >>= 32
+    return value
 
 
 # What follows is the loss as the paper and the official code define it, row by row in Python and float64: slow on
