@@ -45,10 +45,9 @@ from pcl_fast.kernels.launch import BLOCK_D, Tile, capability, divide, multiproc
 from pcl_fast.kernels.reference import grid
 from pcl_fast.kernels.sampling import SLOTS, draw, halves
 from pcl_fast.kernels.stream import stream
+from pcl_fast.kernels.tiles import INTERPRETED, OLD_TRITON
 from torch.autograd.function import once_differentiable
 
-INTERPRETED = not isinstance(stream, triton.JITFunction)
-OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
 DRAW_BLOCK = 1024
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 

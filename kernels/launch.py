@@ -1,4 +1,4 @@
-"""How the kernels are launched: tiles from a small table, and the division of the banks among programs.
+"""How the kernels are launched: tiles from small tables, and the division of the banks among programs.
 
 No autotuning: its first steps would be slow, and what it picks not reproducible.
 """
@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """Of `contrast.stream`: rows x columns at a time, by so many warps, loads so many stages ahead."""
+    """Of `stream.stream` and `assign.sweep`: rows x columns at a time, by so many warps, loads so many stages ahead."""
 
     rows: int
     columns: int
@@ -33,13 +33,37 @@ TABLE: dict[int, dict[int, tuple[Tile, ...]]] = {
     90: {2: (Tile(64, 128, 4, 3), Tile(64, 128, 8, 2)), 4: (Tile(64, 32, 8, 5), Tile(16, 64, 8, 2))},
     120: _SM80,
 }
+# Of `assign.sweep`: first compute capability -> bytes of an entry of a point -> largest d -> tile. On sm_90 the first
+# leaves room for two programs on a multiprocessor, so that one multiplies while the other looks for maxima or waits.
+_NEAREST_SM80 = {
+    2: {128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
+    4: {128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4, 2)},
+}
+NEAREST: dict[int, dict[int, dict[int, Tile]]] = {
+    70: {2: {128: Tile(64, 64, 4, 1)}, 4: {128: Tile(64, 32, 8, 1)}},
+    80: _NEAREST_SM80,
+    90: {
+        2: {128: Tile(128, 128, 8, 2), 256: Tile(128, 128, 8, 2)},
+        4: {128: Tile(128, 128, 8, 2), 256: Tile(64, 64, 4, 2)},
+    },
+    120: _NEAREST_SM80,
+}
 BLOCK_D = 128  # the most entries of a row that a program of `stream` works on
 
 
 def tile_for(capability: int, operand_bytes: int, d: int) -> Tile:
-    """The tile of the newest architecture in the table that is not newer than this one."""
-    architecture = max(entry for entry in TABLE if entry <= capability)
-    return TABLE[architecture][operand_bytes][d > BLOCK_D]
+    """The tile of `stream.stream`."""
+    return _newest(TABLE, capability)[operand_bytes][d > BLOCK_D]
+
+
+def nearest_tile(capability: int, entry_bytes: int) -> dict[int, Tile]:
+    """The tiles of `assign.sweep`: largest d -> tile."""
+    return _newest(NEAREST, capability)[entry_bytes]
+
+
+def _newest(table: dict, capability: int) -> dict:
+    """The entry of the newest architecture in the table that is not newer than this one."""
+    return table[max(entry for entry in table if entry <= capability)]
 
 
 @lru_cache

@@ -13,6 +13,9 @@ HIDDEN = tl.constexpr(-3e30)
 LOWEST = tl.constexpr(-1e30)
 
 
+OLD_TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 2)
+
+
 @triton.jit
 def _places(ids, valid, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = first + tl.arange(0, BLOCK_D)
@@ -40,3 +43,6 @@ def store_rows(matrix, ids, rows, valid, first, D: tl.constexpr, BLOCK_D: tl.con
 def reciprocal(x):
     """1 / x, correctly rounded, for a score must not depend on where its weight was computed."""
     return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x.to(tl.float32))
+
+
+INTERPRETED = not isinstance(load_rows, triton.JITFunction)

@@ -78,8 +78,12 @@ class ClusterConfig:
     """k-means restarts; the one with the least objective is kept."""
     alpha: float = 10.0
     """Smoothing of the concentration of small clusters."""
-    backend: Literal["auto", "faiss", "torch"] = "auto"
-    """Implementation of the nearest-centroid search."""
+    init: Literal["random", "previous"] = "random"
+    """Where k-means starts: random points, or the last E-step's prototypes (the first one is random all the same)."""
+    warm_iterations: int = 5
+    """Lloyd iterations of a start from the last E-step's prototypes, of which there is one (no redo)."""
+    backend: Literal["auto", "triton", "faiss", "torch"] = "auto"
+    """Implementation of the nearest-centroid search; auto is triton on GPUs that it supports, else torch."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +237,7 @@ def validate(config: Config) -> None:
         "--optim.lr": config.optim.lr,
         "--cluster.iterations": config.cluster.iterations,
         "--cluster.redo": config.cluster.redo,
+        "--cluster.warm-iterations": config.cluster.warm_iterations,
         "--cluster.alpha": config.cluster.alpha,
         "--evaluation.neighbours": config.evaluation.neighbours,
         "--evaluation.queries": config.evaluation.queries,

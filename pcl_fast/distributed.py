@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -66,6 +67,16 @@ def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> tor
     if group is not None:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def begin_all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> Callable[[], Any]:
+    """Sum over the ranks, in place, while other work goes on; call what is returned before the sums are used.
+
+    On a GPU that call makes the work enqueued after it wait for the sums, not the host.
+    """
+    if group is None:
+        return lambda: None
+    return dist.all_reduce(tensor, group=group, async_op=True).wait
 
 
 def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -64,6 +64,7 @@ def _nearest_others(features, queries, first, neighbours, group) -> tuple[torch.
     similarity[mine.nonzero().view(-1), queries[mine] - first] = -torch.inf
     k = min(neighbours, len(features))
     best, position = similarity.topk(k, dim=1)
+    best = best.float()  # features may be half precision
     # A shard smaller than k leaves places that lose against everything; their class does not matter.
     best_padded = best.new_full((len(queries), neighbours), -torch.inf)
     position_padded = position.new_zeros(len(queries), neighbours)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pcl_fast.checkpoint import check_same_run, load_checkpoint, save_checkpoint
-from pcl_fast.clustering import FeatureShard, PrototypeSet, cluster, pick_nearest
+from pcl_fast.clustering import FeatureShard, PrototypeSet, cluster, pick_backend
 from pcl_fast.config import Config, to_dict
 from pcl_fast.data import Batch, ImageFolder, TrainingLoader, clustering_loader
 from pcl_fast.distributed import World, gather_objects, shard_bounds
@@ -17,6 +17,9 @@ from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
 from pcl_fast.learner import Learner
 from pcl_fast.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.seeds import mix_seeds
+
+# Images at a time of the pass that fills the feature shard: it keeps no activations, so memory is no concern.
+_CLUSTERING_BATCH = 256
 
 
 class _StoppedError(Exception):
@@ -33,14 +36,15 @@ class Trainer:
             UserError: the checkpoint cannot be read, or a package is missing.
         """
         check_sizes(config, len(folder), world.size)
-        pick_nearest(config.cluster.backend)  # what is not installed is better said now than at the first E-step
         self.config, self.folder, self.world = config, folder, world
         rows = config.optim.batch_size // world.size
         self.learner = Learner(config, world)
         self.loader = TrainingLoader(folder, config.data, batch_size=rows, seed=config.seed, world=world)
-        self.clustering_view = clustering_loader(folder, config.data, batch_size=2 * rows, world=world)
+        self.clustering_view = clustering_loader(folder, config.data, batch_size=_CLUSTERING_BATCH, world=world)
         begin, end = shard_bounds(len(folder), world.rank, world.size)
         self.shard = FeatureShard(end - begin, config.model.dim, world.device)
+        # What cannot be used is better said now than at the first E-step.
+        pick_backend(config.cluster.backend, world.device, self.shard.features.dtype, config.model.dim)
         self.labels = None if folder.labels is None else torch.tensor(folder.labels, device=world.device)
 
         self.prototypes: list[PrototypeSet] = []
@@ -112,7 +116,8 @@ class Trainer:
             return
         self._in_expectation = True
         with self.watch.phase("features"):
-            features = self.shard.fill(self.learner.twin.key, self.clustering_view, self.learner.autocast)
+            features, rate = self.shard.fill(self.learner.twin.key, self.clustering_view, self.learner.autocast)
+        self._row("features", images_per_s=rate * self.world.size)
         if clustering:
             with self.watch.phase("clustering"):
                 self._cluster(features)
@@ -123,14 +128,16 @@ class Trainer:
 
     def _cluster(self, features: torch.Tensor) -> None:
         options = self.config.cluster
+        warm = options.init == "previous" and bool(self.prototypes)
         self.prototypes = cluster(
             features,
             options.ks,
             temperature=self.config.loss.temperature,
-            iterations=options.iterations,
-            redo=options.redo,
+            iterations=options.warm_iterations if warm else options.iterations,
+            redo=1 if warm else options.redo,
             alpha=options.alpha,
             seed=mix_seeds(self.config.seed, self.epoch),
+            init=[granularity.centroids for granularity in self.prototypes] if warm else None,
             group=self.world.group,
             backend=options.backend,
         )

@@ -8,8 +8,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from pcl_fast.clustering.backends import pick_backend
 from pcl_fast.clustering.concentration import concentration
-from pcl_fast.clustering.kmeans import kmeans
+from pcl_fast.clustering.kmeans import check_clusters, check_options, check_shards
+from pcl_fast.clustering.lloyd import lloyd, take_turns
 from pcl_fast.clustering.types import PrototypeSet
 from pcl_fast.distributed import all_gather_shards
 
@@ -25,38 +27,45 @@ def cluster(
     alpha: float = 10.0,
     clip: tuple[float, float] = (10, 90),
     seed: int = 0,
+    init: Sequence[torch.Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> list[PrototypeSet]:
-    """Cluster the features of all ranks once for every k in `ks`.
+    """Cluster the features of all ranks once for every k in `ks`, all of them at the same time: while the sums of one
+    are on their way between the ranks, the others assign.
 
     Args:
-        features: [n_local, d] float32, this rank's shard; the data set is the ranks' shards one after another.
+        features: [n_local, d] float32 or float16, this rank's shard; the data set is the ranks' shards one after
+            another.
         ks: numbers of clusters.
         temperature: tau, the mean concentration.
         iterations, redo, seed, group, backend: see `kmeans`; granularity m draws with seed + m * redo.
+        init: initial centroids [k, d] of every granularity, see `kmeans`.
         alpha, clip: see `concentration`.
 
     Returns:
         One PrototypeSet per k, the same on every rank, with the assignment of the whole data set.
 
     Raises:
-        ValueError: see `kmeans` and `concentration`.
+        ValueError: see `kmeans` and `concentration`; or init is not one per k.
     """
+    if init is not None and len(init) != len(ks):
+        raise ValueError(f"init must be one [k, d] for each of the {len(ks)} ks, got {len(init)}")
+    check_options(iterations, redo)
+    shards = check_shards(features, group)
+    starts = [None] * len(ks) if init is None else init
+    for k, start in zip(ks, starts, strict=True):
+        check_clusters(shards, k, start, redo)
+    picked = pick_backend(backend, features.device, features.dtype, features.shape[1])
+    options = {"iterations": iterations, "redo": redo}
+    results = take_turns(
+        [
+            lloyd(shards, k, picked, seed=seed + m * redo, init=start, **options)
+            for m, (k, start) in enumerate(zip(ks, starts, strict=True))
+        ]
+    )
     sets = []
-    for m, k in enumerate(ks):
-        result = kmeans(
-            features, k, iterations=iterations, redo=redo, seed=seed + m * redo, group=group, backend=backend
-        )
-        phi = concentration(
-            result.distance,
-            result.assignment,
-            k,
-            temperature=temperature,
-            alpha=alpha,
-            clip=clip,
-            group=group,
-        )
-        centroids = F.normalize(result.centroids, dim=1)
-        sets.append(PrototypeSet(centroids, phi, all_gather_shards(result.assignment, group)))
+    for k, (centroids, assignment, distance, _) in zip(ks, results, strict=True):
+        phi = concentration(distance, assignment, k, temperature=temperature, alpha=alpha, clip=clip, group=group)
+        sets.append(PrototypeSet(F.normalize(centroids, dim=1), phi, all_gather_shards(assignment, group)))
     return sets

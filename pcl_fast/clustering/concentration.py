@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
+from pcl_fast.clustering.backends import pick_sums
 from pcl_fast.distributed import all_reduce_sum
 
 
@@ -52,9 +53,7 @@ def concentration(
     if not alpha > 0:
         raise ValueError(f"alpha must be positive, got {alpha}: log(Z + alpha) is to stay above zero")
 
-    sums = torch.zeros(k, dtype=torch.float64, device=distance.device)
-    sums.index_add_(0, assignment.long(), distance.double().sqrt())
-    counts = torch.bincount(assignment, minlength=k)
+    sums, counts = _sums_and_counts(distance.sqrt(), assignment, k)
     all_reduce_sum(sums, group)
     all_reduce_sum(counts, group)
 
@@ -65,3 +64,11 @@ def concentration(
     positive = torch.where(phi > 0, phi, torch.inf).min()
     phi = torch.where(positive.isinf(), 1.0, phi.clamp(min=positive))
     return (phi * (temperature / phi.mean())).float()
+
+
+def _sums_and_counts(values: torch.Tensor, assignment: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[k] float64 and [k] int64."""
+    if values.is_cuda:
+        sums, counts = pick_sums(values.device)(values[:, None], assignment, k)
+        return sums[:, 0].double(), counts
+    return torch.bincount(assignment, values.double(), minlength=k), torch.bincount(assignment, minlength=k)

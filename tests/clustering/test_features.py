@@ -24,8 +24,9 @@ def features_of(world, root) -> torch.Tensor:
     loader = clustering_loader(folder, CONFIG, batch_size=8, world=world)
     autocast = torch.autocast("cpu", enabled=False)
     address = shard.features.data_ptr()
-    features = shard.fill(encoder, loader, autocast)
-    again = shard.fill(encoder, loader, autocast)
+    features, rate = shard.fill(encoder, loader, autocast)
+    again, _ = shard.fill(encoder, loader, autocast)
+    assert rate > 0
     assert features.data_ptr() == again.data_ptr() == address
     assert encoder.training
     return features
@@ -49,7 +50,7 @@ def test_training_mode_and_its_batch_statistics_are_left_alone(alone, image_fold
     for batch_size in (5, 53):
         loader = clustering_loader(folder, CONFIG, batch_size=batch_size, world=alone)
         shard = FeatureShard(53, 16, alone.device)
-        results.append(shard.fill(encoder, loader, torch.autocast("cpu", enabled=False)).clone())
+        results.append(shard.fill(encoder, loader, torch.autocast("cpu", enabled=False))[0].clone())
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
     assert all(module.num_batches_tracked == 0 for module in encoder.modules() if hasattr(module, "running_mean"))
 

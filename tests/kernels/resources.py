@@ -19,19 +19,23 @@ from typing import NamedTuple
 
 import torch
 import triton
-from pcl_fast.kernels import combine, launch, sampling, stream
+from pcl_fast.kernels import assign, combine, launch, sampling, segment, stream
 from pcl_fast.kernels.contrast import DRAW_BLOCK, TRITON_TYPES, chunk, parts_at_once
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 # Pointers of every kernel by name, if not to float32; what ends in a digit goes without it.
-INTEGERS = {"index": "*i64", "assignment": "*i32", "list_ids": "*i32", "ends": "*i32", "correct": "*u8"}
+INTEGERS = {
+    "index": "*i64", "assignment": "*i32", "list_ids": "*i32", "ends": "*i32", "correct": "*u8", "found": "*i32",
+    "order": "*i64", "bounds": "*i64",
+}  # fmt: skip
 FLOATS = ("queue_weight", "first_share", "other_share")
-FEATURES = ("query", "key", "bank", "out")
+FEATURES = ("query", "key", "bank", "out", "points", "values")
+HALF = ("high", "low")
 NUMBERS = (
     "n", "size", "columns", "height", "width", "length", "begin", "granularity", "stride", "first_bank", "first_part",
-    "part_columns", "seed_low", "seed_high", "banks", "bank_stride", "row_stride",
+    "part_columns", "seed_low", "seed_high", "banks", "bank_stride", "row_stride", "k", "padded", "tiles",
 )  # fmt: skip
 
 
@@ -68,6 +72,24 @@ def cases(capability: int) -> Iterator[Case]:
         yield Case(f"combine d={d}", combine.combine, constants, torch.float32, {}, products=False)
         constants = {"D": d, "BLOCK_D": d, "MEAN": True, "BY_ROW": True}
         yield Case(f"weigh d={d}", combine.weigh, constants, torch.float16, {}, products=False)
+    yield from cases_of_kmeans(capability)
+
+
+def cases_of_kmeans(capability: int) -> Iterator[Case]:
+    for points in (torch.float16, torch.float32):
+        for d, tile in launch.nearest_tile(capability, points.itemsize).items():
+            name = f"{POINTER[points][1:]} d={d}"
+            constants = {"D": d, "WIDTH": d, "SPLIT": points == torch.float32}
+            prepare = constants | {"ROWS": assign.BLOCK}
+            yield Case(f"prepare {name}", assign.prepare, prepare, points, {}, products=False)
+            constants |= {"COLUMNS": tile.columns, "CLASSES": assign.CLASSES}
+            options = {"num_warps": tile.warps, "num_stages": tile.stages}
+            yield Case(f"sweep {name}", assign.sweep, constants | {"ROWS": tile.rows}, points, options, products=True)
+            settle = constants | {"ROWS": assign.BLOCK}
+            yield Case(f"settle {name}", assign.settle, settle, points, {}, products=False)
+    for d, rows in ((128, 16), (128, 64), (1, 64)):
+        constants = {"D": d, "BLOCK_D": d, "ROWS": rows}
+        yield Case(f"add_segments {rows}x{d}", segment.add_segments, constants, torch.float16, {}, products=False)
 
 
 def build(case: Case, capability: int):
@@ -88,6 +110,8 @@ def build(case: Case, capability: int):
 
 def _type(name: str, case: Case) -> str:
     stem = name.rstrip("0123456789")
+    if stem in HALF or (stem == "centroids" and not case.constants["SPLIT"] and case.kernel is assign.settle):
+        return "*fp16"
     if stem in FEATURES:
         return POINTER[case.features]
     if stem in FLOATS:
@@ -131,7 +155,7 @@ def main(targets: list[int]) -> int:
             found = resources(build(case, capability))
             wrong = bool(found.spills) or (case.products and not found.matrix)
             failed |= wrong
-            print(f"sm_{capability}  {case.name:18} {found}{'   <- FAILS' if wrong else ''}", flush=True)
+            print(f"sm_{capability}  {case.name:20} {found}{'   <- FAILS' if wrong else ''}", flush=True)
     return int(failed)
 
 

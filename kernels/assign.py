@@ -1,0 +1,222 @@
+"""Nearest centroid of every point, without the N x K matrix of distances.
+
+    argmin_j |x - c_j|^2 = argmax_j s_j      s_j = x . c_j - |c_j|^2 / 2
+
+A product of d = 128 is so short for a matrix unit that most of the time would go to what is done with each score. So
+nearly nothing is: one maximum a score, and what that leaves open is settled afterwards. Three launches:
+
+prepare  The centroids as the matrix units want them: half precision, padded to whole tiles, with -|c|^2 / 2.
+sweep    Program (tile of points) holds its points and goes through all centroids, a tile at a time. Scores start from
+         -|c|^2 / 2 in the accumulator. The columns of a tile are divided into CLASSES classes, so that all columns of a
+         class lie in one thread's registers: the maximum over them takes no exchange between threads. Per point and
+         class two numbers survive: the largest score so far, and the tile that it came from. At the end the best class
+         leaves its tile and class: a point's nearest centroid is one of COLUMNS / CLASSES.
+settle   These candidates are compared by their distances in fp32, summed from differences.
+
+The index of the largest score is never carried along: the maximum of a tile with its index takes three instructions a
+score instead of one. Packing the index into the score's low bits takes two, and bits of the score.
+
+Numerics. Points of fp16 are multiplied as they are, with centroids rounded to fp16 (scaled to make the most of its
+range) and the |c|^2 of the rounded ones: the nearest of the rounded centroids is found, up to the rounding of the sums
+in fp32. Points of fp32 and their centroids are split into two fp16 numbers each, high + low, and multiplied as high
+high + high low + low high: 22 bits, on the matrix units of every architecture, whatever the features' magnitude.
+Ties go to one of the equals, always the same.
+"""
+
+# Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from pcl_fast.kernels.launch import capability, nearest_tile
+from pcl_fast.kernels.tiles import INTERPRETED, OLD_TRITON
+
+CLASSES = 8
+BLOCK = 16  # points or centroids of a program of `prepare` or `settle`
+# The score of padding: below every real one, and finite, as the accumulator it is.
+NOTHING = tl.constexpr(-3e38)
+
+
+def widest(dtype: torch.dtype, device: torch.device) -> int:
+    """The largest d of the kernels on a device for points of this type, 0 where they are of no use.
+
+    Triton up to 3.1 knows Volta's matrix units, later versions those from Ampere's on.
+    """
+    if dtype not in (torch.float16, torch.float32):
+        return 0
+    target = capability(device)
+    if not INTERPRETED and not (70 <= target < 75 if OLD_TRITON else target >= 80):
+        return 0
+    return max(nearest_tile(target, dtype.itemsize))
+
+
+def nearest(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
+    """Index of each point's nearest centroid, int32 [n].
+
+    Args:
+        features: [n, d] float16 or float32, contiguous and finite; d at most `widest`. fp32 takes three times the
+            products of fp16.
+        centroids: [k, d] float32, contiguous and finite.
+    """
+    n, d = features.shape
+    assignment = torch.empty(n, dtype=torch.int32, device=features.device)
+    if not n:
+        return assignment
+    split = features.dtype == torch.float32
+    width = max(16, triton.next_power_of_2(d))
+    tile = nearest_tile(capability(features.device), features.itemsize)[max(width, 128)]
+    tiles = triton.cdiv(len(centroids), tile.columns)
+    padded = tiles * tile.columns
+    high = torch.empty(padded, width, dtype=torch.float16, device=features.device)
+    low = torch.empty_like(high) if split else high
+    # One more tile, which the sweep reads ahead.
+    offset = torch.empty(padded + tile.columns, dtype=torch.float32, device=features.device)
+    extremes = torch.stack([*torch.aminmax(centroids), *(torch.aminmax(features) if split else ())])
+    constants = {"D": d, "WIDTH": width, "SPLIT": split}
+    columns = {"COLUMNS": tile.columns, "CLASSES": CLASSES}
+    with torch.cuda.device(features.device) if features.is_cuda else nullcontext():
+        prepare[((padded + tile.columns) // BLOCK,)](
+            centroids, extremes, high, low, offset, len(centroids), padded, **constants, ROWS=BLOCK
+        )
+        sweep[(triton.cdiv(n, tile.rows),)](
+            features, extremes, high, low, offset, assignment, n, tiles,
+            **constants, **columns, ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+        settle[(triton.cdiv(n, BLOCK),)](
+            features, extremes, centroids if split else high, assignment, n, len(centroids),
+            **constants, **columns, ROWS=BLOCK,
+        )  # fmt: skip
+    return assignment
+
+
+@triton.jit
+def _scale(extremes):
+    """The power of two that brings a largest absolute value to [2^14, 2^15), but no further than by 2^60.
+
+    From the bits of fp32: the exponent, biased by 127, follows on 23 bits of mantissa.
+    """
+    largest = tl.maximum(-tl.load(extremes), tl.load(extremes + 1)).to(tl.float32)
+    exponent = 127 + 14 + 127 - (largest.to(tl.int32, bitcast=True) >> 23)
+    exponent = tl.minimum(tl.maximum(exponent, 127 - 60), 127 + 60)
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _of_points(extremes, SPLIT: tl.constexpr):
+    """The scale of the points: fp16 ones are taken as they are."""
+    if SPLIT:
+        return _scale(extremes + 2)
+    else:
+        return 1.0
+
+
+@triton.jit(do_not_specialize=["k", "padded"])
+def prepare(
+    centroids, extremes, high, low, offset, k, padded,
+    D: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Writes high [padded, WIDTH], low like it, and offset. Grid: blocks of centroids, as many as offset is long."""
+    ids = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, WIDTH)
+    valid = ids < k
+    scale = _scale(extremes)
+    rows = tl.load(centroids + ids[:, None] * D + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
+    rows *= scale
+    rounded = rows.to(tl.float16)
+    stored = (ids < padded)[:, None] & (d < WIDTH)[None, :]
+    places = ids[:, None] * WIDTH + d[None, :]
+    tl.store(high + places, rounded, mask=stored)
+    if SPLIT:
+        tl.store(low + places, (rows - rounded.to(tl.float32)).to(tl.float16), mask=stored)
+    else:
+        rows = rounded.to(tl.float32)
+    # Both factors of a product are scaled, and so must be -|c|^2 / 2.
+    norm = tl.sum(rows * rows, axis=1)
+    tl.store(offset + ids, tl.where(valid, -0.5 * norm * (_of_points(extremes, SPLIT) / scale), NOTHING))
+
+
+@triton.jit(do_not_specialize=["n", "tiles"])
+def sweep(
+    points, extremes, high, low, offset, found, n, tiles,
+    D: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Writes found [n] int32: tile * CLASSES + class of the largest score. Grid: tiles of points.
+
+    Programs go through the centroids in step, so that they find them in the L2 cache.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, WIDTH)
+    mask = (rows < n)[:, None] & (d < D)[None, :]
+    x = tl.load(points + rows[:, None] * D + d[None, :], mask=mask, other=0.0)
+    x_low = x
+    if SPLIT:
+        x *= _of_points(extremes, SPLIT)
+        x_low = (x - x.to(tl.float16).to(tl.float32)).to(tl.float16)
+        x = x.to(tl.float16)
+
+    largest = tl.full([ROWS, CLASSES], float("-inf"), tl.float32)
+    tile_of_largest = tl.zeros([ROWS, CLASSES], tl.int32)
+    columns = tl.arange(0, COLUMNS)
+    # One tile ahead: unlike the centroids, which the compiler copies to shared memory ahead of their use, these are
+    # loaded to registers, and would be waited for.
+    start = tl.load(offset + columns)
+    for tile in range(0, tiles):
+        ids = tile * COLUMNS + columns
+        places = ids.to(tl.int64)[:, None] * WIDTH + d[None, :]
+        c = tl.load(high + places)
+        next_start = tl.load(offset + COLUMNS + ids)
+        scores = tl.broadcast_to(start[None, :], [ROWS, COLUMNS])
+        if SPLIT:
+            c_low = tl.load(low + places)
+            scores = tl.dot(x_low, tl.trans(c), scores)
+            scores = tl.dot(x, tl.trans(c_low), scores)
+        scores = tl.dot(x, tl.trans(c), scores)
+        start = next_start
+
+        by_class = tl.reshape(scores, [ROWS, COLUMNS // (2 * CLASSES), CLASSES, 2])
+        largest_here = tl.max(tl.max(by_class, axis=3), axis=1)
+        better = largest_here > largest
+        largest = tl.where(better, largest_here, largest)
+        tile_of_largest = tl.where(better, tile, tile_of_largest)
+
+    found_here = tile_of_largest * CLASSES + tl.arange(0, CLASSES)[None, :]
+    best = largest == tl.max(largest, axis=1)[:, None]
+    tl.store(found + rows, tl.min(tl.where(best, found_here, 2147483647), axis=1), mask=rows < n)
+
+
+@triton.jit(do_not_specialize=["n", "k"])
+def settle(
+    points, extremes, centroids, assignment, n, k,
+    D: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
+    COLUMNS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """assignment [n]: what `sweep` found, replaced by the nearest centroid among those that it means.
+
+    centroids: [k, D] fp32 for points of fp32, else the rounded and scaled ones [padded k, WIDTH]. Grid: blocks of
+    points.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, WIDTH)
+    valid = rows < n
+    wide = (d < D)[None, :]
+    x = tl.load(points + rows[:, None] * D + d[None, :], mask=valid[:, None] & wide, other=0.0).to(tl.float32)
+    found = tl.load(assignment + rows, mask=valid, other=0)
+    first = (found // CLASSES) * COLUMNS + (found % CLASSES) * 2
+    STRIDE: tl.constexpr = D if SPLIT else WIDTH
+    unit = 1.0
+    if not SPLIT:
+        unit = 1.0 / _scale(extremes)
+
+    least = tl.full([ROWS], float("inf"), tl.float32)
+    choice = first
+    for candidate in tl.range(0, COLUMNS // CLASSES, num_stages=3):
+        ids = first + (candidate // 2) * (2 * CLASSES) + candidate % 2
+        known = valid & (ids < k)
+        c = tl.load(centroids + ids.to(tl.int64)[:, None] * STRIDE + d[None, :], mask=known[:, None] & wide, other=0.0)
+        difference = x - c.to(tl.float32) * unit
+        distance = tl.where(known, tl.sum(difference * difference, axis=1), float("inf"))
+        choice = tl.where(distance < least, ids, choice)
+        least = tl.minimum(distance, least)
+    tl.store(assignment + rows, choice, mask=valid)

@@ -1,0 +1,141 @@
+"""Distributed Lloyd's algorithm, written so that several can take turns.
+
+Each iteration every rank assigns its own points, and only the clusters' sums and counts (k d + k + 1 floats) are added
+up over the ranks. Start, empty clusters and restarts are decided from numbers that all ranks hold alike, so one rank or
+several give the same clustering up to rounding.
+
+`lloyd` is a generator that yields whenever sums are on their way between the ranks: what the others enqueue meanwhile
+keeps the GPU busy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pcl_fast.clustering.backends import Backend
+from pcl_fast.clustering.types import KMeansResult
+from pcl_fast.distributed import all_reduce_sum, begin_all_reduce_sum
+from pcl_fast.seeds import mix_seeds
+
+# A cluster is split by moving its two halves apart by this factor, as faiss does.
+_SPLIT = 1 / 1024
+
+Result = TypeVar("Result")
+
+
+class Shards(NamedTuple):
+    """The points: `features` [n_local, d] are this rank's, `lengths` those of all ranks, in rank order."""
+
+    features: torch.Tensor
+    lengths: list[int]
+    group: dist.ProcessGroup | None
+
+
+def take_turns(tasks: Sequence[Generator[None, None, Result]]) -> list[Result]:
+    """Run the generators to their ends, each a step further in turn; returns what they return."""
+    results: dict[int, Result] = {}
+    while len(results) < len(tasks):
+        for number, task in enumerate(tasks):
+            if number not in results:
+                try:
+                    next(task)
+                except StopIteration as end:
+                    results[number] = end.value
+    return [results[number] for number in range(len(tasks))]
+
+
+def lloyd(
+    shards: Shards, k: int, backend: Backend, *, iterations: int, redo: int, seed: int, init: torch.Tensor | None
+) -> Generator[None, None, KMeansResult]:
+    """See `kmeans`, whose arguments these are, checked."""
+    best: KMeansResult | None = None
+    for start in range(redo):
+        centroids = draw_points(shards, k, seed + start) if init is None else init.clone()
+        result = yield from _descend(shards, centroids, backend, iterations, seed + start)
+        if best is None or result.objective < best.objective:
+            best = result
+    return best
+
+
+def _descend(
+    shards: Shards, centroids: torch.Tensor, backend: Backend, iterations: int, seed: int
+) -> Generator[None, None, KMeansResult]:
+    """Lloyd's iterations from these centroids, which may be overwritten."""
+    (k, d), features = centroids.shape, shards.features
+    totals = centroids.new_empty(k * d + k + 1)  # sums, counts, changes: one message between the ranks
+    sums, counts, changes = totals[: k * d].view(k, d), totals[k * d : -1], totals[-1:]
+    assignment = None
+    for iteration in range(iterations):
+        before, assignment = assignment, backend.nearest(features, centroids)
+        counts.copy_(backend.sums(features, assignment, k, sums)[1])
+        changes.fill_(1) if before is None else changes.copy_((assignment != before).sum())
+        wait = begin_all_reduce_sum(totals, shards.group)
+        yield
+        wait()
+        empty = counts == 0
+        changed, any_empty = torch.cat([changes > 0, empty.any()[None]]).tolist()
+        if not (changed or any_empty):
+            break  # these centroids are the means of their clusters already
+        torch.where(empty[:, None], centroids, sums / counts[:, None].clamp(min=1), out=centroids)
+        if any_empty:
+            _split_large(centroids, counts, mix_seeds(seed, iteration))
+    else:
+        assignment = backend.nearest(features, centroids)
+    return (yield from _label(shards, centroids, assignment))
+
+
+def _label(shards: Shards, centroids: torch.Tensor, assignment: torch.Tensor) -> Generator[None, None, KMeansResult]:
+    distance = squared_distance(shards.features, centroids, assignment)
+    objective = distance.sum(dtype=torch.float64)
+    wait = begin_all_reduce_sum(objective, shards.group)
+    yield
+    wait()
+    return KMeansResult(centroids, assignment.int(), distance, objective.item())
+
+
+def draw_points(shards: Shards, k: int, seed: int) -> torch.Tensor:
+    """k distinct points of all shards, chosen by their position in the whole: the same for any number of ranks."""
+    features, lengths, group = shards
+    rank = 0 if group is None else dist.get_rank(group)
+    first = sum(lengths[:rank])
+    chosen = torch.randperm(sum(lengths), generator=torch.Generator().manual_seed(seed))[:k]
+    mine = ((chosen >= first) & (chosen < first + lengths[rank])).nonzero().view(-1)
+    centroids = torch.zeros(k, features.shape[1], device=features.device)
+    centroids[mine.to(features.device)] = features[(chosen[mine] - first).to(features.device)].float()
+    return all_reduce_sum(centroids, group)
+
+
+def _split_large(centroids: torch.Tensor, counts: torch.Tensor, seed: int) -> None:
+    """In place: an empty cluster and a large one drawn for it get the large one's centroid, shifted to either side.
+
+    As in faiss the chance to be split grows with the number of points beyond the first. Each cluster is split at
+    most once an iteration; when there are more empty clusters than can be split, the rest stay empty.
+    """
+    empty = (counts == 0).nonzero().view(-1)
+    weight = (counts - 1).clamp(min=0).double().cpu()
+    splits = min(len(empty), int((weight > 0).sum()))
+    if splits == 0:
+        return
+    donors = torch.multinomial(weight, splits, generator=torch.Generator().manual_seed(seed)).to(centroids.device)
+    empty = empty[:splits]
+    shift = torch.full((centroids.shape[1],), 1 + _SPLIT, device=centroids.device)
+    shift[1::2] = 1 - _SPLIT
+    centroids[empty] = centroids[donors] * shift
+    centroids[donors] = centroids[donors] * (2 - shift)
+
+
+def squared_distance(features: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
+    """|x_i - c_assignment(i)|^2, [n] float32, in chunks that keep the temporaries small.
+
+    Summed from differences: |x|^2 + |c|^2 - 2 x.c would cancel.
+    """
+    chunk = max(1, (1 << 22) // features.shape[1])
+    parts = [
+        (rows - centroids[labels]).square_().sum(1)
+        for rows, labels in zip(features.split(chunk), assignment.split(chunk), strict=True)
+    ]
+    return torch.cat(parts)
