@@ -33,7 +33,7 @@ from pcl_fast.kernels.launch import capability, nearest_tile
 from pcl_fast.kernels.tiles import INTERPRETED, OLD_TRITON
 
 CLASSES = 8
-BLOCK = 16  # points or centroids of a program of `prepare` or `settle`
+BLOCK = 128 if INTERPRETED else 16  # points or centroids of a program of `prepare` or `settle`
 # The score of padding: below every real one, and finite, as the accumulator it is.
 NOTHING = tl.constexpr(-3e38)
 

@@ -129,6 +129,9 @@ def test_end_to_end(two_ranks):
     assert [row["epoch"] for row in evaluations] == [0, 1, 2, 3]
     assert [sorted(row["ami"]) for row in evaluations] == [[], ["3", "9"], ["3", "9"], ["3", "9"]]
     assert {row["k"] for row in rows if row["kind"] == "clustering"} == {3, 9}
+    rates = [row["images_per_s"] for row in rows if row["kind"] == "features"]
+    assert len(rates) == 4
+    assert min(rates) > 0
     assert text.count("epoch 1/3") == 1
     assert json.loads((output / "config.json").read_text())["cluster"]["ks"] == [3, 9]
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from itertools import pairwise
+
+import faiss
 import numpy as np
 import pytest
 import torch
@@ -9,10 +13,10 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from sklearn.cluster import KMeans
 
-from pcl_fast.clustering import cluster, kmeans
-from pcl_fast.clustering.lloyd import _split_large
+from pcl_fast.clustering import cluster, kmeans, pick_backend
+from pcl_fast.clustering.lloyd import Shards, _split_large, draw_points, take_turns
 
-BACKENDS = ["torch", "faiss"]
+BACKENDS = ["torch", "faiss", "triton"]
 
 
 def blobs(n: int, d: int = 16, centres: int = 12, seed: int = 0) -> torch.Tensor:
@@ -62,11 +66,93 @@ def test_ranks_with_unequal_shards_equal_one_rank(backend, bounds):
     assert torch.equal(torch.cat([result.assignment for result in ranks]), whole.assignment)
 
 
-def test_the_seed_decides():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_objective_after_20_iterations(backend):
+    """Within 0.1% of scikit-learn's and faiss's from the same start, in either precision."""
+    features = blobs(500, seed=7)
+    init = features[:20].clone()
+    theirs = KMeans(20, init=init.numpy(), n_init=1, max_iter=20, tol=0, algorithm="lloyd").fit(features.numpy())
+    faiss_kmeans = faiss.Kmeans(16, 20, niter=20, max_points_per_centroid=500)
+    faiss_kmeans.train(features.numpy(), init_centroids=init.numpy())
+    of_faiss = torch.cdist(features, torch.from_numpy(faiss_kmeans.centroids)).min(1).values.square().sum().item()
+    for ours in (features, features.half()):
+        objective = kmeans(ours, 20, iterations=20, init=init, backend=backend).objective
+        assert objective == pytest.approx(theirs.inertia_, rel=1e-3)
+        assert objective == pytest.approx(of_faiss, rel=1e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_seed_decides(backend):
     features = blobs(600)
-    first, again, other = (kmeans(features, 30, iterations=3, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (kmeans(features, 30, iterations=3, seed=seed, backend=backend) for seed in (1, 1, 2))
     assert torch.equal(first.centroids, again.centroids)
     assert not torch.equal(first.centroids, other.centroids)
+
+
+def start_of_shard(world, features, bounds):
+    shard = features[bounds[world.rank] : bounds[world.rank + 1]]
+    lengths = [end - begin for begin, end in pairwise(bounds)]
+    return draw_points(Shards(shard, lengths, world.group), 40, 5)
+
+
+@pytest.mark.parametrize("bounds", [(0, 400, 900), (0, 0, 900), (0, 350, 380, 900)])
+def test_the_start_is_the_same_for_any_number_of_ranks(bounds):
+    features = blobs(900)
+    whole = draw_points(Shards(features, [900], None), 40, 5)
+    assert len(whole.unique(dim=0)) == 40
+    for start in run_ranks(len(bounds) - 1, start_of_shard, features, bounds):
+        assert torch.equal(start, whole)
+
+
+def test_stops_when_no_assignment_changes(monkeypatch):
+    features = blobs(400)
+    searches = count_searches(monkeypatch)
+    patient = kmeans(features, 6, iterations=500)
+    needed = len(searches)
+    assert needed < 60
+    # The last search found what the one before had found: as many updates as searches, but for these two.
+    same = kmeans(features, 6, iterations=needed - 1)
+    assert torch.equal(same.centroids, patient.centroids)
+    assert torch.equal(same.assignment, patient.assignment)
+    assert not torch.equal(kmeans(features, 6, iterations=needed - 3).centroids, patient.centroids)
+
+
+def count_searches(monkeypatch) -> list[int]:
+    """Grows by the number of clusters at every search."""
+    searches = []
+
+    def counting(*arguments):
+        backend = pick_backend(*arguments)
+
+        def nearest(features, centroids):
+            searches.append(len(centroids))
+            return backend.nearest(features, centroids)
+
+        return backend._replace(nearest=nearest)
+
+    for module in ("kmeans", "cluster"):  # whose functions hide them in the package
+        monkeypatch.setattr(import_module(f"pcl_fast.clustering.{module}"), "pick_backend", counting)
+    return searches
+
+
+def test_granularities_take_turns(monkeypatch):
+    """Each iteration of one goes between two of the other; the one that needs no more is left alone."""
+    searches = count_searches(monkeypatch)
+    features = blobs(300)
+    together = cluster(features, (4, 20), temperature=0.2, iterations=3, redo=2, seed=1)
+    assert searches == [4, 20] * 8
+    for m, k in enumerate((4, 20)):
+        alone = kmeans(features, k, iterations=3, redo=2, seed=1 + 2 * m)
+        assert torch.equal(together[m].assignment, alone.assignment)
+
+
+def test_take_turns_returns_in_order():
+    def task(steps):
+        for _ in range(steps):
+            yield
+        return steps
+
+    assert take_turns([task(3), task(0), task(1)]) == [3, 0, 1]
 
 
 def test_redo_keeps_the_best_start():
@@ -104,11 +190,48 @@ def test_a_split_moves_two_centroids_apart_around_the_large_one():
     assert torch.equal(split[2], centroids[2])
 
 
-def test_nothing_to_split_leaves_clusters_empty():
-    """All points equal: one cluster holds everything; finite results all the same."""
-    result = kmeans(torch.ones(10, 4), 3, iterations=5)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_all_points_equal(backend):
+    """Nothing to split: one cluster holds everything; finite results all the same."""
+    result = kmeans(torch.ones(10, 4), 3, iterations=5, backend=backend)
     assert result.centroids.isfinite().all()
     assert result.objective < 1e-4
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_clusters_than_distinct_points(backend):
+    features = blobs(7).repeat(10, 1)
+    result = kmeans(features, 20, iterations=8, backend=backend)
+    assert result.centroids.isfinite().all()
+    exact = torch.cdist(features, result.centroids).square()
+    torch.testing.assert_close(result.distance, exact.min(1).values, atol=1e-5, rtol=0)
+    for phi in (prototypes.concentration for prototypes in cluster(features, (20,), temperature=0.1, backend=backend)):
+        assert phi.isfinite().all()
+        assert (phi > 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_one_cluster_is_the_mean(backend, dtype):
+    features = blobs(70, d=13).to(dtype)
+    result = kmeans(features, 1, backend=backend)
+    torch.testing.assert_close(result.centroids[0], features.float().mean(0), atol=1e-6, rtol=0)
+    assert not result.assignment.any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_features(backend):
+    """Centroids and distances are float32, and the clustering is nearly that of the float32 features."""
+    features = blobs(300, d=21)
+    half, full = (kmeans(x, 12, iterations=8, seed=2, backend=backend) for x in (features.half(), features))
+    assert half.centroids.dtype == half.distance.dtype == torch.float32
+    assert half.objective == pytest.approx(full.objective, rel=1e-3)
+    exact = (
+        torch.cdist(features.half().double(), half.centroids.double())
+        .square()
+        .gather(1, half.assignment.long()[:, None])
+    )
+    torch.testing.assert_close(half.distance.double(), exact[:, 0], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -133,6 +256,8 @@ def test_errors_name_the_numbers():
         (lambda: kmeans(features, 2, init=features[:3]), r"init must be \[2, 16\].*\[3, 16\]"),
         (lambda: kmeans(features, 2, init=features[:2], redo=2), "redo must be 1, got 2"),
         (lambda: kmeans(features, 2, backend="cuml"), "backends .*'cuml'"),
+        (lambda: kmeans(blobs(30, d=257), 2, backend="triton"), 'd up to 256 for torch.float32 .*got 257.*"torch"'),
+        (lambda: cluster(features, (2, 3), temperature=1, init=[features[:2]]), "each of the 2 ks, got 1"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
@@ -149,6 +274,30 @@ def broken_on_the_second_rank(world):
 
 def test_broken_features_are_an_error_on_every_rank():
     run_ranks(2, broken_on_the_second_rank)
+
+
+def test_triton_without_a_gpu_says_how_to_debug(monkeypatch):
+    monkeypatch.setattr("pcl_fast.clustering.backends._assign.INTERPRETED", False)
+    with pytest.raises(ValueError, match=r'"triton" needs CUDA tensors.*TRITON_INTERPRET=1.*use backend "torch"'):
+        kmeans(blobs(30), 2, backend="triton")
+
+
+def test_without_triton(monkeypatch):
+    for name in ("_assign", "_segment"):
+        monkeypatch.setattr(f"pcl_fast.clustering.backends.{name}", None)
+    assert kmeans(blobs(30), 2).objective > 0
+    with pytest.raises(ValueError, match="package triton, which is not installed"):
+        kmeans(blobs(30), 2, backend="triton")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_triton_on_a_gpu_equals_the_interpreter_and_is_the_default():
+    features = blobs(5000, d=128, centres=100).cuda()
+    for x in (features, features.half()):
+        default, again, plainly = (kmeans(x, 150, backend=backend) for backend in ("auto", "triton", "torch"))
+        assert torch.equal(default.centroids, again.centroids)
+        assert torch.equal(default.assignment, again.assignment)
+        assert default.objective == pytest.approx(plainly.objective, rel=2e-3)
 
 
 def test_centroids_carry_no_graph():
