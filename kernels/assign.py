@@ -67,16 +67,15 @@ def nearest(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     width = max(16, triton.next_power_of_2(d))
     tile = nearest_tile(capability(features.device), features.itemsize)[max(width, 128)]
     tiles = triton.cdiv(len(centroids), tile.columns)
-    padded = tiles * tile.columns
+    padded = (tiles + 1) * tile.columns  # one tile more, as the sweep reads ahead
     high = torch.empty(padded, width, dtype=torch.float16, device=features.device)
     low = torch.empty_like(high) if split else high
-    # One more tile, which the sweep reads ahead.
-    offset = torch.empty(padded + tile.columns, dtype=torch.float32, device=features.device)
+    offset = torch.empty(padded, dtype=torch.float32, device=features.device)
     extremes = torch.stack([*torch.aminmax(centroids), *(torch.aminmax(features) if split else ())])
     constants = {"D": d, "WIDTH": width, "SPLIT": split}
     columns = {"COLUMNS": tile.columns, "CLASSES": CLASSES}
     with torch.cuda.device(features.device) if features.is_cuda else nullcontext():
-        prepare[((padded + tile.columns) // BLOCK,)](
+        prepare[(triton.cdiv(padded, BLOCK),)](
             centroids, extremes, high, low, offset, len(centroids), padded, **constants, ROWS=BLOCK
         )
         sweep[(triton.cdiv(n, tile.rows),)](
@@ -116,7 +115,7 @@ def prepare(
     centroids, extremes, high, low, offset, k, padded,
     D: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes high [padded, WIDTH], low like it, and offset. Grid: blocks of centroids, as many as offset is long."""
+    """Writes high and low [padded, WIDTH], offset [padded]. Grid: blocks of centroids."""
     ids = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
     valid = ids < k
@@ -124,16 +123,17 @@ def prepare(
     rows = tl.load(centroids + ids[:, None] * D + d[None, :], mask=valid[:, None] & (d < D)[None, :], other=0.0)
     rows *= scale
     rounded = rows.to(tl.float16)
-    stored = (ids < padded)[:, None] & (d < WIDTH)[None, :]
+    stored = ids < padded
     places = ids[:, None] * WIDTH + d[None, :]
-    tl.store(high + places, rounded, mask=stored)
+    tl.store(high + places, rounded, mask=stored[:, None])
     if SPLIT:
-        tl.store(low + places, (rows - rounded.to(tl.float32)).to(tl.float16), mask=stored)
+        tl.store(low + places, (rows - rounded.to(tl.float32)).to(tl.float16), mask=stored[:, None])
     else:
         rows = rounded.to(tl.float32)
     # Both factors of a product are scaled, and so must be -|c|^2 / 2.
     norm = tl.sum(rows * rows, axis=1)
-    tl.store(offset + ids, tl.where(valid, -0.5 * norm * (_of_points(extremes, SPLIT) / scale), NOTHING))
+    start = tl.where(valid, -0.5 * norm * (_of_points(extremes, SPLIT) / scale), NOTHING)
+    tl.store(offset + ids, start, mask=stored)
 
 
 @triton.jit(do_not_specialize=["n", "tiles"])

@@ -63,3 +63,12 @@ def test_ami_is_one_for_equal_partitions_and_zero_by_chance():
     labels = torch.arange(400) % 4
     assert adjusted_mutual_information((labels + 1) % 4, labels) == pytest.approx(1)
     assert abs(adjusted_mutual_information(torch.arange(400) // 100, labels)) < 0.02
+
+
+def test_float16_features():
+    """As a GPU's shard holds them; the votes are counted in float32."""
+    features, labels = labelled()
+    half, full = (
+        knn_accuracy(x, labels, torch.arange(120), neighbours=9, temperature=0.1) for x in (features.half(), features)
+    )
+    assert half == pytest.approx(full, abs=0.02)

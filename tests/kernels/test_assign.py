@@ -94,6 +94,21 @@ def test_float32_features_of_any_magnitude(magnitude):
     assert (excess(found, exact) <= excess(plain.nearest(features, centroids), exact) + 1e-6).all()
 
 
+def test_float32_points_at_the_border_of_two_clusters():
+    """On either side of it by 1e-5 of the centroids' distance: rounded to fp16, point or centroid would cross it."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = F.normalize(torch.randn(2, 64, generator=generator), dim=1)
+    along = torch.randn(300, 64, generator=generator)
+    across = F.normalize(one - other, dim=0)
+    along -= (along @ across)[:, None] * across
+    side = torch.randint(0, 2, (300,), generator=generator)
+    points = (one + other) / 2 + 0.05 * along + 1e-5 * (1 - 2 * side[:, None]) * (one - other)
+    centroids = 3 * F.normalize(torch.randn(200, 64, generator=generator), dim=1)
+    places = torch.tensor([3, 140])  # of different classes, so that nothing is settled between them
+    centroids[places] = torch.stack([one, other])
+    assert torch.equal(nearest(points.to(DEVICE), centroids.to(DEVICE)).cpu().long(), places[side])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_correlated_features(dtype):
     """All far from the origin in one direction: products are large and nearly equal."""
