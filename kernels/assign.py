@@ -19,7 +19,8 @@ score instead of one. Packing the index into the score's low bits takes two, and
 Numerics. Points of fp16 are multiplied as they are, with centroids rounded to fp16 (scaled to make the most of its
 range) and the |c|^2 of the rounded ones: the nearest of the rounded centroids is found, up to the rounding of the sums
 in fp32. Points of fp32 and their centroids are split into two fp16 numbers each, high + low, and multiplied as high
-high + high low + low high: 22 bits, on the matrix units of every architecture, whatever the features' magnitude.
+high + high low + low high: 22 bits, on the matrix units of every architecture. Magnitudes from 1e-18 to 1e18 will do;
+beyond them squares leave the range of fp32.
 Ties go to one of the equals, always the same.
 """
 
@@ -71,6 +72,7 @@ def nearest(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     high = torch.empty(padded, width, dtype=torch.float16, device=features.device)
     low = torch.empty_like(high) if split else high
     offset = torch.empty(padded, dtype=torch.float32, device=features.device)
+    found = torch.empty_like(assignment)
     extremes = torch.stack([*torch.aminmax(centroids), *(torch.aminmax(features) if split else ())])
     constants = {"D": d, "WIDTH": width, "SPLIT": split}
     columns = {"COLUMNS": tile.columns, "CLASSES": CLASSES}
@@ -79,11 +81,11 @@ def nearest(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
             centroids, extremes, high, low, offset, len(centroids), padded, **constants, ROWS=BLOCK
         )
         sweep[(triton.cdiv(n, tile.rows),)](
-            features, extremes, high, low, offset, assignment, n, tiles,
+            features, extremes, high, low, offset, found, n, tiles,
             **constants, **columns, ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         settle[(triton.cdiv(n, BLOCK),)](
-            features, extremes, centroids if split else high, assignment, n, len(centroids),
+            features, extremes, centroids if split else high, found, assignment, n, len(centroids),
             **constants, **columns, ROWS=BLOCK,
         )  # fmt: skip
     return assignment
@@ -188,11 +190,11 @@ def sweep(
 
 @triton.jit(do_not_specialize=["n", "k"])
 def settle(
-    points, extremes, centroids, assignment, n, k,
+    points, extremes, centroids, found, assignment, n, k,
     D: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """assignment [n]: what `sweep` found, replaced by the nearest centroid among those that it means.
+    """Writes assignment [n] int32: the nearest centroid among the candidates that `found` means.
 
     centroids: [k, D] fp32 for points of fp32, else the rounded and scaled ones [padded k, WIDTH]. Grid: blocks of
     points.
@@ -202,8 +204,8 @@ def settle(
     valid = rows < n
     wide = (d < D)[None, :]
     x = tl.load(points + rows[:, None] * D + d[None, :], mask=valid[:, None] & wide, other=0.0).to(tl.float32)
-    found = tl.load(assignment + rows, mask=valid, other=0)
-    first = (found // CLASSES) * COLUMNS + (found % CLASSES) * 2
+    tile_and_class = tl.load(found + rows, mask=valid, other=0)
+    first = (tile_and_class // CLASSES) * COLUMNS + (tile_and_class % CLASSES) * 2
     STRIDE: tl.constexpr = D if SPLIT else WIDTH
     unit = 1.0
     if not SPLIT:
@@ -211,7 +213,7 @@ def settle(
 
     least = tl.full([ROWS], float("inf"), tl.float32)
     choice = first
-    for candidate in tl.range(0, COLUMNS // CLASSES, num_stages=3):
+    for candidate in tl.static_range(0, COLUMNS // CLASSES):
         ids = first + (candidate // 2) * (2 * CLASSES) + candidate % 2
         known = valid & (ids < k)
         c = tl.load(centroids + ids.to(tl.int64)[:, None] * STRIDE + d[None, :], mask=known[:, None] & wide, other=0.0)

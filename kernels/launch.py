@@ -33,19 +33,21 @@ TABLE: dict[int, dict[int, tuple[Tile, ...]]] = {
     90: {2: (Tile(64, 128, 4, 3), Tile(64, 128, 8, 2)), 4: (Tile(64, 32, 8, 5), Tile(16, 64, 8, 2))},
     120: _SM80,
 }
-# Of `assign.sweep`: first compute capability -> bytes of an entry of a point -> largest d -> tile. On sm_90 the first
-# leaves room for two programs on a multiprocessor, so that one multiplies while the other looks for maxima or waits.
+# Of `assign.sweep`: first compute capability -> bytes of an entry of a point -> largest d -> tile. Chosen from compiled
+# code (bench/results/NOTES.md): small enough for two programs on a multiprocessor, so that one multiplies while the other
+# looks for maxima; only fp32 and d > 128 leave room for one on sm_90.
 _NEAREST_SM80 = {
-    2: {128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
+    2: {128: Tile(128, 64, 4, 2), 256: Tile(128, 64, 4, 2)},
     4: {128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4, 2)},
 }
 NEAREST: dict[int, dict[int, dict[int, Tile]]] = {
     70: {2: {128: Tile(64, 64, 4, 1)}, 4: {128: Tile(64, 32, 8, 1)}},
     80: _NEAREST_SM80,
     90: {
-        2: {128: Tile(128, 128, 8, 2), 256: Tile(128, 128, 8, 2)},
-        4: {128: Tile(128, 128, 8, 2), 256: Tile(64, 64, 4, 2)},
+        2: {128: Tile(256, 64, 8, 3), 256: Tile(128, 64, 8, 3)},
+        4: {128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 4, 2)},
     },
+    100: {2: {128: Tile(128, 64, 8, 2), 256: Tile(128, 64, 8, 2)}, 4: {128: Tile(128, 64, 8, 2)}},
     120: _NEAREST_SM80,
 }
 BLOCK_D = 128  # the most entries of a row that a program of `stream` works on

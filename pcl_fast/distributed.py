@@ -48,7 +48,9 @@ def connect() -> World:
     if size == 1:
         return World(0, 1, device, None)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT)
+        # Of high priority: sums are to travel while k-means searches, not after it has filled the GPU.
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if cuda else None
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=_TIMEOUT, pg_options=options)
     return World(dist.get_rank(), size, device, dist.group.WORLD)
 
 

@@ -54,11 +54,15 @@ def lloyd(
     """See `kmeans`, whose arguments these are, checked."""
     best: KMeansResult | None = None
     for start in range(redo):
-        centroids = draw_points(shards, k, seed + start) if init is None else init.clone()
+        centroids = draw_points(shards, k, seed + start) if init is None else _copy(init, shards)
         result = yield from _descend(shards, centroids, backend, iterations, seed + start)
         if best is None or result.objective < best.objective:
             best = result
     return best
+
+
+def _copy(init: torch.Tensor, shards: Shards) -> torch.Tensor:
+    return init.to(shards.features.device).clone(memory_format=torch.contiguous_format)
 
 
 def _descend(

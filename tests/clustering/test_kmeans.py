@@ -39,6 +39,17 @@ def test_equals_scikit_learn_from_the_same_start(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_start_of_any_layout_is_left_alone(backend):
+    features = blobs(200)
+    init = features[:5].clone()
+    transposed = init.T.contiguous().T
+    results = [kmeans(features, 5, iterations=2, init=start, backend=backend) for start in (init, transposed)]
+    assert torch.equal(results[0].centroids, results[1].centroids)
+    assert torch.equal(init, features[:5])
+    assert torch.equal(transposed, init)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_labels_and_distances_belong_to_the_centroids_returned(backend):
     features = blobs(500)
     result = kmeans(features, 20, iterations=2, backend=backend)
@@ -117,7 +128,7 @@ def test_stops_when_no_assignment_changes(monkeypatch):
     assert not torch.equal(kmeans(features, 6, iterations=needed - 3).centroids, patient.centroids)
 
 
-def count_searches(monkeypatch) -> list[int]:
+def count_searches(monkeypatch) -> list:
     """Grows by the number of clusters at every search."""
     searches = []
 
@@ -136,11 +147,19 @@ def count_searches(monkeypatch) -> list[int]:
 
 
 def test_granularities_take_turns(monkeypatch):
-    """Each iteration of one goes between two of the other; the one that needs no more is left alone."""
-    searches = count_searches(monkeypatch)
+    """One searches while the other's sums travel; one that needs no more is left alone."""
+    events = count_searches(monkeypatch)
+
+    def begin(tensor, group):
+        events.append("sums leave")
+        return lambda: events.append("sums needed")
+
+    monkeypatch.setattr("pcl_fast.clustering.lloyd.begin_all_reduce_sum", begin)
     features = blobs(300)
     together = cluster(features, (4, 20), temperature=0.2, iterations=3, redo=2, seed=1)
-    assert searches == [4, 20] * 8
+    a_round = ["sums needed", 4, "sums leave", "sums needed", 20, "sums leave"]
+    assert events[:10] == [4, "sums leave", 20, "sums leave", *a_round]
+    assert [event for event in events if event in (4, 20)] == [4, 20] * 8
     for m, k in enumerate((4, 20)):
         alone = kmeans(features, k, iterations=3, redo=2, seed=1 + 2 * m)
         assert torch.equal(together[m].assignment, alone.assignment)
@@ -179,6 +198,15 @@ def test_empty_clusters_take_from_large_ones():
     counts = torch.bincount(result.assignment, minlength=16)
     assert counts.min() > 0
     assert result.objective < 0.9 * kmeans(features, 8, iterations=10, init=init[:8]).objective
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_goes_on_while_a_cluster_is_empty(seed):
+    """Splitting a heap of equal points changes no assignment; it must be tried until a cluster of others is drawn."""
+    features = torch.cat([blobs(1).expand(40, -1), blobs(8, centres=1, seed=1)]).contiguous()
+    init = torch.stack([features[0], features[40:].mean(0), torch.full((16,), 50.0)])
+    result = kmeans(features, 3, iterations=60, init=init, seed=seed)
+    assert torch.bincount(result.assignment, minlength=3).min() > 0
 
 
 def test_a_split_moves_two_centroids_apart_around_the_large_one():

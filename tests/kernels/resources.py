@@ -2,8 +2,8 @@
 
     python tests/kernels/resources.py 80 90
 
-Exits with 1 if a kernel spills registers to memory, or a product does not run on the matrix units. Must run without
-TRITON_INTERPRET, which replaces the kernels by Python.
+Exits with 1 if a kernel spills registers to memory, wants more shared memory than there is, or a product does not run
+on the matrix units. Must run without TRITON_INTERPRET, which replaces the kernels by Python.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from pcl_fast.kernels.contrast import DRAW_BLOCK, TRITON_TYPES, chunk, parts_at_
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+# Bytes of shared memory that a program may have.
+SHARED = {
+    70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
+}  # fmt: skip
+MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 # Pointers of every kernel by name, if not to float32; what ends in a digit goes without it.
 INTEGERS = {
@@ -142,8 +147,8 @@ def resources(compiled) -> Resources:
             subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("-sass", "-res-usage")
         )
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA", "STL", "LDL")}
-    matrix = ", ".join(f"{counts[name]} {name}" for name in ("HGMMA", "HMMA") if counts[name])
+    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in (*MATRIX, "STL", "LDL")}
+    matrix = ", ".join(f"{counts[name]} {name}" for name in MATRIX if counts[name])
     spills = counts["STL"] + counts["LDL"]
     return Resources(int(re.search(r"REG:(\d+)", usage)[1]), spills, compiled.metadata.shared, matrix)
 
@@ -153,7 +158,7 @@ def main(targets: list[int]) -> int:
     for capability in targets:
         for case in cases(capability):
             found = resources(build(case, capability))
-            wrong = bool(found.spills) or (case.products and not found.matrix)
+            wrong = bool(found.spills) or found.shared > SHARED[capability] or (case.products and not found.matrix)
             failed |= wrong
             print(f"sm_{capability}  {case.name:20} {found}{'   <- FAILS' if wrong else ''}", flush=True)
     return int(failed)
