@@ -34,8 +34,8 @@ TABLE: dict[int, dict[int, tuple[Tile, ...]]] = {
     120: _SM80,
 }
 # Of `assign.sweep`: first compute capability -> bytes of an entry of a point -> largest d -> tile. Chosen from compiled
-# code (bench/results/NOTES.md): small enough for two programs on a multiprocessor, so that one multiplies while the other
-# looks for maxima; only fp32 and d > 128 leave room for one on sm_90.
+# code (bench/results/NOTES.md): small enough for two programs on a multiprocessor, so that one multiplies while the
+# other looks for maxima; only fp32 and d > 128 leave room for one on sm_90.
 _NEAREST_SM80 = {
     2: {128: Tile(128, 64, 4, 2), 256: Tile(128, 64, 4, 2)},
     4: {128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4, 2)},
