@@ -42,6 +42,7 @@ def pytest_sessionfinish(session) -> None:
             "commit": output_of("git", "-C", str(HERE), "describe", "--always", "--dirty"),
             "date": date.today().isoformat(),
             **machine,
+            **entries[0].extra_info.get("versions", {}),
             "sizes": entries[0].extra_info["sizes"],
             "cases": cases(entries, machine),
         }
@@ -63,12 +64,14 @@ def cases(entries: list, machine: dict) -> dict[str, dict]:
             result[entry.group] = {**case, **floor, "providers": {}}
         providers = result[entry.group]["providers"]
         first = next(iter(providers.values()))["median_ms"] if providers else None
-        providers[entry.extra_info["provider"]] = figures(entry, first)
+        providers[entry.extra_info["provider"]] = figures(entry, machine, first)
     return result
 
 
-def figures(entry, first_ms: float | None) -> dict:
-    """Times in ms, their ratio to the group's first provider's, rates where the case says of how much, memory."""
+def figures(entry, machine: dict, first_ms: float | None) -> dict:
+    """Times in ms, their ratio to the group's first provider's, rates where the case says of how much, memory, and what
+    the benchmark itself found out.
+    """
     times = sorted(1e3 * seconds for seconds in entry.stats.data)
     median = statistics.median(times)
     rates = {"gb_per_s": ("floor_bytes", 1e6), "tflop_per_s": ("flop", 1e9)}
@@ -80,8 +83,17 @@ def figures(entry, first_ms: float | None) -> dict:
         "rounds": len(times),
         "times_faster_than_first": round((first_ms or median) / median, 2),
         **{rate: round(case[work] / unit / median, 3) for rate, (work, unit) in rates.items() if work in case},
+        **share_of_matmul(case, machine, median),
         "peak_extra_bytes": entry.extra_info.get("peak_extra_bytes"),
+        **entry.extra_info.get("figures", {}),
     }
+
+
+def share_of_matmul(case: dict, machine: dict, ms: float) -> dict[str, float]:
+    """Of the rate of PyTorch's matrix product, where that and not memory is the floor; not known of a CPU."""
+    if not device.CUDA or "flop" not in case or "floor_bytes" in case:
+        return {}
+    return {"share_of_matmul": round(case["flop"] / 1e9 / ms / machine["matmul_tflop_per_s"], 3)}
 
 
 def floor_ms(case: dict, machine: dict) -> float | None:
@@ -102,6 +114,7 @@ def describe_machine() -> tuple[dict, str]:
     if device.CUDA:
         machine["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
         machine["copy_gb_per_s"] = round(device.copy_rate() / 1e9, 1)
+        machine["matmul_tflop_per_s"] = round(device.matmul_rate() / 1e12, 1)
     return machine, re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -1,4 +1,4 @@
-"""What measuring takes beyond pytest-benchmark: the GPU's clock, a cold cache, memory, graphs, the rate of a copy."""
+"""What measuring takes beyond pytest-benchmark: the GPU's clock, a cold cache, memory, graphs, what the GPU can do."""
 
 from __future__ import annotations
 
@@ -91,16 +91,38 @@ def capture(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], torch.Tensor
     return replay, size
 
 
+def seconds(function: Callable) -> float:
+    """What one call takes."""
+    start = clock()
+    function()
+    return clock() - start
+
+
+def rounds_for(function: Callable, total: float, most: int) -> int:
+    """As many as take so many seconds in all, but at least 3; to be asked when it is warm."""
+    return max(3, min(most, int(total / seconds(function))))
+
+
 def copy_rate() -> float:
     """Bytes per second, read and written ones together, of a copy too large for any cache."""
     source = torch.rand(2**28, device="cuda")
     target = torch.empty_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source))
 
-    def seconds(copies: int = 10) -> float:
-        start = clock()
-        for _ in range(copies):
-            target.copy_(source)
-        return (clock() - start) / copies
 
-    seconds()
-    return 2 * source.nbytes / statistics.median(seconds() for _ in range(5))
+def matmul_rate(size: int = 8192) -> float:
+    """Floating point operations per second of PyTorch's product of two square matrices in fp16."""
+    left, right = (torch.randn(size, size, dtype=torch.float16, device="cuda") for _ in range(2))
+    product = torch.empty_like(left)
+    return 2 * size**3 / median_seconds(lambda: torch.mm(left, right, out=product))
+
+
+def median_seconds(function: Callable, calls: int = 10) -> float:
+    """Of one among so many calls in a row."""
+
+    def in_a_row() -> None:
+        for _ in range(calls):
+            function()
+
+    in_a_row()
+    return statistics.median(seconds(in_a_row) for _ in range(5)) / calls

@@ -1,0 +1,136 @@
+"""The E-step on features at hand: k-means for every granularity, concentration and prototypes. Run by `make bench`.
+
+On a GPU with the paper's sizes: 1,281,167 images into 25k, 50k and 100k clusters, 20 iterations, 5 starts. Only ours
+runs that. All others run 5 iterations of one start, and so does ours; what the official code would take for the paper's
+E-step is an estimate (`estimated_paper_ms`): a straight line through its times for 1 and for 5 iterations. On a CPU a
+small case, in which the official code runs both and the estimate can be seen to hold.
+
+Before anything is timed, one iteration from the same start must leave the images as near to their prototypes as plain
+PyTorch in float32 does.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import device
+import official_estep
+import optional
+import pytest
+import torch
+from clustered import TOLERANCE, mean_distance, some_points, unit_features
+
+from pcl_fast.clustering import PrototypeSet, cluster
+
+D, TEMPERATURE = 128, 0.2
+IMAGES, KS = (1_281_167, (25_000, 50_000, 100_000)) if device.CUDA else (20_000, (100, 200))
+SIZES = {"d": D, "N": IMAGES, "K": KS}
+DEVICE = "cuda" if device.CUDA else "cpu"
+DTYPE = torch.float16 if device.CUDA else torch.float32  # of FeatureShard
+
+pytestmark = pytest.mark.benchmark(timer=device.clock)
+
+
+class Case(NamedTuple):
+    iterations: int
+    redo: int
+
+    def __str__(self) -> str:
+        return f"{self.iterations} iterations, redo {self.redo}"
+
+    def describe(self) -> dict:
+        """What the record says of the case. Counted are the products of the iterations, not of the last labels."""
+        return {
+            "iterations": self.iterations,
+            "redo": self.redo,
+            "bytes_all_reduced_per_iteration": sum(4 * (k * D + k + 1) for k in KS),
+            "flop": 2 * IMAGES * sum(KS) * D * self.iterations * self.redo,
+        }
+
+
+ONE, SHORT, PAPER = Case(1, 1), Case(5, 1), Case(20, 5)
+ROUNDS = 1 if device.CUDA else 5
+
+Prototypes = list[PrototypeSet]
+
+
+@functools.cache
+def features() -> torch.Tensor:
+    return unit_features(IMAGES, max(KS) // 2, D, DEVICE)
+
+
+@functools.cache
+def starts() -> list[torch.Tensor]:
+    return [some_points(features(), k) for k in KS]
+
+
+def official(case: Case, same_start: bool) -> Callable[[], Prototypes]:
+    """Its features are on the host already."""
+    optional.module("faiss", "faiss-gpu").omp_set_num_threads(torch.get_num_threads())
+    init = [start.cpu().numpy() for start in starts()] if same_start else None
+    options = {"temperature": TEMPERATURE, "iterations": case.iterations, "redo": case.redo, "device": DEVICE}
+    return partial(official_estep.cluster, features().cpu().numpy(), KS, init=init, **options)
+
+
+def ours(backend: str, dtype: torch.dtype, case: Case, same_start: bool) -> Callable[[], Prototypes]:
+    if backend == "faiss":
+        optional.module("faiss", "faiss-gpu")
+    init = starts() if same_start else None
+    options = {"temperature": TEMPERATURE, "iterations": case.iterations, "redo": case.redo, "backend": backend}
+    return partial(cluster, features().to(dtype), KS, init=init, **options)
+
+
+PROVIDERS: dict[str, Callable[[Case, bool], Callable[[], Prototypes]]] = {
+    "official": official,
+    "faiss": partial(ours, "faiss", torch.float32),
+    "torch": partial(ours, "torch", DTYPE),
+    "triton": partial(ours, "triton", DTYPE),
+}
+
+
+def providers(case: Case) -> list[str]:
+    if not device.CUDA:
+        return ["official", "torch"]
+    return list(PROVIDERS) if case == SHORT else ["triton"]
+
+
+def mean_distances(prototypes: Prototypes) -> list[float]:
+    return [mean_distance(features(), granularity.centroids, granularity.assignment) for granularity in prototypes]
+
+
+@functools.cache
+def expected_distances() -> list[float]:
+    return mean_distances(ours("torch", torch.float32, ONE, True)())
+
+
+@pytest.mark.parametrize(
+    ("case", "provider"), [(case, name) for case in (SHORT, PAPER) for name in providers(case)], ids=str
+)
+def test_estep(benchmark, case, provider):
+    expected = expected_distances()
+    one = PROVIDERS[provider](ONE, True)
+    assert mean_distances(one()) == pytest.approx(expected, rel=TOLERANCE)
+
+    benchmark.group = str(case)
+    timed = PROVIDERS[provider](case, False)
+    _, memory = device.peak_bytes(partial(benchmark.pedantic, timed, setup=device.flush_cache, rounds=ROUNDS))
+    benchmark.extra_info.update(provider=provider, sizes=SIZES, versions=optional.versions(), case=case.describe())
+    if provider in ("official", "faiss"):  # whose memory PyTorch does not count
+        memory = None
+    benchmark.extra_info["peak_extra_bytes"] = memory
+    if provider == "official" and case == SHORT and benchmark.enabled:
+        benchmark.extra_info["figures"] = estimate(device.seconds(one), benchmark.stats["median"])
+
+
+def estimate(seconds_of_one: float, seconds_of_short: float) -> dict:
+    """Of the paper's E-step, from the times of one iteration and of a few."""
+    per_iteration = (seconds_of_short - seconds_of_one) / (SHORT.iterations - ONE.iterations)
+    total = seconds_of_one + per_iteration * (PAPER.iterations * PAPER.redo - ONE.iterations)
+    return {
+        "one_iteration_ms": round(1e3 * seconds_of_one, 4),
+        "estimated_paper_ms": round(1e3 * total, 4),
+        "estimated_from": f"{ONE} and {SHORT}",
+    }

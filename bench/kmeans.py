@@ -1,0 +1,190 @@
+"""k-means and the concentration. Run by `make bench`.
+
+On a GPU one iteration of Lloyd's algorithm, search and update apart and together, in every way of lloyd_providers.py.
+faiss searches in float32 whatever the features' type. On a CPU 20 iterations by faiss's own k-means and by ours, and on
+either the concentration of 25k clusters of ImageNet by the official code's loops and by ours.
+
+All start from the same points. Before anything is timed, the points' mean distance to the centroids that it found must
+equal that of plain PyTorch in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import device
+import official_estep
+import optional
+import pytest
+import torch
+from clustered import TOLERANCE, mean_distance, some_points, unit_features
+from lloyd_providers import STAGES, step
+
+from pcl_fast.clustering import concentration, kmeans
+
+D, IMAGES, TEMPERATURE = 128, 1_281_167, 0.2
+SIZES = {"d": D}
+DEVICE = "cuda" if device.CUDA else "cpu"
+POINTS, KS = (100_000, IMAGES), (1000, 25_000, 50_000, 100_000)
+FEWEST = 4  # points per cluster that are worth clustering
+SECONDS, MOST_ROUNDS = 0.5, 30
+CPU_POINTS, CPU_K, ITERATIONS = 200_000, 1000, 20
+CONCENTRATION_K = 25_000
+
+pytestmark = pytest.mark.benchmark(timer=device.clock)
+
+
+class Case(NamedTuple):
+    points: int
+    clusters: int
+    dtype: torch.dtype
+
+    def __str__(self) -> str:
+        return f"N={self.points}, K={self.clusters}, {str(self.dtype).removeprefix('torch.')}"
+
+    def describe(self, stage: str = "iteration", iterations: int = 1) -> dict:
+        """What the record says of the case. The floor of an update is to read every point once."""
+        floor_bytes = self.points * D * self.dtype.itemsize + 4 * self.clusters * D
+        flop = 2 * self.points * self.clusters * D * iterations
+        return {
+            "N": self.points,
+            "K": self.clusters,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "iterations": iterations,
+            "bytes_all_reduced_per_iteration": 4 * (self.clusters * D + self.clusters + 1),
+            **({"floor_bytes": floor_bytes} if stage == "update" else {"flop": flop}),
+        }
+
+
+def cases() -> list[Case]:
+    if not device.CUDA:
+        return []
+    shapes = [(points, k) for points in POINTS for k in KS if points >= FEWEST * k]
+    return [Case(*shape, dtype) for shape in shapes for dtype in (torch.float16, torch.float32)]
+
+
+def providers(case: Case, stage: str) -> list[str]:
+    """Those that are of interest: plain PyTorch searches in float32 whatever the features' type."""
+    half, searches = case.dtype == torch.float16, stage != "update"
+    suits = {
+        "faiss": searches,
+        "torch": not half or not searches,
+        "flash-kmeans": half,
+        "flashlib": half,
+        # Updates as flashlib does. Tuning itself for a shape takes it longer than all the rest of the case.
+        "flashlib-cute": half and searches and case.points == IMAGES,
+        "triton": True,
+    }
+    return [name for name, suitable in suits.items() if suitable]
+
+
+@functools.lru_cache(maxsize=1)
+def problem(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """(features [N, d], centroids [K, d] float32), twice as many as there are directions."""
+    features = unit_features(case.points, case.clusters // 2, D, DEVICE).to(case.dtype)
+    return features, some_points(features, case.clusters)
+
+
+def distance_of(case: Case, stage: str, result: torch.Tensor) -> float:
+    """To the centroids assigned, or to the nearest of the new ones."""
+    features, centroids = problem(case)
+    if stage == "assignment":
+        return mean_distance(features, centroids, result.view(-1))
+    return mean_distance(features, result.view(centroids.shape).to(features.device))
+
+
+@functools.lru_cache(maxsize=len(STAGES))
+def expected_distance(case: Case, stage: str) -> float:
+    return distance_of(case, stage, step(stage, "torch", *problem(case))())
+
+
+@pytest.mark.parametrize(
+    ("case", "stage", "provider"),
+    [(case, stage, name) for case in cases() for stage in STAGES for name in providers(case, stage)],
+    ids=str,
+)
+def test_lloyd(benchmark, case, stage, provider):
+    expected = expected_distance(case, stage)
+    timed = step(stage, provider, *problem(case))
+    assert distance_of(case, stage, timed()) == pytest.approx(expected, rel=TOLERANCE)
+    memory = device.peak_bytes(timed)[1]
+    benchmark.group = f"{case}, {stage}"
+    benchmark.extra_info.update(provider=provider, sizes=SIZES, versions=optional.versions(), case=case.describe(stage))
+    if provider == "faiss":  # whose memory PyTorch does not count
+        benchmark.extra_info["figures"] = {"dtype": "float32"}
+    else:
+        benchmark.extra_info["peak_extra_bytes"] = memory
+    rounds = device.rounds_for(timed, SECONDS, MOST_ROUNDS)
+    benchmark.pedantic(timed, setup=device.flush_cache, rounds=rounds)
+
+
+def faiss_kmeans(features: torch.Tensor, init: torch.Tensor, labels: bool = False) -> torch.Tensor:
+    """Of all points: by default faiss takes 256 per cluster. The labels of its centroids take another search."""
+    faiss = optional.module("faiss", "faiss-gpu")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    kmeans = faiss.Kmeans(D, len(init), niter=ITERATIONS, max_points_per_centroid=len(features))
+    kmeans.train(features.numpy(), init_centroids=init.numpy())
+    if labels:
+        kmeans.assign(features.numpy())
+    return torch.from_numpy(kmeans.centroids)
+
+
+def our_kmeans(features: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
+    """With the labels of its centroids."""
+    return kmeans(features, len(init), iterations=ITERATIONS, init=init).centroids
+
+
+KMEANS: dict[str, Callable] = {
+    "faiss": faiss_kmeans,
+    "faiss+labels": functools.partial(faiss_kmeans, labels=True),
+    "torch": our_kmeans,
+}
+
+
+@pytest.mark.skipif(device.CUDA, reason="for CPUs: faiss.Kmeans on a GPU is part of bench/estep.py")
+@pytest.mark.parametrize("provider", KMEANS)
+def test_kmeans(benchmark, provider):
+    case = Case(CPU_POINTS, CPU_K, torch.float32)
+    features, init = problem(case)
+    assert mean_distance(features, KMEANS[provider](features, init)) == pytest.approx(descended(case), rel=TOLERANCE)
+    benchmark.group = f"{case}, {ITERATIONS} iterations"
+    benchmark.extra_info.update(
+        provider=provider, sizes=SIZES, versions=optional.versions(), case=case.describe(iterations=ITERATIONS)
+    )
+    benchmark.pedantic(KMEANS[provider], args=(features, init), rounds=5)
+
+
+@functools.cache
+def descended(case: Case) -> float:
+    features, init = problem(case)
+    return mean_distance(features, kmeans(features, len(init), iterations=ITERATIONS, init=init, backend="torch")[0])
+
+
+def official_concentration(distance: torch.Tensor, assignment: torch.Tensor) -> Callable[[], torch.Tensor]:
+    arguments = distance.cpu().numpy(), assignment.cpu().numpy(), CONCENTRATION_K, TEMPERATURE
+    return lambda: torch.from_numpy(official_estep.concentration(*arguments))
+
+
+def our_concentration(distance: torch.Tensor, assignment: torch.Tensor) -> Callable[[], torch.Tensor]:
+    return lambda: concentration(distance, assignment, CONCENTRATION_K, temperature=TEMPERATURE)
+
+
+CONCENTRATION = {"official": official_concentration, "ours": our_concentration}
+
+
+@pytest.mark.parametrize("provider", CONCENTRATION)
+def test_concentration(benchmark, provider):
+    generator = torch.Generator().manual_seed(0)
+    distance = torch.rand(IMAGES, generator=generator).to(DEVICE)
+    assignment = torch.randint(CONCENTRATION_K, (IMAGES,), generator=generator, dtype=torch.int32).to(DEVICE)
+    timed = CONCENTRATION[provider](distance, assignment)
+    expected = our_concentration(distance.cpu(), assignment.cpu())()
+    torch.testing.assert_close(timed().cpu().float(), expected, rtol=TOLERANCE, atol=0)
+    memory = device.peak_bytes(timed)[1]
+    benchmark.group = f"concentration, N={IMAGES}, K={CONCENTRATION_K}"
+    case = {"N": IMAGES, "K": CONCENTRATION_K}
+    benchmark.extra_info.update(provider=provider, sizes=SIZES, versions=optional.versions(), case=case)
+    benchmark.extra_info["peak_extra_bytes"] = memory
+    benchmark.pedantic(timed, setup=device.flush_cache, rounds=device.rounds_for(timed, 10, MOST_ROUNDS))

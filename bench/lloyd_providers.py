@@ -1,0 +1,117 @@
+"""The ways to compute an iteration of Lloyd's algorithm on a GPU that are measured: what a user would run otherwise,
+then ours.
+
+All get the same features [N, d] and centroids [K, d] float32, and hand back integers [N] and new centroids [K, d].
+flash-kmeans and flashlib are optional packages; they want a batch as first dimension, and centroids of the features'
+type. What an iteration can leave to the first one (squared norms of the points, buffers) is left out for everybody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import official_estep
+import optional
+import torch
+from pcl_fast.kernels import plain
+
+from pcl_fast.clustering import pick_backend
+
+STAGES = ("assignment", "update", "iteration")
+
+
+class Lloyd(NamedTuple):
+    assign: Callable[[], torch.Tensor]
+    update: Callable[[torch.Tensor], torch.Tensor] | None
+
+
+def with_means(nearest: Callable, sums: Callable, features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
+    """As in pcl_fast/clustering/lloyd.py."""
+
+    def update(assignment: torch.Tensor) -> torch.Tensor:
+        total, counts = sums(features, assignment, len(centroids))
+        return torch.where(counts[:, None] == 0, centroids, total / counts[:, None].clamp(min=1))
+
+    return Lloyd(partial(nearest, features, centroids), update)
+
+
+def torch_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
+    return with_means(plain.nearest, plain.segment_sums, features, centroids)
+
+
+def triton_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
+    return with_means(*pick_backend("triton", features.device, features.dtype, features.shape[1]), features, centroids)
+
+
+def faiss_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
+    """The search alone, in place; always in float32."""
+    optional.module("faiss", "faiss-gpu")
+    features = features.float()
+    search = pick_backend("faiss", features.device, features.dtype, features.shape[1]).nearest
+    return Lloyd(partial(search, features, centroids), None)
+
+
+def faiss_iteration(features: torch.Tensor, centroids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """As faiss's own k-means does it: from the host, where it averages too; float32."""
+    host, start = features.float().cpu().numpy(), centroids.cpu().numpy()
+    options = {"iterations": 1, "redo": 1, "init": start, "max_points_per_centroid": len(host)}
+    return lambda: torch.from_numpy(official_estep.kmeans(host, len(start), **options)[0])
+
+
+def flash_kmeans_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
+    assigning = optional.module("flash_kmeans.assign_euclid_triton", "flash-kmeans")
+    updating = optional.module("flash_kmeans.centroid_update_triton", "flash-kmeans")
+    points, start = features[None], centroids.to(features.dtype)[None]
+    squares = torch.cat([chunk.float().square().sum(1) for chunk in features.split(1 << 18)])[None]
+    return Lloyd(
+        partial(assigning.euclid_assign_triton, points, start, squares),
+        partial(updating.triton_centroid_update_sorted_euclid, points, old_centroids=start),
+    )
+
+
+def flashlib_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
+    assigning = optional.module("flashlib.primitives.kmeans.triton.assign", "flashlib")
+    updating = optional.module("flashlib.primitives.kmeans.triton.update", "flashlib")
+    points, start = features[None], centroids.to(features.dtype)[None]
+    buffers = {
+        "sums_buf": torch.empty(start.shape, device=start.device),
+        "cnts_buf": torch.empty(start.shape[:2], device=start.device, dtype=torch.int32),
+        "new_buf": torch.empty_like(start),
+        "shift_buf": torch.empty(start.shape[:2], device=start.device),
+    }
+    return Lloyd(
+        partial(assigning.euclid_assign_triton, points, start),
+        lambda ids: updating.triton_lloyd_centroid_step_euclid(points, ids, start, **buffers)[0],
+    )
+
+
+def flashlib_cute_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
+    """Its kernel in CuTe DSL, for Hopper, which it tunes itself for every shape (20 s)."""
+    optional.module("cutlass.cute", "nvidia-cutlass-dsl")
+    assigning = optional.module("flashlib.primitives.kmeans.cutedsl.assign", "flashlib")
+    points, start = features[None], centroids.to(features.dtype)[None]
+    return Lloyd(partial(assigning.cutedsl_assign_euclid, points, start), flashlib_lloyd(features, centroids).update)
+
+
+PROVIDERS: dict[str, Callable[[torch.Tensor, torch.Tensor], Lloyd]] = {
+    "faiss": faiss_lloyd,
+    "torch": torch_lloyd,
+    "flash-kmeans": flash_kmeans_lloyd,
+    "flashlib": flashlib_lloyd,
+    "flashlib-cute": flashlib_cute_lloyd,
+    "triton": triton_lloyd,
+}
+
+
+def step(stage: str, provider: str, features: torch.Tensor, centroids: torch.Tensor) -> Callable[[], torch.Tensor]:
+    """What to time: returns the assignment, or else the new centroids."""
+    if (provider, stage) == ("faiss", "iteration"):
+        return faiss_iteration(features, centroids)
+    assign, update = PROVIDERS[provider](features, centroids)
+    if stage == "assignment":
+        return assign
+    if stage == "update":
+        return partial(update, assign())
+    return lambda: update(assign())
