@@ -93,7 +93,7 @@ PROVIDERS: dict[str, Callable[[Case, bool], Callable[[], Prototypes]]] = {
 
 def providers(case: Case) -> list[str]:
     if not device.CUDA:
-        return ["official", "torch"]
+        return ["official", "faiss", "torch"]
     return list(PROVIDERS) if case == SHORT else ["triton"]
 
 

@@ -87,6 +87,7 @@ def _load_faiss() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
             with torch.cuda.device(features.device):
                 arguments = _gpu_resources(features.device), features, centroids.to(features.dtype), 1
                 return faiss.knn_gpu(*arguments, device=features.device.index)[1].view(-1)
+        faiss.omp_set_num_threads(torch.get_num_threads())  # it would take all cores, on every rank
         rows = max(1, (1 << 24) // features.shape[1])  # on a CPU it knows no float16: converted piece by piece
         return torch.cat([faiss.knn(chunk.float(), centroids, 1)[1].view(-1) for chunk in features.split(rows)])
 

@@ -310,6 +310,23 @@ def test_triton_without_a_gpu_says_how_to_debug(monkeypatch):
         kmeans(blobs(30), 2, backend="triton")
 
 
+def test_faiss_takes_no_more_threads_than_pytorch(monkeypatch):
+    knn, threads = faiss.knn, []
+
+    def counting(*arguments):
+        threads.append(faiss.omp_get_max_threads())
+        return knn(*arguments)
+
+    monkeypatch.setattr(faiss, "knn", counting)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        kmeans(blobs(30), 2, iterations=1, backend="faiss")
+    finally:
+        torch.set_num_threads(before)
+    assert threads[0] == 1
+
+
 def test_without_triton(monkeypatch):
     for name in ("_assign", "_segment"):
         monkeypatch.setattr(f"pcl_fast.clustering.backends.{name}", None)
