@@ -14,13 +14,13 @@ sweep    Program (tile of points) holds its points and goes through all centroid
 settle   These candidates are compared by their distances in fp32, summed from differences.
 
 The index of the largest score is never carried along: the maximum of a tile with its index takes three instructions a
-score instead of one. Packing the index into the score's low bits takes two, and bits of the score.
+score instead of one. Packing the index into the score's low bits takes two more, and bits of the score.
 
 Numerics. Points of fp16 are multiplied as they are, with centroids rounded to fp16 (scaled to make the most of its
 range) and the |c|^2 of the rounded ones: the nearest of the rounded centroids is found, up to the rounding of the sums
 in fp32. Points of fp32 and their centroids are split into two fp16 numbers each, high + low, and multiplied as high
-high + high low + low high: 22 bits, on the matrix units of every architecture. Magnitudes from 1e-18 to 1e18 will do;
-beyond them squares leave the range of fp32.
+high + high low + low high: 22 bits, on the matrix units of every architecture. Magnitudes from 1e-15 to 1e15 will do;
+much beyond them squares leave the range of fp32.
 Ties go to one of the equals, always the same.
 """
 
@@ -42,7 +42,7 @@ NOTHING = tl.constexpr(-3e38)
 def widest(dtype: torch.dtype, device: torch.device) -> int:
     """The largest d of the kernels on a device for points of this type, 0 where they are of no use.
 
-    Triton up to 3.1 knows Volta's matrix units, later versions those from Ampere's on.
+    Triton up to 3.1 is only used for Volta, whose matrix units later versions do not know.
     """
     if dtype not in (torch.float16, torch.float32):
         return 0

@@ -79,7 +79,8 @@ class ClusterConfig:
     alpha: float = 10.0
     """Smoothing of the concentration of small clusters."""
     init: Literal["random", "previous"] = "random"
-    """Where k-means starts: random points, or the last E-step's prototypes (the first one is random all the same)."""
+    """Where k-means starts: random points, or the last E-step's prototypes, of unit length as they are. The first one
+    is random all the same."""
     warm_iterations: int = 5
     """Lloyd iterations of a start from the last E-step's prototypes, of which there is one (no redo)."""
     backend: Literal["auto", "triton", "faiss", "torch"] = "auto"
@@ -215,7 +216,8 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def recipe_differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What makes `now` another recipe than `saved` (both from `to_dict`): lines "field: saved -> now"."""
-    before, after = _flatten(saved), _flatten(now)
+    # A field that did not exist yet when the run began counts as its default.
+    before, after = _flatten(to_dict(Config())) | _flatten(saved), _flatten(now)
     names = [name for name in sorted(before.keys() | after.keys()) if not name.startswith(_NOT_RECIPE)]
     return [f"{name}: {before.get(name)} -> {after.get(name)}" for name in names if before.get(name) != after.get(name)]
 

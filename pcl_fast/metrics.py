@@ -30,8 +30,8 @@ FILE = "metrics.jsonl"
 class Recorder:
     """Records rows of metrics. On all ranks but the main one every method does nothing.
 
-    A row of metrics.jsonl has `kind` (step, epoch, clustering, evaluation, finished), `step` (of the
-    whole run) and `epoch`.
+    A row of metrics.jsonl has `kind` (step, epoch, features, clustering, evaluation, finished), `step`
+    (of the whole run) and `epoch`.
     """
 
     def __init__(self, folder: Path, *, enabled: bool = True, resume_at: tuple[int, int] | None = None):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pcl_fast.checkpoint import check_same_run, load_checkpoint, save_checkpoint
-from pcl_fast.clustering import FeatureShard, PrototypeSet, cluster, pick_backend
+from pcl_fast.clustering import FeatureShard, PrototypeSet, cluster, obstacle, pick_backend
 from pcl_fast.config import Config, to_dict
 from pcl_fast.data import Batch, ImageFolder, TrainingLoader, clustering_loader
 from pcl_fast.distributed import World, gather_objects, shard_bounds
@@ -18,7 +18,7 @@ from pcl_fast.learner import Learner
 from pcl_fast.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.seeds import mix_seeds
 
-# Images at a time of the pass that fills the feature shard: it keeps no activations, so memory is no concern.
+# Images at a time of the pass that fills the feature shard; it keeps no activations.
 _CLUSTERING_BATCH = 256
 
 
@@ -32,7 +32,8 @@ class Trainer:
     def __init__(self, config: Config, folder: ImageFolder, world: World):
         """
         Raises:
-            ValueError: the data set does not fit batch or numbers of clusters, or the checkpoint is another recipe's.
+            ValueError: the data set does not fit batch or numbers of clusters, the checkpoint is another recipe's, or
+                k-means cannot run with the backend asked for.
             UserError: the checkpoint cannot be read, or a package is missing.
         """
         check_sizes(config, len(folder), world.size)
@@ -55,6 +56,10 @@ class Trainer:
         self._in_expectation = False
         resume_at = self._restore()
         self.recorder = Recorder(config.output, enabled=world.is_main, resume_at=resume_at)
+        if world.device.type == "cuda" and config.cluster.backend == "auto":
+            reason = obstacle(world.device, self.shard.features.dtype, config.model.dim)
+            if reason and config.cluster.ks:
+                self.recorder.say(f"k-means runs in plain PyTorch, which is slower: its kernels' backend {reason}")
         self.metrics = StepMetrics(self.recorder, folder, world, batch_size=config.optim.batch_size)
 
     def fit(self) -> bool:

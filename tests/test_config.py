@@ -85,6 +85,15 @@ def test_places_and_printing_are_not_part_of_the_recipe():
     assert recipe_differences(to_dict(config), to_dict(moved)) == []
 
 
+def test_a_field_that_is_newer_than_the_run_counts_as_its_default():
+    config = preset("pcl_v1")
+    saved = to_dict(config)
+    del saved["cluster"]["init"], saved["cluster"]["warm_iterations"]
+    assert recipe_differences(saved, to_dict(config)) == []
+    warm = replace(config, cluster=replace(config.cluster, init="previous"))
+    assert recipe_differences(saved, to_dict(warm)) == ["cluster.init: random -> previous"]
+
+
 @pytest.mark.parametrize(
     ("group", "field", "value", "message"),
     [

@@ -1,10 +1,19 @@
 """The E-step: features, k-means, concentration, prototypes."""
 
-from pcl_fast.clustering.backends import pick_backend
+from pcl_fast.clustering.backends import obstacle, pick_backend
 from pcl_fast.clustering.cluster import cluster
 from pcl_fast.clustering.concentration import concentration
 from pcl_fast.clustering.features import FeatureShard
 from pcl_fast.clustering.kmeans import kmeans
 from pcl_fast.clustering.types import KMeansResult, PrototypeSet
 
-__all__ = ["FeatureShard", "KMeansResult", "PrototypeSet", "cluster", "concentration", "kmeans", "pick_backend"]
+__all__ = [
+    "FeatureShard",
+    "KMeansResult",
+    "PrototypeSet",
+    "cluster",
+    "concentration",
+    "kmeans",
+    "obstacle",
+    "pick_backend",
+]

@@ -40,14 +40,13 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype, dim: int) 
         raise ValueError(f'k-means has the backends "auto", "triton", "faiss" and "torch", not {name!r}')
     if name == "faiss":
         return Backend(_load_faiss(), pick_sums(device))
-    if name == "torch" or (name == "auto" and device.type != "cuda"):
-        return Backend(plain.nearest, pick_sums(device))
-    obstacle = _obstacle(device, dtype, dim)
-    if obstacle is None:
-        return Backend(_assign.nearest, _segment.segment_sums)
-    if name == "auto":
-        return Backend(plain.nearest, pick_sums(device))
-    raise ValueError(f'k-means backend "triton" {obstacle}; use backend "torch"')
+    if name == "triton" or (name == "auto" and device.type == "cuda"):
+        reason = obstacle(device, dtype, dim)
+        if reason is None:
+            return Backend(_assign.nearest, _segment.segment_sums)
+        if name == "triton":
+            raise ValueError(f'k-means backend "triton" {reason}; use backend "torch"')
+    return Backend(plain.nearest, pick_sums(device))
 
 
 def pick_sums(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
@@ -55,8 +54,8 @@ def pick_sums(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.T
     return _segment.segment_sums if device.type == "cuda" and _segment is not None else plain.segment_sums
 
 
-def _obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
-    """Why the kernels cannot be used, or None."""
+def obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
+    """Why backend "triton" cannot be used, or None."""
     if _assign is None:
         return "needs the package triton, which is not installed"
     if device.type != "cuda" and not _assign.INTERPRETED:

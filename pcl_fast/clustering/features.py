@@ -42,13 +42,15 @@ class FeatureShard:
         training = encoder.training
         encoder.eval()
         filled = 0
-        for images in batches:
-            with autocast:
-                features = encoder(normalise(images.to(self.features.device, non_blocking=True)))
-            if filled + len(features) <= len(self.features):
-                self.features[filled : filled + len(features)] = features
-            filled += len(features)
-        encoder.train(training)
+        try:
+            for images in batches:
+                with autocast:
+                    features = encoder(normalise(images.to(self.features.device, non_blocking=True)))
+                if filled + len(features) <= len(self.features):
+                    self.features[filled : filled + len(features)] = features
+                filled += len(features)
+        finally:
+            encoder.train(training)
         if filled != len(self.features):
             raise RuntimeError(f"the loader gave {filled} images for a shard of {len(self.features)}")
         if self.features.is_cuda:

@@ -37,15 +37,17 @@ def kmeans(
         seed: of the start (k distinct points) and of splitting. The same on every rank.
         init: [k, d] initial centroids instead of random points; redo must be 1.
         group: the ranks that hold the shards, None for this process alone.
-        backend: of the search for the nearest centroid. "triton", the fused kernels (d up to 256, on Volta 128);
-            "torch", chunked matrix products in float32; "faiss"; "auto", triton for CUDA tensors that it takes, torch
-            elsewhere.
+        backend: of the search for the nearest centroid. "triton", the fused kernels (d up to 256; 128 on Volta, and for
+            float32 on compute capability 10.x); "torch", chunked matrix products in float32; "faiss"; "auto", triton
+            for CUDA tensors that it takes, torch elsewhere.
 
     Returns:
-        KMeansResult, on the device of `features`. The same seed gives the same bits.
+        KMeansResult, on the device of `features`. The same seed and shards give the same bits (on a GPU, if Triton is
+        installed); other shards of the same points the same up to rounding.
 
     Raises:
-        ValueError: wrong shape, dtype, k, init or backend, or (on every rank) NaN or infinite features on some rank.
+        ValueError: wrong shape, dtype, k, init (or NaN in it) or backend, or (on every rank) NaN or infinite features
+            on some rank.
         MissingPackageError: the backend is not installed.
     """
     check_options(iterations, redo)
@@ -92,5 +94,7 @@ def check_clusters(shards: Shards, k: int, init: torch.Tensor | None, redo: int)
         return
     if init.shape != (k, d) or init.dtype != torch.float32:
         raise ValueError(f"init must be [{k}, {d}] float32, got {list(init.shape)} {init.dtype}")
+    if not init.isfinite().all():
+        raise ValueError(f"init is not finite: {int((~init.isfinite()).any(1).sum())} of {k} rows")
     if redo != 1:
         raise ValueError(f"with init every start would be the same: redo must be 1, got {redo}")

@@ -54,15 +54,14 @@ def lloyd(
     """See `kmeans`, whose arguments these are, checked."""
     best: KMeansResult | None = None
     for start in range(redo):
-        centroids = draw_points(shards, k, seed + start) if init is None else _copy(init, shards)
+        if init is None:
+            centroids = draw_points(shards, k, seed + start)
+        else:
+            centroids = init.to(shards.features.device).clone(memory_format=torch.contiguous_format)
         result = yield from _descend(shards, centroids, backend, iterations, seed + start)
         if best is None or result.objective < best.objective:
             best = result
     return best
-
-
-def _copy(init: torch.Tensor, shards: Shards) -> torch.Tensor:
-    return init.to(shards.features.device).clone(memory_format=torch.contiguous_format)
 
 
 def _descend(
@@ -70,7 +69,9 @@ def _descend(
 ) -> Generator[None, None, KMeansResult]:
     """Lloyd's iterations from these centroids, which may be overwritten."""
     (k, d), features = centroids.shape, shards.features
-    totals = centroids.new_empty(k * d + k + 1)  # sums, counts, changes: one message between the ranks
+    # Sums, counts, changes: one message between the ranks. float32 counts are exact up to 2^24 points a cluster, and
+    # beyond that as good as the sums.
+    totals = centroids.new_empty(k * d + k + 1)
     sums, counts, changes = totals[: k * d].view(k, d), totals[k * d : -1], totals[-1:]
     assignment = None
     for iteration in range(iterations):

@@ -22,7 +22,8 @@ class PrototypeSet(NamedTuple):
 
 class KMeansResult(NamedTuple):
     """centroids [k, d] float32; and of this rank's points, for exactly these centroids: assignment [n_local] int32 and
-    distance [n_local] float32, the squared L2 distance. objective: sum of all ranks' distances.
+    distance [n_local] float32, the squared L2 distance. objective: sum of all ranks' distances. (Of float16 points on a
+    GPU some may have a centroid that is farther than the nearest by up to a thousandth: the search rounds centroids.)
     """
 
     centroids: torch.Tensor

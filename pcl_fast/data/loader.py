@@ -105,11 +105,11 @@ def clustering_loader(folder: ImageFolder, config: DataConfig, *, batch_size: in
     return DataLoader(
         _InOrder(folder, clustering_view(config), begin, end),
         batch_size=batch_size,
-        **_workers(config, world),
+        **_workers(config, world, prefetch=2),  # batches are large, and lie in shared memory
     )
 
 
-def _workers(config: DataConfig, world: World) -> dict:
+def _workers(config: DataConfig, world: World, prefetch: int = 4) -> dict:
     pin = world.device.type == "cuda"
     if config.workers == 0:
         return {"num_workers": 0, "pin_memory": pin}
@@ -117,7 +117,7 @@ def _workers(config: DataConfig, world: World) -> dict:
         "num_workers": config.workers,
         "pin_memory": pin,
         "persistent_workers": True,
-        "prefetch_factor": 4,
+        "prefetch_factor": prefetch,
         "worker_init_fn": _leave_process_group,
     }
 

@@ -89,3 +89,12 @@ def test_errors_name_the_argument():
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_the_same_bits_every_time():
+    distance, assignment, k = case(100_000, 3000)
+    on_cpu = concentration(distance, assignment, k, temperature=0.2)
+    on_gpu, again = (concentration(distance.cuda(), assignment.cuda(), k, temperature=0.2) for _ in range(2))
+    assert torch.equal(on_gpu, again)
+    torch.testing.assert_close(on_gpu.cpu(), on_cpu, rtol=1e-5, atol=0)

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import pairwise
 
-import faiss
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pcl_fast.kernels import assign, plain, segment
 from ranks import run_ranks
 from sklearn.cluster import KMeans
 
 from pcl_fast.clustering import cluster, kmeans, pick_backend
 from pcl_fast.clustering.lloyd import Shards, _split_large, draw_points, take_turns
 
-BACKENDS = ["torch", "faiss", "triton"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BACKENDS = [
+    "torch",
+    pytest.param("faiss", marks=pytest.mark.skipif(not find_spec("faiss"), reason="no faiss")),
+    "triton",
+]
 
 
 def blobs(n: int, d: int = 16, centres: int = 12, seed: int = 0) -> torch.Tensor:
@@ -24,18 +30,23 @@ def blobs(n: int, d: int = 16, centres: int = 12, seed: int = 0) -> torch.Tensor
     generator = torch.Generator().manual_seed(seed)
     middle = torch.randn(centres, d, generator=generator)
     labels = torch.randint(0, centres, (n,), generator=generator)
-    return F.normalize(middle[labels] + 0.5 * torch.randn(n, d, generator=generator), dim=1)
+    return F.normalize(middle[labels] + 0.5 * torch.randn(n, d, generator=generator), dim=1).to(DEVICE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_scikit_learn_from_the_same_start(backend):
     features = blobs(900)
     init = features[:15].clone()
-    theirs = KMeans(15, init=init.numpy(), n_init=1, max_iter=8, tol=0, algorithm="lloyd").fit(features.numpy())
+    theirs = scikit_learn(features, init, iterations=8)
     ours = kmeans(features, 15, iterations=theirs.n_iter_, init=init, backend=backend)
     assert ours.objective == pytest.approx(theirs.inertia_, rel=1e-5)
-    assert (ours.assignment.numpy() == theirs.labels_).all()
-    np.testing.assert_allclose(ours.centroids.numpy(), theirs.cluster_centers_, atol=1e-5)
+    assert (ours.assignment.cpu().numpy() == theirs.labels_).all()
+    np.testing.assert_allclose(ours.centroids.cpu().numpy(), theirs.cluster_centers_, atol=1e-5)
+
+
+def scikit_learn(features: torch.Tensor, init: torch.Tensor, iterations: int) -> KMeans:
+    options = {"n_init": 1, "max_iter": iterations, "tol": 0, "algorithm": "lloyd"}
+    return KMeans(len(init), init=init.cpu().numpy(), **options).fit(features.cpu().numpy())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -65,10 +76,21 @@ def kmeans_of_shard(world, features, bounds, backend):
     return kmeans(shard, 15, iterations=6, redo=2, seed=3, group=world.group, backend=backend)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        *[(backend, torch.float32) for backend in ("torch", "faiss", "triton")],
+        ("triton", torch.float16),
+    ],
+)
 @pytest.mark.parametrize("bounds", [(0, 400, 900), (0, 0, 900), (0, 350, 380, 900)])
-def test_ranks_with_unequal_shards_equal_one_rank(backend, bounds):
-    features = blobs(900)
+def test_ranks_with_unequal_shards_equal_one_rank(backend, dtype, bounds):
+    """gloo, on the CPU."""
+    if backend == "faiss":
+        pytest.importorskip("faiss")
+    if backend == "triton" and DEVICE == "cuda":
+        pytest.skip("the interpreter is off where there is a GPU")
+    features = blobs(900).cpu().to(dtype)
     whole = kmeans(features, 15, iterations=6, redo=2, seed=3, backend=backend)
     ranks = run_ranks(len(bounds) - 1, kmeans_of_shard, features, bounds, backend)
     for result in ranks:
@@ -82,10 +104,11 @@ def test_objective_after_20_iterations(backend):
     """Within 0.1% of scikit-learn's and faiss's from the same start, in either precision."""
     features = blobs(500, seed=7)
     init = features[:20].clone()
-    theirs = KMeans(20, init=init.numpy(), n_init=1, max_iter=20, tol=0, algorithm="lloyd").fit(features.numpy())
-    faiss_kmeans = faiss.Kmeans(16, 20, niter=20, max_points_per_centroid=500)
-    faiss_kmeans.train(features.numpy(), init_centroids=init.numpy())
-    of_faiss = torch.cdist(features, torch.from_numpy(faiss_kmeans.centroids)).min(1).values.square().sum().item()
+    theirs = scikit_learn(features, init, iterations=20)
+    faiss_kmeans = pytest.importorskip("faiss").Kmeans(16, 20, niter=20, max_points_per_centroid=500)
+    faiss_kmeans.train(features.cpu().numpy(), init_centroids=init.cpu().numpy())
+    of_faiss = torch.from_numpy(faiss_kmeans.centroids).to(DEVICE)
+    of_faiss = torch.cdist(features, of_faiss).min(1).values.square().sum().item()
     for ours in (features, features.half()):
         objective = kmeans(ours, 20, iterations=20, init=init, backend=backend).objective
         assert objective == pytest.approx(theirs.inertia_, rel=1e-3)
@@ -108,7 +131,7 @@ def start_of_shard(world, features, bounds):
 
 @pytest.mark.parametrize("bounds", [(0, 400, 900), (0, 0, 900), (0, 350, 380, 900)])
 def test_the_start_is_the_same_for_any_number_of_ranks(bounds):
-    features = blobs(900)
+    features = blobs(900).cpu()
     whole = draw_points(Shards(features, [900], None), 40, 5)
     assert len(whole.unique(dim=0)) == 40
     for start in run_ranks(len(bounds) - 1, start_of_shard, features, bounds):
@@ -193,7 +216,8 @@ def test_as_many_clusters_as_points(backend):
 def test_empty_clusters_take_from_large_ones():
     """Half of the initial centroids are far from everything; after a few iterations none is empty."""
     features = blobs(600)
-    init = torch.cat([features[:8], 100 + torch.rand(8, 16, generator=torch.Generator().manual_seed(0))])
+    far = 100 + torch.rand(8, 16, generator=torch.Generator().manual_seed(0))
+    init = torch.cat([features[:8], far.to(DEVICE)])
     result = kmeans(features, 16, iterations=10, init=init, seed=2**63 - 1)
     counts = torch.bincount(result.assignment, minlength=16)
     assert counts.min() > 0
@@ -204,7 +228,7 @@ def test_empty_clusters_take_from_large_ones():
 def test_goes_on_while_a_cluster_is_empty(seed):
     """Splitting a heap of equal points changes no assignment; it must be tried until a cluster of others is drawn."""
     features = torch.cat([blobs(1).expand(40, -1), blobs(8, centres=1, seed=1)]).contiguous()
-    init = torch.stack([features[0], features[40:].mean(0), torch.full((16,), 50.0)])
+    init = torch.stack([features[0], features[40:].mean(0), torch.full((16,), 50.0, device=DEVICE)])
     result = kmeans(features, 3, iterations=60, init=init, seed=seed)
     assert torch.bincount(result.assignment, minlength=3).min() > 0
 
@@ -221,8 +245,8 @@ def test_a_split_moves_two_centroids_apart_around_the_large_one():
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_points_equal(backend):
     """Nothing to split: one cluster holds everything, and centroids without points stay where they are."""
-    result = kmeans(torch.ones(10, 4), 3, iterations=5, backend=backend)
-    torch.testing.assert_close(result.centroids, torch.ones(3, 4), rtol=0, atol=2e-3)
+    result = kmeans(torch.ones(10, 4, device=DEVICE), 3, iterations=5, backend=backend)
+    torch.testing.assert_close(result.centroids.cpu(), torch.ones(3, 4), rtol=0, atol=2e-3)
     assert result.objective < 1e-4
 
 
@@ -262,13 +286,22 @@ def test_float16_features(backend):
     torch.testing.assert_close(half.distance.double(), exact[:, 0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_features_are_read_where_they_lie(backend):
+def test_faiss_reads_the_features_where_they_lie(monkeypatch):
+    faiss = pytest.importorskip("faiss")
+    name = "knn_gpu" if DEVICE == "cuda" else "knn"
+    search, pointers = getattr(faiss, name), []
+
+    def recording(*arguments, **options):
+        pointers.append(arguments[1 if DEVICE == "cuda" else 0].data_ptr())
+        return search(*arguments, **options)
+
+    pick_backend("faiss", torch.device(DEVICE), torch.float32, 16)  # replaces faiss's functions by those for tensors
+    monkeypatch.setattr(faiss, name, recording)
     features = blobs(300)
-    copy, pointer = features.clone(), features.data_ptr()
-    kmeans(features, 10, iterations=2, backend=backend)
+    copy = features.clone()
+    kmeans(features, 10, iterations=2, backend="faiss")
+    assert pointers == [features.data_ptr()] * 3
     assert torch.equal(features, copy)
-    assert features.data_ptr() == pointer
 
 
 def test_errors_name_the_numbers():
@@ -284,6 +317,7 @@ def test_errors_name_the_numbers():
         (lambda: kmeans(features, 2, init=features[:3]), r"init must be \[2, 16\].*\[3, 16\]"),
         (lambda: kmeans(features, 2, init=features[:2], redo=2), "redo must be 1, got 2"),
         (lambda: kmeans(features, 2, backend="cuml"), "backends .*'cuml'"),
+        (lambda: kmeans(features, 2, init=features[:2] / 0), "init is not finite: 2 of 2 rows"),
         (lambda: kmeans(blobs(30, d=257), 2, backend="triton"), 'd up to 256 for torch.float32 .*got 257.*"torch"'),
         (lambda: cluster(features, (2, 3), temperature=1, init=[features[:2]]), "each of the 2 ks, got 1"),
     ]
@@ -293,7 +327,7 @@ def test_errors_name_the_numbers():
 
 
 def broken_on_the_second_rank(world):
-    features = blobs(20 + world.rank)
+    features = blobs(20 + world.rank).cpu()
     if world.rank == 1:
         features[3:5, 2] = torch.nan
     with pytest.raises(ValueError, match="features of rank 1 are not finite: 2 of 21 rows"):
@@ -307,10 +341,42 @@ def test_broken_features_are_an_error_on_every_rank():
 def test_triton_without_a_gpu_says_how_to_debug(monkeypatch):
     monkeypatch.setattr("pcl_fast.clustering.backends._assign.INTERPRETED", False)
     with pytest.raises(ValueError, match=r'"triton" needs CUDA tensors.*TRITON_INTERPRET=1.*use backend "torch"'):
-        kmeans(blobs(30), 2, backend="triton")
+        kmeans(blobs(30).cpu(), 2, backend="triton")
 
 
+@pytest.mark.parametrize(
+    ("capability", "old_triton", "dtype", "widest"),
+    [
+        (70, True, torch.float16, 128),
+        (70, False, torch.float16, 0),
+        (75, False, torch.float16, 0),
+        (80, True, torch.float16, 0),
+        (80, False, torch.float32, 256),
+        (90, False, torch.float16, 256),
+        (100, False, torch.float32, 128),
+        (121, False, torch.float32, 256),
+    ],
+)
+def test_what_the_default_is_on_which_gpu(capability, old_triton, dtype, widest, monkeypatch):
+    module = "pcl_fast.clustering.backends._assign"
+    monkeypatch.setattr(f"{module}.INTERPRETED", False)
+    monkeypatch.setattr(f"{module}.OLD_TRITON", old_triton)
+    monkeypatch.setattr(f"{module}.capability", lambda device: capability)
+    gpu = torch.device("cuda", 0)
+    if widest:
+        assert pick_backend("auto", gpu, dtype, widest).nearest is assign.nearest
+    assert pick_backend("auto", gpu, dtype, widest + 1).nearest is plain.nearest
+    assert pick_backend("auto", gpu, dtype, widest + 1).sums is segment.segment_sums
+    with pytest.raises(
+        ValueError, match=f"up to {widest} for" if widest else "compute capability 8.0 or newer, or 7.0"
+    ):
+        pick_backend("triton", gpu, dtype, widest + 1)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="threads are for CPUs")
 def test_faiss_takes_no_more_threads_than_pytorch(monkeypatch):
+    faiss = pytest.importorskip("faiss")
+    pick_backend("faiss", torch.device("cpu"), torch.float32, 16)
     knn, threads = faiss.knn, []
 
     def counting(*arguments):
@@ -335,9 +401,9 @@ def test_without_triton(monkeypatch):
         kmeans(blobs(30), 2, backend="triton")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_triton_on_a_gpu_equals_the_interpreter_and_is_the_default():
-    features = blobs(5000, d=128, centres=100).cuda()
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+def test_triton_is_the_default_on_a_gpu_and_gives_the_same_bits():
+    features = blobs(5000, d=128, centres=100)
     for x in (features, features.half()):
         default, again, plainly = (kmeans(x, 150, backend=backend) for backend in ("auto", "triton", "torch"))
         assert torch.equal(default.centroids, again.centroids)
@@ -356,10 +422,10 @@ def cluster_of_shard(world, features):
 
 
 def test_cluster_gives_unit_prototypes_and_the_whole_assignment_on_every_rank():
-    features = blobs(400)
+    features = blobs(400).cpu()
     whole = cluster(features, (5, 20), temperature=0.2, iterations=4, seed=1)
     for k, prototypes in zip((5, 20), whole, strict=True):
-        torch.testing.assert_close(prototypes.centroids.norm(dim=1), torch.ones(k))
+        torch.testing.assert_close(prototypes.centroids.norm(dim=1).cpu(), torch.ones(k))
         assert prototypes.concentration.mean().item() == pytest.approx(0.2)
         assert prototypes.assignment.shape == (400,)
         assert prototypes.assignment.dtype == torch.int32

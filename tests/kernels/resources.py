@@ -82,9 +82,10 @@ def cases(capability: int) -> Iterator[Case]:
 
 def cases_of_kmeans(capability: int) -> Iterator[Case]:
     for points in (torch.float16, torch.float32):
-        for d, tile in launch.nearest_tile(capability, points.itemsize).items():
+        tiles = launch.nearest_tile(capability, points.itemsize)
+        for d, tile in {100: tiles[128], **tiles}.items():
             name = f"{POINTER[points][1:]} d={d}"
-            constants = {"D": d, "WIDTH": d, "SPLIT": points == torch.float32}
+            constants = {"D": d, "WIDTH": launch.BLOCK_D if d < launch.BLOCK_D else d, "SPLIT": points == torch.float32}
             prepare = constants | {"ROWS": assign.BLOCK}
             yield Case(f"prepare {name}", assign.prepare, prepare, points, {}, products=False)
             constants |= {"COLUMNS": tile.columns, "CLASSES": assign.CLASSES}

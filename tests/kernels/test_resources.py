@@ -21,4 +21,12 @@ def test_kernels_compile_without_spills_and_use_the_matrix_units(target):
     done = subprocess.run([sys.executable, script, target], env=environment, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(f"sm_{target}") >= 6
+    for kernel in (
+        "stream fp16",
+        "stream fp32",
+        "sweep fp16 d=128",
+        "sweep fp32 d=128",
+        "sweep fp16 d=100",
+        "add_segments",
+    ):
+        assert f"sm_{target}  {kernel}" in done.stdout
