@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -79,6 +80,38 @@ def begin_all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None) 
     if group is None:
         return lambda: None
     return dist.all_reduce(tensor, group=group, async_op=True).wait
+
+
+def begin_to_read(
+    values: Callable[[], torch.Tensor], wait: Callable[[], Any], device: torch.device
+) -> Callable[[], Any]:
+    """Bring values() to the host when `wait` (see above) has been called; call what is returned for their list.
+
+    On a GPU this goes on beside the work that is enqueued meanwhile: the host gets the values as soon as they are
+    there, and the GPU need not run dry until it has seen them. What is enqueued after the call sees what `wait` is for.
+    """
+    if device.type != "cuda":
+        return lambda: (wait(), values().tolist())[1]
+    stream, beside = torch.cuda.current_stream(device), _second_stream(device)
+    beside.wait_stream(stream)
+    with torch.cuda.stream(beside):
+        wait()
+        found = values()
+        host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
+        event = beside.record_event()
+
+    def read() -> Any:
+        event.synchronize()
+        stream.wait_event(event)
+        return host.tolist()
+
+    return read
+
+
+@functools.cache
+def _second_stream(device: torch.device) -> torch.cuda.Stream:
+    """Of high priority: a search fills the GPU for as long as it runs."""
+    return torch.cuda.Stream(device, priority=-1)
 
 
 def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

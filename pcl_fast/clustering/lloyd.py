@@ -4,8 +4,8 @@ Each iteration every rank assigns its own points, and only the clusters' sums an
 up over the ranks. Start, empty clusters and restarts are decided from numbers that all ranks hold alike, so one rank or
 several give the same clustering up to rounding.
 
-`lloyd` is a generator that yields whenever sums are on their way between the ranks: what the others enqueue meanwhile
-keeps the GPU busy.
+`lloyd` is a generator that yields whenever sums are on their way between the ranks, and to the host, which must know
+whether to go on: what the others enqueue meanwhile keeps the GPU busy.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from pcl_fast.clustering.backends import Backend
 from pcl_fast.clustering.types import KMeansResult
-from pcl_fast.distributed import all_reduce_sum, begin_all_reduce_sum
+from pcl_fast.distributed import all_reduce_sum, begin_all_reduce_sum, begin_to_read
 from pcl_fast.seeds import mix_seeds
 
 # A cluster is split by moving its two halves apart by this factor, as faiss does.
@@ -79,12 +79,12 @@ def _descend(
         counts.copy_(backend.sums(features, assignment, k, sums)[1])
         changes.fill_(1) if before is None else changes.copy_((assignment != before).sum())
         wait = begin_all_reduce_sum(totals, shards.group)
+        read = begin_to_read(lambda: torch.cat([changes > 0, (counts == 0).any()[None]]), wait, totals.device)
         yield
-        wait()
-        empty = counts == 0
-        changed, any_empty = torch.cat([changes > 0, empty.any()[None]]).tolist()
+        changed, any_empty = read()
         if not (changed or any_empty):
             break  # these centroids are the means of their clusters already
+        empty = counts == 0
         torch.where(empty[:, None], centroids, sums / counts[:, None].clamp(min=1), out=centroids)
         if any_empty:
             _split_large(centroids, counts, mix_seeds(seed, iteration))
@@ -96,10 +96,9 @@ def _descend(
 def _label(shards: Shards, centroids: torch.Tensor, assignment: torch.Tensor) -> Generator[None, None, KMeansResult]:
     distance = squared_distance(shards.features, centroids, assignment)
     objective = distance.sum(dtype=torch.float64)
-    wait = begin_all_reduce_sum(objective, shards.group)
+    read = begin_to_read(lambda: objective, begin_all_reduce_sum(objective, shards.group), objective.device)
     yield
-    wait()
-    return KMeansResult(centroids, assignment.int(), distance, objective.item())
+    return KMeansResult(centroids, assignment.int(), distance, read())
 
 
 def draw_points(shards: Shards, k: int, seed: int) -> torch.Tensor:
