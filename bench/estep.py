@@ -3,8 +3,8 @@
 On a GPU with the paper's sizes: 1,281,167 images into 25k, 50k and 100k clusters, 20 iterations, 5 starts. Only ours
 runs that. All others run 5 iterations of one start, and so does ours; what the official code would take for the
 paper's E-step is an estimate (`estimated_paper_ms`): a straight line through its times for one and for two starts of 20
-iterations. (One through iterations would be too low: the first ones of every start take longest.) On a CPU a small case,
-in which the official code runs all of it, to compare the estimate with.
+iterations. (One through iterations would be too low: the first ones of every start take longest.) On a CPU a small
+case, in which the official code runs all of it, to compare the estimate with.
 
 flash-kmeans and flashlib have no E-step; their iterations are in kmeans.py.
 
