@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from pcl_fast.kernels import assign, combine, launch, sampling, segment, stream
+from pcl_fast.kernels import assign, combine, launch, photometric, sampling, segment, stream
 from pcl_fast.kernels.contrast import DRAW_BLOCK, TRITON_TYPES, chunk, parts_at_once
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -29,23 +29,25 @@ SHARED = {
     70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
 }  # fmt: skip
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
-POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
 # Pointers of every kernel by name, if not to float32; what ends in a digit goes without it.
 INTEGERS = {
     "index": "*i64", "assignment": "*i32", "list_ids": "*i32", "ends": "*i32", "correct": "*u8", "found": "*i32",
-    "order": "*i64", "bounds": "*i64",
+    "order": "*i64", "bounds": "*i64", "images": "*u8", "jittered": "*u8", "source": "*u8",
+    "ops": "*i32", "luma": "*i32",
 }  # fmt: skip
-FLOATS = ("queue_weight", "first_share", "other_share")
+FLOATS = ("queue_weight", "first_share", "other_share", "mean", "std")
 FEATURES = ("query", "key", "bank", "out", "points", "values")
 HALF = ("high", "low")
 NUMBERS = (
     "n", "size", "columns", "height", "width", "length", "begin", "granularity", "stride", "first_bank", "first_part",
     "part_columns", "seed_low", "seed_high", "banks", "bank_stride", "row_stride", "k", "padded", "tiles",
+    "pixels", "rows",
 )  # fmt: skip
 
 
 class Case(NamedTuple):
-    """A kernel with its constants; features: the type of query and banks."""
+    """A kernel with its constants; features: the type of query and banks, of points, or of what `blur` writes."""
 
     name: str
     kernel: triton.JITFunction
@@ -78,6 +80,7 @@ def cases(capability: int) -> Iterator[Case]:
         constants = {"D": d, "BLOCK_D": d, "MEAN": True, "BY_ROW": True}
         yield Case(f"weigh d={d}", combine.weigh, constants, torch.float16, {}, products=False)
     yield from cases_of_kmeans(capability)
+    yield from cases_of_views()
 
 
 def cases_of_kmeans(capability: int) -> Iterator[Case]:
@@ -96,6 +99,17 @@ def cases_of_kmeans(capability: int) -> Iterator[Case]:
     for d, rows in ((128, 16), (128, 64), (1, 64)):
         constants = {"D": d, "BLOCK_D": d, "ROWS": rows}
         yield Case(f"add_segments {rows}x{d}", segment.add_segments, constants, torch.float16, {}, products=False)
+
+
+def cases_of_views() -> Iterator[Case]:
+    slots, exact = photometric.slots(5), photometric.EXACT
+    yield Case("add_luma", photometric.add_luma, slots, torch.float16, exact, products=False)
+    for out in (torch.float16, torch.float32):
+        yield Case(f"jitter {POINTER[out][1:]}", photometric.jitter, slots, out, exact, products=False)
+    options = exact | {"num_warps": photometric.LINES // 32}
+    for out in (torch.uint8, torch.float16, torch.float32):
+        constants = {"NORMALISE": out != torch.uint8, "LINES": photometric.LINES}
+        yield Case(f"blur {POINTER[out][1:]}", photometric.blur, constants, out, options, products=False)
 
 
 def build(case: Case, capability: int):
