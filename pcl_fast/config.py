@@ -18,7 +18,12 @@ class DataConfig:
     """Which images, and how they are cropped and augmented."""
 
     root: Annotated[Path | None, tyro.conf.arg(name="data", prefix_name=False, metavar="DIR")] = None
-    """Folder of class folders, or a flat folder of images. The demo makes its own when this is missing."""
+    """Folder of class folders, a flat folder of images, or a folder of tar shards. The demo makes its own when this is
+    missing."""
+    format: Literal["folder", "webdataset"] = "folder"
+    """webdataset: tar files of name.jpg (png, webp, ...) and, if there are labels, name.cls."""
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    """What decodes and crops; auto is DALI wherever it can be imported."""
     views: Literal["v1", "v2", "digits"] = "v1"
     """Augmentation recipe: the paper's v1, the paper's v2 (adds blur), or one for handwritten digits."""
     size: int = 224
@@ -27,8 +32,16 @@ class DataConfig:
     """Clustering view: the shorter side is resized to this before the centre crop."""
     min_crop_area: float = 0.2
     """Random resized crops cover at least this share of the image (v1 and v2)."""
-    workers: int = 8
-    """Loader processes per rank; 0 loads in the training process."""
+    workers: int | None = None
+    """Threads (DALI) or processes (torchvision; 0: none) per rank that read and decode; None divides this machine's
+    cores among its ranks, but takes at most 16."""
+    prefetch: int | None = None
+    """Batches that are read ahead, and as many that are decoded ahead; None: 2, or 3 on a GPU of 32 GB or more."""
+    decoder_mib: int | None = None
+    """GPU memory in MiB that each of DALI's threads sets aside to decode; None: 16, less on small GPUs."""
+    skip_broken: bool = False
+    """Decode everything once before the run begins and leave out what cannot be decoded, instead of ending with an
+    error when it is met."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +134,8 @@ class CheckpointConfig:
 
     keep_every: int = 20
     """Besides the last checkpoint, keep that of every n-th epoch; 0 keeps the last alone."""
+    every_minutes: float = 30.0
+    """Save within an epoch too, when the last time is so long ago (at a look at the metrics); 0 at its end alone."""
 
 
 @dataclass(frozen=True)
@@ -184,10 +199,10 @@ PRESETS: dict[str, tuple[str, Config]] = {
 }
 
 # What may differ between a run and its continuation: where things lie, what computes them and what is printed, not
-# what is learned.
+# what is learned. (Which images there are is compared apart.)
 _NOT_RECIPE = (
-    "preset", "output", "log_every", "data.root", "data.workers", "loss.backend", "cluster.backend", "evaluation.",
-    "checkpoint.",
+    "preset", "output", "log_every", "data.root", "data.format", "data.loader", "data.workers", "data.prefetch",
+    "data.decoder_mib", "data.skip_broken", "loss.backend", "cluster.backend", "evaluation.", "checkpoint.",
 )  # fmt: skip
 
 
@@ -247,8 +262,12 @@ def validate(config: Config) -> None:
     for flag, value in positive.items():
         if not value > 0:
             raise ValueError(f"{flag} must be positive, got {value}")
+    for flag, value in {"--data.prefetch": config.data.prefetch, "--data.decoder-mib": config.data.decoder_mib}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{flag} must be positive, got {value}")
     not_negative = {
-        "--data.workers": config.data.workers,
+        "--data.workers": config.data.workers or 0,
+        "--checkpoint.every-minutes": config.checkpoint.every_minutes,
         "--cluster.warmup-epochs": config.cluster.warmup_epochs,
         "--evaluation.every": config.evaluation.every,
         "--checkpoint.keep-every": config.checkpoint.keep_every,

@@ -7,10 +7,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from pcl_fast.errors import UserError
+
+T = TypeVar("T")
 
 # One rank may keep the others waiting for long: AMI at ImageNet's size, a slow disk.
 _TIMEOUT = timedelta(hours=2)
@@ -153,3 +157,21 @@ def gather_objects(item: Any, world: World) -> list[Any]:
     items: list[Any] = [None] * world.size
     dist.all_gather_object(items, item, group=world.group)
     return items
+
+
+def main_first(work: Callable[[], T], world: World) -> T:
+    """work() on the main rank and then on all others, which find what it has left; returns each rank's own result.
+
+    Raises:
+        UserError, ValueError: what work() raised on the main rank, on every rank; the others then do not call it.
+    """
+    result, error = None, None
+    if world.is_main:
+        try:
+            result = work()
+        except (UserError, ValueError) as raised:
+            error = raised
+    shared = gather_objects(error, world)[0]
+    if shared is not None:
+        raise error or shared  # the main rank's own knows where it came from
+    return result if world.is_main else work()

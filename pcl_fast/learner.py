@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pcl_fast.clustering import PrototypeSet
 from pcl_fast.config import Config, OptimConfig
-from pcl_fast.data import Batch, normalise
+from pcl_fast.data import Batch
 from pcl_fast.distributed import World, all_gather_rows
 from pcl_fast.losses import ProtoNCEResult, protonce
 from pcl_fast.model import BatchShuffle, Encoder, KeyQueue, MomentumTwin, average_statistics
@@ -66,21 +66,17 @@ class Learner:
         """One optimiser step.
 
         Args:
-            batch: this rank's views, anywhere.
+            batch: this rank's views.
             prototypes: granularities of the last E-step; empty before the first.
             number: of the step in the whole run; seeds the step's draws.
 
         Returns:
             loss, its parts and accuracies in percent: 0-d tensors on the device, of this rank's batch.
         """
-        device = self.world.device
-        query_view = batch.query_view.to(device, non_blocking=True)
-        key_view = batch.key_view.to(device, non_blocking=True)
-        index = batch.index.to(device, non_blocking=True)
-
-        key = self._keys(key_view, number)
+        index = batch.index.to(self.world.device, non_blocking=True)
+        key = self._keys(batch.key_view, number)
         with self.autocast:
-            query = self._query(normalise(query_view))
+            query = self._query(batch.query_view)
         result = protonce(
             query,
             key,
@@ -100,9 +96,10 @@ class Learner:
     def _keys(self, view: torch.Tensor, number: int) -> torch.Tensor:
         """Move the momentum encoder, then encode the shuffled batch with it: [N, dim] in the batch's own order."""
         self.twin.update()
-        shuffled, restore = self.shuffle.shuffle(view, self._seed(_SHUFFLE, number))
+        # Rows travel as they lie in memory, channels last.
+        rows, restore = self.shuffle.shuffle(view.permute(0, 2, 3, 1), self._seed(_SHUFFLE, number))
         with self.autocast:
-            return restore(self.twin.key(normalise(shuffled)))
+            return restore(self.twin.key(rows.permute(0, 3, 1, 2)))
 
     def _descend(self, loss: torch.Tensor) -> None:
         """Backward and update; if any rank's loss is not finite, no rank updates.
@@ -171,12 +168,19 @@ def learning_rate(optim: OptimConfig, epoch: int, epochs: int) -> float:
     return optim.lr * 0.1 ** sum(epoch >= milestone for milestone in optim.milestones)
 
 
+def encoder_dtype(device: torch.device) -> torch.dtype:
+    """Of images and products: bf16 from sm_80 on, fp16 on older GPUs (which lack bf16), fp32 on CPUs."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.float16 if torch.cuda.get_device_capability(device) < (8, 0) else torch.bfloat16
+
+
 def precision(device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
-    """bf16 from sm_80 on, fp16 with loss scaling on older GPUs (which lack bf16), fp32 on CPUs."""
-    cuda = device.type == "cuda"
-    half = torch.float16 if cuda and torch.cuda.get_device_capability(device) < (8, 0) else torch.bfloat16
-    autocast = torch.autocast(device.type, dtype=half, enabled=cuda)
-    return autocast, torch.amp.GradScaler(device.type, enabled=cuda and half is torch.float16)
+    """Autocast to `encoder_dtype`, and for fp16 loss scaling."""
+    dtype = encoder_dtype(device)
+    if dtype is torch.float32:
+        return torch.autocast(device.type, enabled=False), torch.amp.GradScaler(device.type, enabled=False)
+    return torch.autocast(device.type, dtype=dtype), torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
 
 
 def _data_parallel(encoder: torch.nn.Module) -> DistributedDataParallel:

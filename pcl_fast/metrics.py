@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from pcl_fast.data import ImageFolder
+from pcl_fast.data import ImageSet
 from pcl_fast.distributed import World, all_reduce_sum
 from pcl_fast.errors import NonFiniteLossError
 
@@ -108,9 +108,9 @@ class Recorder:
 class StepMetrics:
     """Metrics of the steps since the last look. They stay on the device until then, so that no step waits for it."""
 
-    def __init__(self, recorder: Recorder, folder: ImageFolder, world: World, *, batch_size: int):
+    def __init__(self, recorder: Recorder, images: ImageSet, world: World, *, batch_size: int):
         """batch_size: images per step over all ranks."""
-        self.recorder, self.folder, self.world, self.batch_size = recorder, folder, world, batch_size
+        self.recorder, self.images, self.world, self.batch_size = recorder, images, world, batch_size
         self._pending: list[tuple[int, torch.Tensor, dict[str, torch.Tensor]]] = []
         self._epoch: list[torch.Tensor] = []
         self._names: list[str] = []
@@ -119,33 +119,34 @@ class StepMetrics:
         """One step's batch (positions in the data set) and its metrics (0-d; "loss" among them)."""
         self._pending.append((step, index, values))
 
-    def flush(self, epoch: int, done: int, *, lr: float, stop: bool) -> bool:
+    def flush(self, epoch: int, done: int, *, lr: float, wishes: Sequence[bool]) -> list[bool]:
         """Average the pending steps over all ranks and record the last of them.
 
         Args:
             epoch, done: of the run, for the record and the progress bar.
             lr: learning rate, for the record.
-            stop: whether this rank was asked to stop.
+            wishes: of this rank, as many on every rank: to stop, say.
 
         Returns:
-            Whether any rank was.
+            For every wish whether any rank has it.
 
         Raises:
             NonFiniteLossError: on every rank, if any rank's loss was not finite.
         """
         self._names = list(self._pending[-1][2])
         local = torch.stack([torch.stack([values[name] for name in self._names]) for _, _, values in self._pending])
-        # One collective for the metrics and the wish to stop.
-        table = torch.cat([local, torch.full_like(local[:, :1], float(stop))], dim=1)
+        # One collective for the metrics and the wishes.
+        asked = torch.tensor([float(wish) for wish in wishes]).to(local.device, non_blocking=True)
+        table = torch.cat([local, asked.expand(len(local), -1)], dim=1)
         table = all_reduce_sum(table, self.world.group).cpu() / self.world.size
-        stopping, table = bool(table[-1, -1] > 0), table[:, :-1]
+        granted, table = (table[-1, local.shape[1] :] > 0).tolist(), table[:, : local.shape[1]]
         self._check_finite(table, local)
         self._epoch += list(table)
         values = self._named(table[-1])
         self.recorder.row("step", self._pending[-1][0], epoch, **values, lr=lr)
         self.recorder.advance(done, values, self.batch_size)
         self._pending.clear()
-        return stopping
+        return granted
 
     def epoch_means(self) -> dict[str, float]:
         """Means over the steps since the last call."""
@@ -168,7 +169,7 @@ class StepMetrics:
         indices = index.tolist()
         raise NonFiniteLossError(
             f"the loss of step {step} is {local[first, loss].item()}; that step was not applied and the last "
-            f"checkpoint stands. The batch's images are {indices}, the first of them {self.folder.path(indices[0])}"
+            f"checkpoint stands. The batch's images are {indices}, the first of them {self.images.name(indices[0])}"
         )
 
 

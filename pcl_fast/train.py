@@ -14,9 +14,10 @@ import torch
 import tyro
 
 from pcl_fast.config import PRESETS, Config, to_dict, validate
-from pcl_fast.data import ImageFolder, check_headers, find_images
+from pcl_fast.data import ImageSet, check_headers, open_set, usable
 from pcl_fast.data.digits import digits_folder
-from pcl_fast.distributed import World, connect, disconnect
+from pcl_fast.data.resources import pick_resources
+from pcl_fast.distributed import World, connect, disconnect, main_first
 from pcl_fast.errors import UserError
 from pcl_fast.report import write_report
 from pcl_fast.trainer import Trainer
@@ -41,9 +42,9 @@ def run(config: Config, world: World) -> bool:
         ValueError: something in `config` cannot work, or config.output holds another run.
         UserError: the images or the checkpoint cannot be used, a package is missing, or training diverged.
     """
-    folder = open_images(config, world)
+    images = open_images(config, world)
     torch.backends.cudnn.benchmark = True
-    trainer = Trainer(config, folder, world)
+    trainer = Trainer(config, images, world)
     if world.is_main:
         (config.output / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
     finished = trainer.fit()
@@ -52,16 +53,26 @@ def run(config: Config, world: World) -> bool:
     return finished
 
 
-def open_images(config: Config, world: World) -> ImageFolder:
-    """The images of config.data.root, looked at as far as that is cheap; the demo's own where none are given."""
-    root = config.data.root
+def open_images(config: Config, world: World) -> ImageSet:
+    """The images of config.data.root, looked at as far as that is cheap, or left out if they are broken and may be; the
+    demo's own where none are given.
+    """
+    root, data = config.data.root, config.data
     if root is None:
         if config.preset != "demo":
-            raise ValueError("--data is missing: the folder of class folders, or of images, to train on")
+            raise ValueError("--data is missing: the folder of class folders, of images, or of tar shards to train on")
         root = digits_folder()
-    folder = find_images(root)
-    check_headers(folder, world.rank, world.size)
-    return folder
+    images = main_first(lambda: open_set(root, data.format, strict=not data.skip_broken), world)
+    if not data.skip_broken:
+        check_headers(images, world.rank, world.size)
+        return images
+    if world.is_main:
+        print(f"looking for broken images among {len(images)}", flush=True)
+    record = config.output / "broken.json"
+    images, broken = usable(images, record, world, threads=pick_resources(data, world.device).threads)
+    if world.is_main and broken:
+        print(f"{broken} images cannot be decoded and are left out; {record} names them", flush=True)
+    return images
 
 
 if __name__ == "__main__":

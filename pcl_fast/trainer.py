@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 from pcl_fast.checkpoint import check_same_run, load_checkpoint, save_checkpoint
 from pcl_fast.clustering import FeatureShard, PrototypeSet, cluster, obstacle, pick_backend
 from pcl_fast.config import Config, to_dict
-from pcl_fast.data import Batch, ImageFolder, TrainingLoader, clustering_loader
+from pcl_fast.data import Batch, ImageSet, clustering_loader, describe_loader, training_loader
 from pcl_fast.distributed import World, gather_objects, shard_bounds
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
-from pcl_fast.learner import Learner
+from pcl_fast.learner import Learner, encoder_dtype
 from pcl_fast.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.seeds import mix_seeds
 
@@ -29,38 +30,42 @@ class _StoppedError(Exception):
 class Trainer:
     """Trains an encoder by PCL (without granularities: MoCo); goes on from the checkpoint in config.output, if any."""
 
-    def __init__(self, config: Config, folder: ImageFolder, world: World):
+    def __init__(self, config: Config, images: ImageSet, world: World):
         """
         Raises:
             ValueError: the data set does not fit batch or numbers of clusters, the checkpoint is another recipe's, or
                 k-means cannot run with the backend asked for.
             UserError: the checkpoint cannot be read, or a package is missing.
         """
-        check_sizes(config, len(folder), world.size)
-        self.config, self.folder, self.world = config, folder, world
-        rows = config.optim.batch_size // world.size
+        check_sizes(config, len(images), world.size)
+        self.config, self.images, self.world = config, images, world
+        rows, dtype = config.optim.batch_size // world.size, encoder_dtype(world.device)
         self.learner = Learner(config, world)
-        self.loader = TrainingLoader(folder, config.data, batch_size=rows, seed=config.seed, world=world)
-        self.clustering_view = clustering_loader(folder, config.data, batch_size=_CLUSTERING_BATCH, world=world)
-        begin, end = shard_bounds(len(folder), world.rank, world.size)
+        self.loader = training_loader(images, config.data, batch_size=rows, seed=config.seed, world=world, dtype=dtype)
+        self.clustering_view = clustering_loader(
+            images, config.data, batch_size=_CLUSTERING_BATCH, world=world, dtype=dtype
+        )
+        begin, end = shard_bounds(len(images), world.rank, world.size)
         self.shard = FeatureShard(end - begin, config.model.dim, world.device)
         # What cannot be used is better said now than at the first E-step.
         pick_backend(config.cluster.backend, world.device, self.shard.features.dtype, config.model.dim)
-        self.labels = None if folder.labels is None else torch.tensor(folder.labels, device=world.device)
+        self.labels = None if images.labels is None else torch.tensor(images.labels, device=world.device)
 
         self.prototypes: list[PrototypeSet] = []
         self.epoch, self.step = 0, 0  # epochs done, and steps done in the one under way
         self.finished = False
         self.watch = Stopwatch()
         self._signalled = False
+        self._saved = time.monotonic()
         self._in_expectation = False
         resume_at = self._restore()
         self.recorder = Recorder(config.output, enabled=world.is_main, resume_at=resume_at)
+        self.recorder.say(describe_loader(config.data, world))
         if world.device.type == "cuda" and config.cluster.backend == "auto":
             reason = obstacle(world.device, self.shard.features.dtype, config.model.dim)
             if reason and config.cluster.ks:
                 self.recorder.say(f"k-means runs in plain PyTorch, which is slower: its kernels' backend {reason}")
-        self.metrics = StepMetrics(self.recorder, folder, world, batch_size=config.optim.batch_size)
+        self.metrics = StepMetrics(self.recorder, images, world, batch_size=config.optim.batch_size)
 
     def fit(self) -> bool:
         """Train to the end; False when SIGTERM or SIGINT stopped it early, with everything saved.
@@ -153,7 +158,7 @@ class Trainer:
 
     def _evaluate(self, features: torch.Tensor, prototypes: list[PrototypeSet]) -> None:
         options = self.config.evaluation
-        queries = torch.randperm(len(self.folder), generator=torch.Generator().manual_seed(0))[: options.queries]
+        queries = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(0))[: options.queries]
         knn = knn_accuracy(
             features,
             self.labels,
@@ -187,10 +192,12 @@ class Trainer:
                 self.step += 1
                 self.metrics.add(self.global_step, batch.index, values)
                 if self.step == steps or self.step % self.config.log_every == 0:
-                    stop = self.metrics.flush(self.epoch, self.step, lr=lr, stop=self._signalled)
-                    if stop and self.step < steps:
+                    wishes = (self._signalled, self._save_is_due())
+                    stop, save = self.metrics.flush(self.epoch, self.step, lr=lr, wishes=wishes)
+                    if (stop or save) and self.step < steps:
                         self._save()
-                        return False
+                        if stop:
+                            return False
         self.epoch, self.step = self.epoch + 1, 0
         self.learner.end_epoch()
         self._end_epoch((steps - first) * self.config.optim.batch_size, lr)
@@ -219,6 +226,11 @@ class Trainer:
     def _row(self, kind: str, **values: Any) -> None:
         self.recorder.row(kind, self.global_step, self.epoch, **values)
 
+    def _save_is_due(self) -> bool:
+        """By the main rank's clock, whose last checkpoint it is."""
+        minutes = self.config.checkpoint.every_minutes
+        return self.world.is_main and minutes > 0 and time.monotonic() - self._saved >= 60 * minutes
+
     # --- stopping and resuming --------------------------------------------------------------------------------------
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -237,7 +249,7 @@ class Trainer:
             return
         state = {
             "config": to_dict(self.config),
-            "data": self.folder.fingerprint(),
+            "data": self.images.fingerprint(),
             "epoch": self.epoch,
             "step": self.step,
             "global_step": self.global_step,
@@ -248,13 +260,14 @@ class Trainer:
             "prototypes": [granularity._asdict() for granularity in self.prototypes],
         }
         save_checkpoint(self.config.output, state, keep_as=keep_as)
+        self._saved = time.monotonic()
 
     def _restore(self) -> tuple[int, int] | None:
         """Take up the last checkpoint; returns (global step, length of metrics.jsonl) to go on from."""
         state = load_checkpoint(self.config.output)
         if state is None:
             return None
-        check_same_run(state, self.config, self.folder.fingerprint())
+        check_same_run(state, self.config, self.images.fingerprint())
         self.epoch, self.step, self.finished = state["epoch"], state["step"], state["finished"]
         self.learner.load(state["learner"], state["ranks"][self.world.rank % len(state["ranks"])])
         device = self.world.device

@@ -25,9 +25,9 @@ def test_means_and_rows(tmp_path, image_folder, alone):
     metrics = step_metrics(image_folder, alone, recorder)
     for step, loss in enumerate((1.0, 2.0, 6.0), start=1):
         add(metrics, step, loss)
-    assert not metrics.flush(0, 3, lr=0.1, stop=False)
+    assert metrics.flush(0, 3, lr=0.1, wishes=(False, False)) == [False, False]
     add(metrics, 4, 3.0)
-    assert metrics.flush(0, 4, lr=0.1, stop=True)
+    assert metrics.flush(0, 4, lr=0.1, wishes=(True, False)) == [True, False]
     assert metrics.epoch_means() == {"loss": 3.0, "accuracy": 30.0}
     recorder.close()
     rows = [(row["kind"], row["step"], row["loss"]) for row in read_rows(tmp_path)]
@@ -40,24 +40,23 @@ def test_a_bad_loss_names_the_batch_of_its_step(image_folder, alone):
     add(metrics, 8, float("nan"), (20, 30))
     add(metrics, 9, float("nan"), (5, 6))
     with pytest.raises(NonFiniteLossError, match=r"loss of step 8 is nan.*\[20, 30\].*class_1/02\.jpg"):
-        metrics.flush(0, 9, lr=0.1, stop=False)
+        metrics.flush(0, 9, lr=0.1, wishes=())
 
 
 def metrics_of_rank(world, root):
     metrics = step_metrics(root, world)
     add(metrics, 1, 1.0 + world.rank)
-    stop = metrics.flush(0, 1, lr=0.1, stop=world.rank == 1)
+    stop = metrics.flush(0, 1, lr=0.1, wishes=(world.rank == 1, False, world.rank == 0))
     means = metrics.epoch_means()
     add(metrics, 2, float("inf") if world.rank == 1 else 1.0)
     with pytest.raises(NonFiniteLossError) as raised:
-        metrics.flush(0, 2, lr=0.1, stop=False)
+        metrics.flush(0, 2, lr=0.1, wishes=())
     return stop, means["loss"], str(raised.value)
 
 
 def test_ranks_agree_on_means_stopping_and_bad_losses(image_folder):
     (stop, mean, said), (other_stop, other_mean, other_said) = run_ranks(2, metrics_of_rank, image_folder)
-    assert stop
-    assert other_stop
+    assert stop == other_stop == [True, False, True]
     assert mean == other_mean == 1.5
     assert "step 2 is not finite on another rank" in said
     assert "step 2 is inf" in other_said

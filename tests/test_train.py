@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -211,6 +213,66 @@ def test_a_killed_run_continues_from_the_last_epoch_bit_for_bit(one_rank, image_
     train(image_folder, tmp_path / "run")
     same_state(one_rank, tmp_path / "run")
     same_rows(one_rank, tmp_path / "run")
+
+
+def test_a_run_killed_within_an_epoch_continues_from_there_bit_for_bit(one_rank, image_folder, tmp_path):
+    """Saved after every step; killed in the second epoch, which has four."""
+    flags = ("--checkpoint.every-minutes", "1e-9")
+    interrupt(6, signal.SIGKILL, tmp_path, image_folder, tmp_path / "run", *flags)
+    state = load_checkpoint(tmp_path / "run")
+    assert (state["epoch"], state["step"]) == (1, 1)
+    train(image_folder, tmp_path / "run")
+    same_state(one_rank, tmp_path / "run")
+    same_rows(one_rank, tmp_path / "run")
+
+
+def test_tar_shards_train_as_the_same_files_do(one_rank, image_folder, tmp_path):
+    paths = sorted(image_folder.glob("*/*.jpg"))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for number, part in enumerate((paths[:20], paths[20:])):
+        with tarfile.open(shards / f"{number}.tar", "w") as tar:
+            for path in part:
+                name = f"{path.parent.name}_{path.stem}"
+                tar.add(path, f"{name}.jpg")
+                label = tarfile.TarInfo(f"{name}.cls")
+                label.size = 1
+                tar.addfile(label, io.BytesIO(path.parent.name[-1].encode()))
+    train(shards, tmp_path / "run", "--data.format", "webdataset")
+    same_state(one_rank, tmp_path / "run")
+    evaluations = [
+        [row for row in read_rows(run) if row["kind"] == "evaluation"] for run in (one_rank, tmp_path / "run")
+    ]
+    assert evaluations[0] == evaluations[1]
+
+
+def test_a_broken_image_ends_the_run_or_is_left_out(image_folder, tmp_path):
+    """Broken behind its header, so that nothing is noticed before it is decoded."""
+    shutil.copytree(image_folder, tmp_path / "data")
+    broken = tmp_path / "data" / "class_1" / "03.jpg"
+    broken.write_bytes(broken.read_bytes()[:-200])
+    text = train(tmp_path / "data", tmp_path / "ended", "--cluster.ks", code=1)
+    assert f"cannot read image {broken}" in text
+    assert "--data.skip-broken leaves them out" in text
+    assert "Traceback" not in text
+    for time in ("first", "again"):
+        text = train(tmp_path / "data", tmp_path / "run", "--cluster.ks", "--data.skip-broken", ranks=2)
+        assert "1 images cannot be decoded and are left out" in text, time
+    assert "complete" in text
+    assert "class_1/03.jpg" in (tmp_path / "run" / "broken.json").read_text()
+
+
+def test_a_run_may_go_on_with_the_other_loader(one_rank, image_folder, tmp_path):
+    """What is learned is not the same bit for bit, but it is the same recipe."""
+    run = tmp_path / "run"
+    flags = ("--data.loader", "torchvision", "--data.workers", "1")
+    done = interrupt(5, signal.SIGTERM, tmp_path, image_folder, run, *flags)
+    assert "images: torchvision, 1 workers" in done.stdout
+    assert "images: dali" in train(image_folder, run)
+    losses = [[row["loss"] for row in read_rows(folder) if row["kind"] == "step"] for folder in (one_rank, run)]
+    assert len(losses[0]) == len(losses[1]) == 12
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], abs=0.3)
 
 
 def test_a_finished_run_changes_nothing(one_rank, image_folder):

@@ -7,8 +7,6 @@ from collections.abc import Iterable
 
 import torch
 
-from pcl_fast.data import normalise
-
 
 class FeatureShard:
     """This rank's features [n_local, d], allocated once and filled again before every E-step.
@@ -29,7 +27,7 @@ class FeatureShard:
 
         Args:
             encoder: maps normalised images to unit features [N, d].
-            batches: uint8 [N, 3, H, W], this rank's images in the data set's order.
+            batches: [N, 3, H, W], this rank's images in the data set's order, as the encoder wants them.
             autocast: precision of the forward pass.
 
         Returns:
@@ -45,7 +43,7 @@ class FeatureShard:
         try:
             for images in batches:
                 with autocast:
-                    features = encoder(normalise(images.to(self.features.device, non_blocking=True)))
+                    features = encoder(images)
                 if filled + len(features) <= len(self.features):
                     self.features[filled : filled + len(features)] = features
                 filled += len(features)

@@ -1,129 +1,98 @@
-"""Loaders built on torchvision: shuffled pairs of views for training, the data set in order for clustering."""
+"""Choosing and building the loaders of a run."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
-from typing import NamedTuple
+import importlib
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Protocol
 
 import torch
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from pcl_fast.config import DataConfig
-from pcl_fast.data.folder import ImageFolder
-from pcl_fast.data.views import View, clustering_view, training_view
+from pcl_fast.data.batch import Batch
+from pcl_fast.data.finish import Finisher
+from pcl_fast.data.images import ImageSet
+from pcl_fast.data.order import EpochOrder
+from pcl_fast.data.resources import pick_resources
 from pcl_fast.distributed import World, shard_bounds
-from pcl_fast.seeds import mix_seeds
+from pcl_fast.errors import MissingPackageError
 
 
-class Batch(NamedTuple):
-    """query_view, key_view: uint8 [N, 3, H, W]; index: int64 [N], positions in the data set."""
+class TrainingLoader(Protocol):
+    """steps: batches per epoch and rank."""
 
-    query_view: torch.Tensor
-    key_view: torch.Tensor
-    index: torch.Tensor
-
-
-class _Pairs(Dataset):
-    """Item (epoch, index): two views whose randomness depends on nothing but seed, epoch and index.
-
-    So the views are the same for any number of ranks and workers, and after any interruption.
-    """
-
-    def __init__(self, folder: ImageFolder, view: View, seed: int):
-        self.folder, self.view, self.seed = folder, view, seed
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
-        epoch, index = key
-        image = self.folder.read(index)
-        # Not torch.manual_seed, which formats a stack trace for every GPU that is not initialised yet (0.3 ms).
-        torch.default_generator.manual_seed(mix_seeds(self.seed, epoch, index))
-        return self.view(image), self.view(image), index
-
-
-class _InOrder(Dataset):
-    """Clustering views of images `begin` to `end`."""
-
-    def __init__(self, folder: ImageFolder, view: View, begin: int, end: int):
-        self.folder, self.view, self.begin, self.end = folder, view, begin, end
-
-    def __len__(self) -> int:
-        return self.end - self.begin
-
-    def __getitem__(self, position: int) -> torch.Tensor:
-        return self.view(self.folder.read(self.begin + position))
-
-
-class TrainingLoader:
-    """Every epoch a global shuffle, the same on all ranks, of which each rank reads its own disjoint share.
-
-    The batch that all ranks form together at a step does not depend on their number. The last images that do not
-    fill a global batch are dropped, others every epoch.
-    """
-
-    def __init__(self, folder: ImageFolder, config: DataConfig, *, batch_size: int, seed: int, world: World):
-        """batch_size: images per rank and step."""
-        self.batch_size = batch_size
-        self._sampler = DistributedSampler(
-            folder, num_replicas=world.size, rank=world.rank, shuffle=True, seed=seed, drop_last=True
-        )
-        self.steps = len(folder) // (batch_size * world.size)
-        self._batches = _EpochBatches(self._sampler, batch_size, self.steps)
-        self._loader = DataLoader(
-            _Pairs(folder, training_view(config), seed),
-            batch_sampler=self._batches,
-            **_workers(config, world),
-        )
+    steps: int
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step `first_step` on; those before it cost nothing."""
-        self._sampler.set_epoch(epoch)
-        self._batches.first_step = first_step
-        for query_view, key_view, index in self._loader:
-            yield Batch(query_view, key_view, index)
 
 
-class _EpochBatches:
-    """Lists of (epoch, index), one per step."""
+def training_loader(
+    images: ImageSet,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    world: World,
+    dtype: torch.dtype = torch.float32,
+) -> TrainingLoader:
+    """Shuffled pairs of views, see EpochOrder and draw_views.
 
-    def __init__(self, sampler: DistributedSampler, batch_size: int, steps: int):
-        self.sampler, self.batch_size, self.steps, self.first_step = sampler, batch_size, steps, 0
+    Args:
+        batch_size: images per rank and step.
+        seed: of order and views, the same on all ranks.
+        dtype: of the views.
 
-    def __len__(self) -> int:
-        return self.steps - self.first_step
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order, epoch = list(self.sampler), self.sampler.epoch
-        for step in range(self.first_step, self.steps):
-            begin = step * self.batch_size
-            yield [(epoch, index) for index in order[begin : begin + self.batch_size]]
-
-
-def clustering_loader(folder: ImageFolder, config: DataConfig, *, batch_size: int, world: World) -> DataLoader:
-    """This rank's shard of the clustering view in the data set's order: uint8 [N, 3, H, W], the last batch smaller."""
-    begin, end = shard_bounds(len(folder), world.rank, world.size)
-    return DataLoader(
-        _InOrder(folder, clustering_view(config), begin, end),
-        batch_size=batch_size,
-        **_workers(config, world, prefetch=2),  # batches are large, and lie in shared memory
-    )
-
-
-def _workers(config: DataConfig, world: World, prefetch: int = 4) -> dict:
-    pin = world.device.type == "cuda"
-    if config.workers == 0:
-        return {"num_workers": 0, "pin_memory": pin}
-    return {
-        "num_workers": config.workers,
-        "pin_memory": pin,
-        "persistent_workers": True,
-        "prefetch_factor": prefetch,
-        "worker_init_fn": _leave_process_group,
-    }
-
-
-def _leave_process_group(worker: int) -> None:
-    """torchrun and terminals signal the trainer's whole process group; a worker that died of it would bring the trainer
-    down before it has saved. (Ignoring the signals instead would keep workers from being ended at exit.)
+    Raises:
+        MissingPackageError: config.loader is dali, which cannot be imported.
+        UserError: DALI does not run on this machine.
     """
-    os.setpgid(0, 0)
+    resources = pick_resources(config, world.device)
+    order = EpochOrder(len(images), batch_size=batch_size, seed=seed, world=world)
+    return _implementation(config).TrainingLoader(images, config, order, Finisher(dtype, resources.threads), resources)
+
+
+def clustering_loader(
+    images: ImageSet, config: DataConfig, *, batch_size: int, world: World, dtype: torch.dtype = torch.float32
+) -> Iterable[torch.Tensor]:
+    """This rank's shard of the clustering view in the data set's order, [N, 3, H, W] as in Batch; the last batch is
+    smaller.
+
+    Raises:
+        MissingPackageError: config.loader is dali, which cannot be imported.
+        UserError: DALI does not run on this machine.
+    """
+    resources = pick_resources(config, world.device)
+    shard = range(*shard_bounds(len(images), world.rank, world.size))
+    finisher = Finisher(dtype, resources.threads)
+    return _implementation(config).ClusteringLoader(images, config, shard, finisher, resources, batch_size=batch_size)
+
+
+def describe_loader(config: DataConfig, world: World) -> str:
+    """Which loader, and what it uses of the machine: one line for the log."""
+    return f"images: {pick_loader(config.loader)}, {pick_resources(config, world.device)}"
+
+
+def _implementation(config: DataConfig) -> ModuleType:
+    return importlib.import_module(f"pcl_fast.data.{pick_loader(config.loader)}_loader")
+
+
+def pick_loader(loader: str) -> str:
+    """ "dali" or "torchvision": what is asked for; for "auto" dali where it can be imported.
+
+    Raises:
+        MissingPackageError: dali is asked for and cannot be imported.
+    """
+    if loader == "torchvision":
+        return loader
+    try:
+        importlib.import_module("nvidia.dali")
+    except ImportError as error:
+        if loader == "dali":
+            raise MissingPackageError(
+                f"--data.loader dali wants NVIDIA DALI ({error}): pip install nvidia-dali-cuda130 (nvidia-dali-cuda120 "
+                "for Volta), or use --data.loader torchvision"
+            ) from error
+        return "torchvision"
+    return "dali"

@@ -58,6 +58,6 @@ def test_training_mode_and_its_batch_statistics_are_left_alone(alone, image_fold
 @pytest.mark.parametrize("images", [7, 9])
 def test_a_loader_of_another_length_is_refused(alone, images):
     encoder = Encoder(ModelConfig(arch="cifar_resnet8", dim=16))
-    batches = torch.zeros(images, 3, 16, 16, dtype=torch.uint8).split(4)
+    batches = torch.zeros(images, 3, 16, 16).split(4)
     with pytest.raises(RuntimeError, match=f"{images} images for a shard of 8"):
         FeatureShard(8, 16, alone.device).fill(encoder, batches, torch.autocast("cpu", enabled=False))

@@ -1,62 +1,94 @@
-"""The augmentations."""
+"""The views as PIL makes them."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from pcl_fast.kernels.photometric_plain import Op
+from photos import piece
+from PIL import Image, ImageFilter
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
 
-from pcl_fast.config import DataConfig
-from pcl_fast.data.views import clustering_view, normalise, training_view
+from pcl_fast.data.draws import RECIPES, Views, draw_views
+from pcl_fast.data.views import clustering_view, training_view
 
-
-def photo() -> Image.Image:
-    generator = torch.Generator().manual_seed(0)
-    coarse = torch.randint(0, 256, (3, 5, 7), generator=generator, dtype=torch.uint8)
-    return v2.functional.to_pil_image(v2.functional.resize(coarse, [60, 80]))
+PHOTO = piece(0, 80, 60)
 
 
-def grey_share(views: str, draws: int = 400) -> float:
-    view, image = training_view(DataConfig(views=views, size=16)), photo()
-    torch.manual_seed(0)
-    return sum(bool((v[0] == v[1]).all() and (v[1] == v[2]).all()) for v in (view(image) for _ in range(draws))) / draws
+def views(window=(0, 0, 60, 80), matrix=None, flip=False, ops=(), sigma=0.0) -> Views:
+    """One image's; ops are (op, factor)."""
+    return Views(
+        np.array([window]),
+        matrix,
+        np.array([flip]),
+        np.array([[op for op, _ in ops]], dtype=np.int32),
+        np.array([[factor for _, factor in ops]], dtype=np.float32),
+        np.array([sigma], dtype=np.float32),
+    )
 
 
-@pytest.mark.parametrize("views", ["v1", "v2", "digits"])
+def view_of(drawn: Views, size: int = 40) -> np.ndarray:
+    return training_view(PHOTO, drawn, 0, size).numpy()
+
+
+RESIZED = F.resize(PHOTO, [40, 40])
+
+
+@pytest.mark.parametrize(
+    ("op", "factor", "expected"),
+    [
+        (Op.BRIGHTNESS, 1.3, lambda image: F.adjust_brightness(image, 1.3)),
+        (Op.CONTRAST, 0.7, lambda image: F.adjust_contrast(image, 0.7)),
+        (Op.SATURATION, 1.2, lambda image: F.adjust_saturation(image, 1.2)),
+        (Op.HUE, -0.1, lambda image: F.adjust_hue(image, -0.1)),
+        (Op.GRAYSCALE, 0, lambda image: image.convert("L").convert("RGB")),
+        (Op.NONE, 0, lambda image: image),
+    ],
+)
+def test_each_operation_is_torchvision_s(op, factor, expected):
+    assert np.array_equal(view_of(views(ops=[(op, float(np.float32(factor)))])), np.array(expected(RESIZED)))
+
+
+def test_operations_come_in_order_then_blur_then_flip():
+    image = F.adjust_contrast(F.adjust_brightness(RESIZED, 1.5), 0.5)
+    image = image.filter(ImageFilter.GaussianBlur(1.5)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    drawn = views(flip=True, ops=[(Op.BRIGHTNESS, 1.5), (Op.CONTRAST, 0.5)], sigma=1.5)
+    assert np.array_equal(view_of(drawn), np.array(image))
+    other = views(flip=True, ops=[(Op.CONTRAST, 0.5), (Op.BRIGHTNESS, 1.5)], sigma=1.5)
+    assert not np.array_equal(view_of(other), np.array(image))
+
+
+def test_crop_is_torchvision_s():
+    expected = F.resized_crop(PHOTO, 7, 11, 40, 50, [40, 40], antialias=True)
+    assert np.array_equal(view_of(views(window=(7, 11, 40, 50))), np.array(expected))
+
+
+def test_distortion_is_torchvision_s():
+    """The map of RandomAffine's parameters goes the same way."""
+    expected = F.affine(PHOTO, 15.0, [4, -3], 1.2, [10.0, 0.0], interpolation=F.InterpolationMode.BILINEAR)
+    from torchvision.transforms.functional import _get_inverse_affine_matrix
+
+    matrix = np.array(_get_inverse_affine_matrix([40, 30], 15.0, [4, -3], 1.2, [10.0, 0.0])).reshape(1, 2, 3)
+    assert np.array_equal(view_of(views(matrix=matrix)), np.array(F.resize(expected, [40, 40])))
+
+
+@pytest.mark.parametrize("recipe", ["v1", "v2", "digits"])
 @pytest.mark.parametrize("size", [8, 28, 224])
-def test_views_are_bytes_of_the_right_size_and_differ(views, size):
-    view = training_view(DataConfig(views=views, size=size))
-    first, second = view(photo()), view(photo())
+def test_views_are_bytes_of_the_right_size_and_differ(recipe, size):
+    first, second = (
+        draw_views(RECIPES[recipe], 0.2, np.array([[60, 80]]), seed=0, epoch=0, view=view, index=np.array([0]))
+        for view in (0, 1)
+    )
+    first, second = (training_view(PHOTO, drawn, 0, size) for drawn in (first, second))
     assert first.dtype == torch.uint8
-    assert first.shape == (3, size, size)
+    assert first.shape == (size, size, 3)
     assert not torch.equal(first, second)
 
 
-def test_a_fifth_of_the_paper_s_views_is_grey():
-    assert grey_share("v1") == pytest.approx(0.2, abs=0.06)
-    assert grey_share("v2") == pytest.approx(0.2, abs=0.06)
-
-
-def test_the_recipes_are_the_paper_s():
-    """Names and parameters in order, as torchvision prints them."""
-    v1, v2_ = (repr(training_view(DataConfig(views=views))) for views in ("v1", "v2"))
-    for text in ("scale=(0.2, 1.0)", "RandomGrayscale(p=0.2)", "saturation=(0.6, 1.4), hue=(-0.4, 0.4)"):
-        assert text in v1
-    for text in ("brightness=(0.6, 1.4)", "hue=(-0.1, 0.1)", "RandomGrayscale(p=0.2)", "sigma=0.1..2.0"):
-        assert text in v2_
-    assert v1.index("RandomGrayscale") < v1.index("ColorJitter") < v1.index("HorizontalFlip")
-    assert v2_.index("ColorJitter") < v2_.index("RandomGrayscale") < v2_.index("Blur") < v2_.index("HorizontalFlip")
-
-
 def test_clustering_view_is_the_centre_crop():
-    view = clustering_view(DataConfig(size=40, resize=60))(photo())
-    expected = v2.functional.pil_to_tensor(photo())[:, 10:50, 20:60]
-    assert torch.equal(view, expected)
-
-
-def test_normalise_is_torchvision_s():
-    images = torch.randint(0, 256, (2, 3, 9, 9), dtype=torch.uint8)
-    expected = v2.functional.normalize(images.float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
-    torch.testing.assert_close(normalise(images), expected, atol=1e-5, rtol=1e-5)
-    assert normalise(images).is_contiguous(memory_format=torch.channels_last)
+    view = clustering_view(PHOTO, 60, 40).numpy()
+    assert np.array_equal(view, np.array(PHOTO)[10:50, 20:60])
+    expected = v2.Compose([v2.Resize(51, antialias=True), v2.CenterCrop(33)])(PHOTO)
+    assert np.array_equal(clustering_view(PHOTO, 51, 33).numpy(), np.array(expected))

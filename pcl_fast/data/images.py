@@ -1,0 +1,105 @@
+"""What a data set is to training: encoded images in a fixed order, which defines their index."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from pcl_fast.errors import ImageError
+
+
+class ImageSet(ABC):
+    """Images that can be read in any order, from several threads and processes.
+
+    labels: class per image, or None without labels.
+    """
+
+    labels: Sequence[int] | None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """Where image `index` lies, for a person to find."""
+
+    @abstractmethod
+    def load(self, index: int) -> bytes:
+        """The bytes of image `index` as they are stored.
+
+        Raises:
+            OSError: they cannot be read.
+        """
+
+    @abstractmethod
+    def keys(self) -> Sequence[str]:
+        """A name per image that does not depend on where the data set lies."""
+
+    @abstractmethod
+    def subset(self, indices: Sequence[int]) -> ImageSet:
+        """The same data set with these images alone, in this order."""
+
+    def open(self, index: int) -> BinaryIO:
+        """Image `index` as a file, for those who look at its beginning alone.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        return io.BytesIO(self.load(index))
+
+    def encoded(self, index: int) -> bytes:
+        """The bytes of image `index` as they are stored.
+
+        Raises:
+            ImageError: they cannot be read; names the image and the reason.
+        """
+        try:
+            return self.load(index)
+        except OSError as error:
+            raise ImageError(f"cannot read image {self.name(index)}: {reason_of(error)}") from error
+
+    def read(self, index: int) -> Image.Image:
+        """Decode image `index` as RGB.
+
+        Raises:
+            ImageError: it is missing, truncated or no image; names it and the reason.
+        """
+        data = self.encoded(index)
+        try:
+            with open_image(io.BytesIO(data)) as image:
+                return to_rgb(image)
+        except Exception as error:  # PIL's plugins raise whatever their parsers run into
+            raise ImageError(f"cannot read image {self.name(index)}: {reason_of(error)}") from error
+
+    def fingerprint(self) -> str:
+        """Identifies names and order of the images: what the indices in a checkpoint refer to."""
+        names = "\n".join(self.keys()).encode(errors="surrogateescape")  # of any bytes, as file systems allow
+        return f"{len(self)} images, sha256 {hashlib.sha256(names).hexdigest()[:16]}"
+
+
+def open_image(file: BinaryIO) -> Image.Image:
+    """PIL's image of an encoded one, of which only the header has been read."""
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError as error:  # whose message is the address of the file object
+        empty = not file.seek(0, io.SEEK_END)
+        raise ValueError("it is empty" if empty else "no known image format") from error
+
+
+def reason_of(error: Exception) -> str:
+    """What was wrong with an image, without the path that the system's errors repeat."""
+    return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any of PIL's images as 8-bit RGB. Where `convert` would clip 16-bit greys to white, they are scaled."""
+    if image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.uint32)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    return image.convert("RGB")

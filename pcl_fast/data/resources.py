@@ -1,0 +1,53 @@
+"""How much of the machine a rank's loaders use."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from pcl_fast.config import DataConfig
+
+
+@dataclass(frozen=True)
+class Resources:
+    """
+    workers: threads that read and decode (torchvision: processes; 0 is the training process itself).
+    prefetch: batches at a time in each stage of the loader.
+    gpu: where DALI decodes, or None.
+    decoder_mib: GPU memory that each of DALI's threads sets aside for decoding, in MiB.
+    """
+
+    workers: int
+    prefetch: int
+    gpu: torch.device | None
+    decoder_mib: int
+
+    @property
+    def threads(self) -> int:
+        return max(1, self.workers)
+
+    def __str__(self) -> str:
+        where = "the CPU" if self.gpu is None else f"the GPU ({self.decoder_mib} MiB per thread to decode)"
+        return f"{self.workers} workers, {self.prefetch} batches ahead, finished on {where}"
+
+
+def pick_resources(config: DataConfig, device: torch.device) -> Resources:
+    """What `config` says, and where it says nothing:
+
+    - workers: this machine's cores divided among its ranks, at most 16.
+    - prefetch: 2 batches a stage, 3 on a GPU of 32 GB or more. Each costs the batch's decoded images: 36 MB for 64 of
+      ImageNet's.
+    - decoder memory: DALI's own 16 MiB a thread, but less where all threads together would take more than a hundredth
+      of the GPU's memory.
+    """
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = max(1, min(cores, 16)) if config.workers is None else config.workers
+    if device.type != "cuda":
+        return Resources(workers, config.prefetch or 2, None, 0)
+    memory = torch.cuda.get_device_properties(device).total_memory
+    share = memory // 100 // 2**20 // max(1, workers)
+    return Resources(
+        workers, config.prefetch or (3 if memory >= 32e9 else 2), device, config.decoder_mib or max(1, min(16, share))
+    )
