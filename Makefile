@@ -20,7 +20,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 bench: setup
-	$(BIN)/python -m pytest bench/loss.py bench/kmeans.py bench/estep.py --benchmark-enable --benchmark-sort=name \
+	$(BIN)/python -m pytest bench/loss.py bench/kmeans.py bench/estep.py bench/data.py --benchmark-enable --benchmark-sort=name \
 		--benchmark-columns=min,median,max,rounds
 
 # The kernels on the stack for Volta, in Triton's interpreter, and what they take on every architecture. Needs no GPU.

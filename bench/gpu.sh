@@ -2,7 +2,7 @@
 # Kernel tests, benchmarks and the loss's plot, on a GPU machine that has torch, triton, faiss, pytest, pytest-benchmark,
 # matplotlib and scikit-learn; pcl_fast need not be installed. Everything is written to ${OUT:-bench/results}.
 #
-#     bench/gpu.sh [tests] [loss] [kmeans] [estep] [tiles] [options of pytest, for the benchmarks: -k "not compile"]
+#     bench/gpu.sh [tests] [loss] [kmeans] [estep] [data] [tiles] [options of pytest, for the benchmarks: -k "not compile"]
 #
 # Without a part's name all but `tiles`. Each part is meant to end within ten minutes.
 set -euo pipefail
@@ -12,14 +12,14 @@ cd "$(dirname "$0")/.."
 
 parts=" "
 while [[ $# -gt 0 && $1 != -* ]]; do
-    if [[ ! $1 =~ ^(tests|loss|kmeans|estep|tiles)$ ]]; then
-        echo "no part is called \"$1\": tests, loss, kmeans, estep or tiles" >&2
+    if [[ ! $1 =~ ^(tests|loss|kmeans|estep|data|tiles)$ ]]; then
+        echo "no part is called \"$1\": tests, loss, kmeans, estep, data or tiles" >&2
         exit 2
     fi
     parts+="$1 "
     shift
 done
-[[ $parts != " " ]] || parts=" tests loss kmeans estep "
+[[ $parts != " " ]] || parts=" tests loss kmeans estep data "
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -35,14 +35,14 @@ fi
 status=0
 if [[ $parts == *" tests "* ]]; then
     python3 -m pytest "${options[@]}" tests/kernels tests/clustering/test_kmeans.py \
-        tests/clustering/test_concentration.py tests/test_losses.py -q 2>&1 | tee "$out/tests.log" || status=1
+        tests/clustering/test_concentration.py tests/test_losses.py tests/data -q 2>&1 | tee "$out/tests.log" || status=1
 fi
 if [[ $parts == *" tiles "* ]]; then
     python3 bench/tiles.py 2>&1 | tee "$out/tiles.log" || status=1
 fi
 
 benchmarks=()
-for name in loss kmeans estep; do
+for name in loss kmeans estep data; do
     [[ $parts != *" $name "* ]] || benchmarks+=("bench/$name.py")
 done
 [[ ${#benchmarks[@]} -gt 0 ]] || exit $status

@@ -7,7 +7,10 @@ from types import ModuleType
 
 import pytest
 
-PACKAGES = ("faiss-gpu", "faiss-gpu-cu12", "flash-kmeans", "flashlib", "nvidia-cutlass-dsl")
+PACKAGES = (
+    "faiss-gpu", "faiss-gpu-cu12", "flash-kmeans", "flashlib", "nvidia-cutlass-dsl",
+    "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pillow", "torchvision",
+)  # fmt: skip
 
 
 def module(name: str, package: str) -> ModuleType:
