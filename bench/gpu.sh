@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Kernel tests, benchmarks and the loss's plot, on a GPU machine that has torch, triton, faiss, pytest, pytest-benchmark,
-# matplotlib and scikit-learn; pcl_fast need not be installed. Everything is written to ${OUT:-bench/results}.
+# Tests of kernels and loaders, benchmarks and the loss's plot, on a GPU machine that has torch, triton, pytest,
+# pytest-benchmark, matplotlib and scikit-learn, and what is to be tested or measured: faiss, and for the loaders DALI,
+# torchvision, Pillow and tyro. pcl_fast need not be installed. Everything is written to ${OUT:-bench/results}.
 #
 #     bench/gpu.sh [tests] [loss] [kmeans] [estep] [data] [tiles] [options of pytest, for the benchmarks: -k "not compile"]
 #

@@ -36,7 +36,8 @@ class DataConfig:
     """Threads (DALI) or processes (torchvision; 0: none) per rank that read and decode; None divides this machine's
     cores among its ranks, but takes at most 16."""
     prefetch: int | None = None
-    """Batches that are read ahead, and as many that are decoded ahead; None: 2, or 3 on a GPU of 32 GB or more."""
+    """DALI: batches that are read ahead, and as many that are decoded ahead. torchvision: of each process. None: 2, or
+    3 on a GPU of 32 GB or more."""
     decoder_mib: int | None = None
     """GPU memory in MiB that each of DALI's threads sets aside to decode; None: 16, less on small GPUs."""
     skip_broken: bool = False

@@ -163,13 +163,14 @@ def main_first(work: Callable[[], T], world: World) -> T:
     """work() on the main rank and then on all others, which find what it has left; returns each rank's own result.
 
     Raises:
-        UserError, ValueError: what work() raised on the main rank, on every rank; the others then do not call it.
+        UserError, ValueError, OSError: what work() raised on the main rank, on every rank; the others then do not call
+            it.
     """
     result, error = None, None
     if world.is_main:
         try:
             result = work()
-        except (UserError, ValueError) as raised:
+        except (UserError, ValueError, OSError) as raised:
             error = raised
     shared = gather_objects(error, world)[0]
     if shared is not None:

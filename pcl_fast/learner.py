@@ -18,10 +18,7 @@ from pcl_fast.data import Batch
 from pcl_fast.distributed import World, all_gather_rows
 from pcl_fast.losses import ProtoNCEResult, protonce
 from pcl_fast.model import BatchShuffle, Encoder, KeyQueue, MomentumTwin, average_statistics
-from pcl_fast.seeds import mix_seeds
-
-# What the random draws of a step are for; keeps them apart.
-_SHUFFLE, _NEGATIVES = 1, 2
+from pcl_fast.seeds import Purpose, mix_seeds
 
 
 class Learner:
@@ -85,7 +82,7 @@ class Learner:
             index,
             temperature=self.config.loss.temperature,
             num_negatives=self.config.loss.num_negatives,
-            seed=self._seed(_NEGATIVES, number),
+            seed=self._seed(Purpose.NEGATIVES, number),
             backend=self.config.loss.backend,
         )
         self._descend(result.loss)
@@ -97,7 +94,7 @@ class Learner:
         """Move the momentum encoder, then encode the shuffled batch with it: [N, dim] in the batch's own order."""
         self.twin.update()
         # Rows travel as they lie in memory, channels last.
-        rows, restore = self.shuffle.shuffle(view.permute(0, 2, 3, 1), self._seed(_SHUFFLE, number))
+        rows, restore = self.shuffle.shuffle(view.permute(0, 2, 3, 1), self._seed(Purpose.SHUFFLE, number))
         with self.autocast:
             return restore(self.twin.key(rows.permute(0, 3, 1, 2)))
 
@@ -119,7 +116,7 @@ class Learner:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _seed(self, purpose: int, number: int) -> int:
+    def _seed(self, purpose: Purpose, number: int) -> int:
         return mix_seeds(self.config.seed, purpose, number, self.world.rank)
 
     def end_epoch(self) -> None:

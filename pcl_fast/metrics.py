@@ -154,6 +154,15 @@ class StepMetrics:
         self._epoch.clear()
         return means
 
+    def state(self) -> dict[str, list]:
+        """The epoch so far, for a checkpoint within it."""
+        return {"names": self._names, "steps": [step.tolist() for step in self._epoch]}
+
+    def load(self, state: dict[str, list]) -> None:
+        """Go on with the epoch of `state`; of an empty one with none."""
+        self._names = state.get("names", [])
+        self._epoch = [torch.tensor(step) for step in state.get("steps", [])]
+
     def _named(self, values: torch.Tensor) -> dict[str, float]:
         return dict(zip(self._names, values.tolist(), strict=True))
 

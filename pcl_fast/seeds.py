@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+from enum import IntEnum
+
+
+class Purpose(IntEnum):
+    """What a draw is for: the part of its seed, behind the run's, that keeps it apart from all others."""
+
+    SHUFFLE = 1
+    NEGATIVES = 2
+    ORDER = 3
+    VIEWS = 4
+    CLUSTERING = 5
+
 
 def mix_seeds(*parts: int) -> int:
     """Hash of integers to 63 bits (splitmix64 steps), so that neighbouring epochs and steps draw unrelated numbers."""

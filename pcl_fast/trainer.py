@@ -17,14 +17,18 @@ from pcl_fast.distributed import World, gather_objects, shard_bounds
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
 from pcl_fast.learner import Learner, encoder_dtype
 from pcl_fast.metrics import Recorder, StepMetrics, Stopwatch, describe
-from pcl_fast.seeds import mix_seeds
+from pcl_fast.seeds import Purpose, mix_seeds
 
-# Images at a time of the pass that fills the feature shard; it keeps no activations.
-_CLUSTERING_BATCH = 256
+# Images at a time of the pass that fills the feature shard. As many lie in memory decoded but not yet cropped, in each
+# stage of the loader; more would not be encoded faster.
+_CLUSTERING_BATCH = 64
 
 
-class _StoppedError(Exception):
-    """A signal asked to stop where nothing new is to be saved."""
+class _Stopped(BaseException):
+    """A signal asked to stop where nothing new is to be saved.
+
+    Not an Exception, which code that reads images would turn into the image's fault.
+    """
 
 
 class Trainer:
@@ -49,7 +53,7 @@ class Trainer:
         self.shard = FeatureShard(end - begin, config.model.dim, world.device)
         # What cannot be used is better said now than at the first E-step.
         pick_backend(config.cluster.backend, world.device, self.shard.features.dtype, config.model.dim)
-        self.labels = None if images.labels is None else torch.tensor(images.labels, device=world.device)
+        self.labels = _classes(images, world)
 
         self.prototypes: list[PrototypeSet] = []
         self.epoch, self.step = 0, 0  # epochs done, and steps done in the one under way
@@ -58,7 +62,7 @@ class Trainer:
         self._signalled = False
         self._saved = time.monotonic()
         self._in_expectation = False
-        resume_at = self._restore()
+        resume_at, epoch_metrics = self._restore()
         self.recorder = Recorder(config.output, enabled=world.is_main, resume_at=resume_at)
         self.recorder.say(describe_loader(config.data, world))
         if world.device.type == "cuda" and config.cluster.backend == "auto":
@@ -66,6 +70,7 @@ class Trainer:
             if reason and config.cluster.ks:
                 self.recorder.say(f"k-means runs in plain PyTorch, which is slower: its kernels' backend {reason}")
         self.metrics = StepMetrics(self.recorder, images, world, batch_size=config.optim.batch_size)
+        self.metrics.load(epoch_metrics)
 
     def fit(self) -> bool:
         """Train to the end; False when SIGTERM or SIGINT stopped it early, with everything saved.
@@ -94,7 +99,7 @@ class Trainer:
                 if not self._maximisation():
                     return self._stopped()
             self._expectation()
-        except _StoppedError:
+        except _Stopped:
             return self._stopped()
         self.finished = True
         self._row("finished", seconds=self.watch.take())
@@ -118,7 +123,7 @@ class Trainer:
         a signal ends it at once.
         """
         if self._signalled:
-            raise _StoppedError
+            raise _Stopped
         evaluation, last = self.config.evaluation, self.epoch == self.config.epochs
         clustering = bool(self.config.cluster.ks) and self.epoch >= self.config.cluster.warmup_epochs
         evaluating = self.labels is not None and evaluation.every and (last or self.epoch % evaluation.every == 0)
@@ -146,7 +151,7 @@ class Trainer:
             iterations=options.warm_iterations if warm else options.iterations,
             redo=1 if warm else options.redo,
             alpha=options.alpha,
-            seed=mix_seeds(self.config.seed, self.epoch),
+            seed=mix_seeds(self.config.seed, Purpose.CLUSTERING, self.epoch),
             init=[granularity.centroids for granularity in self.prototypes] if warm else None,
             group=self.world.group,
             backend=options.backend,
@@ -241,7 +246,7 @@ class Trainer:
         self._signalled = True
         if self._in_expectation:
             self._in_expectation = False
-            raise _StoppedError
+            raise _Stopped
 
     def _save(self, keep_as: str | None = None) -> None:
         ranks = gather_objects(self.learner.rank_state(), self.world)
@@ -257,16 +262,21 @@ class Trainer:
             "metrics_length": self.recorder.length(),
             "learner": self.learner.state(),
             "ranks": ranks,
+            "epoch_metrics": self.metrics.state(),
             "prototypes": [granularity._asdict() for granularity in self.prototypes],
         }
         save_checkpoint(self.config.output, state, keep_as=keep_as)
         self._saved = time.monotonic()
 
-    def _restore(self) -> tuple[int, int] | None:
-        """Take up the last checkpoint; returns (global step, length of metrics.jsonl) to go on from."""
+    def _restore(self) -> tuple[tuple[int, int] | None, dict[str, list]]:
+        """Take up the last checkpoint.
+
+        Returns:
+            ((global step, length of metrics.jsonl) to go on from, state of the metrics).
+        """
         state = load_checkpoint(self.config.output)
         if state is None:
-            return None
+            return None, {}
         check_same_run(state, self.config, self.images.fingerprint())
         self.epoch, self.step, self.finished = state["epoch"], state["step"], state["finished"]
         self.learner.load(state["learner"], state["ranks"][self.world.rank % len(state["ranks"])])
@@ -275,7 +285,14 @@ class Trainer:
             PrototypeSet(**{name: tensor.to(device) for name, tensor in granularity.items()})
             for granularity in state["prototypes"]
         ]
-        return state["global_step"], state["metrics_length"]
+        return (state["global_step"], state["metrics_length"]), state["epoch_metrics"]
+
+
+def _classes(images: ImageSet, world: World) -> torch.Tensor | None:
+    """int64 [n] labels, numbered without gaps: evaluation counts votes for every number up to the largest."""
+    if images.labels is None:
+        return None
+    return torch.as_tensor(images.labels).unique(return_inverse=True)[1].to(world.device)
 
 
 def check_sizes(config: Config, images: int, ranks: int) -> None:

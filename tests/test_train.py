@@ -147,8 +147,12 @@ def test_checkpoint_holds_the_run(two_ranks):
 
 
 def same_rows(one: Path, other: Path) -> None:
-    kinds = [[(row["kind"], row["step"], row.get("k")) for row in read_rows(folder)] for folder in (one, other)]
-    assert kinds[0] == kinds[1]
+    """But for times. An epoch's means are over all its steps, whenever they were done."""
+    rows = [
+        [(row["kind"], row["step"], row.get("k"), row.get("loss")) for row in read_rows(folder)]
+        for folder in (one, other)
+    ]
+    assert rows[0] == rows[1]
 
 
 @pytest.mark.parametrize(
@@ -183,6 +187,36 @@ def signalling(*args, **kwargs):
 trainer.cluster = signalling
 main()
 """
+
+
+# The same while an image is read for the second feature pass, in the training process itself.
+SIGNALLING_WHILE_READING = """
+import os, signal
+from pcl_fast.data.folder import ImageFolder
+from pcl_fast.train import main
+from pcl_fast.trainer import Trainer
+load, expectation = ImageFolder.load, Trainer._expectation
+def signalling(self, index):
+    if index == 20 and Trainer.now == 2:
+        os.killpg(0, signal.SIGTERM)
+    return load(self, index)
+def counted(self):
+    Trainer.now = self.epoch
+    expectation(self)
+    Trainer.now = -1
+ImageFolder.load, Trainer._expectation, Trainer.now = signalling, counted, -1
+main()
+"""
+
+
+@pytest.mark.parametrize("loader", ["dali", "torchvision"])
+def test_a_signal_while_images_are_read_is_not_their_fault(image_folder, tmp_path, loader):
+    script = tmp_path / "signalling.py"
+    script.write_text(SIGNALLING_WHILE_READING)
+    done = execute(command(image_folder, tmp_path / "run", "--data.loader", loader, program=(str(script),)))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stopped by a signal" in done.stdout
+    assert load_checkpoint(tmp_path / "run")["global_step"] == 8
 
 
 def test_a_signal_ends_an_e_step_and_the_epoch_before_stands(one_rank, image_folder, tmp_path):
@@ -267,12 +301,12 @@ def test_a_run_may_go_on_with_the_other_loader(one_rank, image_folder, tmp_path)
     run = tmp_path / "run"
     flags = ("--data.loader", "torchvision", "--data.workers", "1")
     done = interrupt(5, signal.SIGTERM, tmp_path, image_folder, run, *flags)
-    assert "images: torchvision, 1 workers" in done.stdout
+    assert "images: torchvision, 1 processes" in done.stdout
     assert "images: dali" in train(image_folder, run)
     losses = [[row["loss"] for row in read_rows(folder) if row["kind"] == "step"] for folder in (one_rank, run)]
     assert len(losses[0]) == len(losses[1]) == 12
     assert losses[0] != losses[1]
-    assert losses[0] == pytest.approx(losses[1], abs=0.3)
+    assert losses[0][:4] == pytest.approx(losses[1][:4], abs=0.05)  # later the two cluster differently
 
 
 def test_a_finished_run_changes_nothing(one_rank, image_folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ def find_broken(
     *,
     threads: int,
     progress: Callable[[int], None] | None = None,
+    unreadable: bool = True,
 ) -> dict[int, str]:
     """Decode images completely.
 
@@ -34,12 +36,14 @@ def find_broken(
         indices: the images to decode; None decodes all of them.
         threads: how many decode at once.
         progress: is told from time to time how many images have been decoded so far.
+        unreadable: count images as broken that are there, but that the system fails to read this time.
 
     Returns:
         Index and reason of each image that cannot be decoded, in the order of `indices`.
 
     Raises:
         ValueError: less than one thread.
+        ImageError: an image cannot be read this time, and is not to be counted as broken; names it.
     """
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
@@ -48,17 +52,20 @@ def find_broken(
     with ThreadPoolExecutor(threads) as pool:
         for begin in range(0, len(indices), _TURN * threads):
             turn = indices[begin : begin + _TURN * threads]
-            faults = pool.map(lambda index: _fault(images, index), turn)
+            faults = pool.map(lambda index: _fault(images, index, unreadable), turn)
             broken.update((int(index), fault) for index, fault in zip(turn, faults, strict=True) if fault)
             if progress is not None:
                 progress(begin + len(turn))
     return broken
 
 
-def _fault(images: ImageSet, index: int) -> str | None:
+def _fault(images: ImageSet, index: int, unreadable: bool) -> str | None:
     try:
         images.read(index)
     except ImageError as error:
+        code = getattr(error.__cause__, "errno", None)  # the system's; PIL's own errors have none
+        if code not in (None, errno.ENOENT) and not unreadable:
+            raise
         return reason_of(error.__cause__)
     return None
 
@@ -99,14 +106,14 @@ def usable(images: ImageSet, record: Path, world: World, *, threads: int) -> tup
         (the images that can be decoded, how many were left out)
 
     Raises:
-        ImageError: none can be decoded.
+        ImageError: none can be decoded, or one cannot be read for the moment, which is no reason to leave it out.
     """
     # What one rank reads counts for all: on a network disk the others may not see the file yet.
     broken = gather_objects(_read_record(record, images) if world.is_main else None, world)[0]
     if broken is None:
         share = range(*shard_bounds(len(images), world.rank, world.size))
         faults: dict[int, str] = {}
-        for part in gather_objects(find_broken(images, share, threads=threads), world):
+        for part in gather_objects(find_broken(images, share, threads=threads, unreadable=False), world):
             faults.update(part)
         if len(faults) == len(images):
             raise ImageError(

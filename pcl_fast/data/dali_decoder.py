@@ -20,14 +20,15 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
-from pcl_fast.data.images import ImageSet, open_image, reason_of, to_rgb
+from pcl_fast.data.images import ImageSet, open_image, to_rgb
 from pcl_fast.data.resources import Resources
 from pcl_fast.errors import ImageError, UserError
 
 # Read by one job of a thread: few enough to spread a batch over the threads, enough that jobs cost nothing.
 _CHUNK = 8
 
-# What DALI decodes as PIL does, on a CPU byte for byte. Anything else (CMYK, 16-bit grey, GIF, ...) is rare, and PIL's.
+# What DALI decodes as PIL does, on a CPU byte for byte (it rounds the 16-bit colours that PIL cuts off). Anything else
+# (CMYK, 16-bit grey, GIF, ...) is rare, and PIL's.
 _FORMATS, _MODES = ("JPEG", "PNG", "WEBP"), ("RGB", "L", "P", "RGBA")
 
 
@@ -67,10 +68,11 @@ class Decoder:
         """graph: from the decoded images and `inputs` to what is wanted."""
         self.images, self.resources = images, resources
         self._readers = ThreadPoolExecutor(resources.threads, thread_name_prefix="read")
+        self._running = False
         self._waiting: Iterator[np.ndarray] = iter(())
         self._describe: Callable[[Read], tuple[np.ndarray, ...]] = lambda read: ()
         self._reading: deque[tuple[np.ndarray, list[Future]]] = deque()
-        # DALI reads its inputs where they lie: they stay in here until the outputs are there.
+        # Where DALI reads its inputs; and which images are under way, should it fail.
         self._decoding: deque[tuple[Read, tuple[np.ndarray, ...]]] = deque()
         self._pipeline = self._build([_ENCODED, *inputs], graph, batch_size)
 
@@ -85,7 +87,9 @@ class Decoder:
         Raises:
             ImageError: images cannot be read or decoded; names them.
         """
-        self._waiting, self._describe = iter(batches), describe
+        if self._running:
+            raise RuntimeError("a loader makes one epoch at a time; close the iterator that is under way")
+        self._waiting, self._describe, self._running = iter(batches), describe, True
         try:
             self._pipeline.schedule_run()  # as many as `prefetch` for a start
             while (outputs := self._take()) is not None:
@@ -137,6 +141,9 @@ class Decoder:
     def _empty(self) -> None:
         """After an epoch, finished or not: nothing under way, ready for the next."""
         self._waiting = iter(())
+        for _, jobs in self._reading:
+            for job in jobs:
+                job.cancel()
         self._reading.clear()
         with contextlib.suppress(RuntimeError):  # of a pipeline that has failed for good
             self._pipeline.schedule_run()  # meets the end
@@ -144,6 +151,7 @@ class Decoder:
                 pass
             self._pipeline.reset()
         self._decoding.clear()
+        self._running = False
 
     def _build(self, inputs: Sequence[Input], graph: Callable[..., list[types.DataNode]], batch_size: int) -> Pipeline:
         """
@@ -182,10 +190,7 @@ class Decoder:
             except ImageError as error:
                 faults.append(str(error))
         if faults:
-            return (
-                f"{len(faults)} of the next {len(indices)} images cannot be decoded, the first: {faults[0]}. "
-                "`python -m pcl_fast.data check DIR` finds them all; --data.skip-broken leaves them out"
-            )
+            return f"{len(faults)} of the next {len(indices)} images cannot be decoded, the first: {faults[0]}"
         names = ", ".join(self.images.name(index) for index in indices[:3])
         return (
             f"DALI failed with the images {names}, ... ({len(indices)} in all), which PIL can read; "
@@ -208,7 +213,7 @@ def _for_dali(images: ImageSet, index: int) -> tuple[np.ndarray, int, int]:
                 data = buffer.getvalue()
             width, height = image.size
     except Exception as error:  # PIL's plugins raise whatever their parsers run into
-        raise ImageError(f"cannot read image {images.name(index)}: {reason_of(error)}") from error
+        raise images.fault(index, error) from error
     return np.frombuffer(data, np.uint8), height, width
 
 

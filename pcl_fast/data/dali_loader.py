@@ -71,7 +71,7 @@ class TrainingLoader:
 
 
 class ClusteringLoader:
-    """The clustering view of images `begin` to `end`, in order; the last batch is smaller."""
+    """The clustering view of a range of images, in order; the last batch is smaller."""
 
     def __init__(
         self,

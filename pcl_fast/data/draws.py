@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pcl_fast.kernels.photometric_plain import Op
-from pcl_fast.seeds import mix_seeds
+from pcl_fast.seeds import Purpose, mix_seeds
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def draw_views(
         view: 0 for the query's, 1 for the key's.
         index: int64 [n], positions in the data set.
     """
-    uniform = uniforms(mix_seeds(seed, epoch, view), index, _COUNT)
+    uniform = uniforms(mix_seeds(seed, Purpose.VIEWS, epoch, view), index, _COUNT)
     if recipe.distortion is None:
         window, matrix = _crops(uniform, sizes, min_area), None
     else:

@@ -62,7 +62,7 @@ class ImageSet(ABC):
         try:
             return self.load(index)
         except OSError as error:
-            raise ImageError(f"cannot read image {self.name(index)}: {reason_of(error)}") from error
+            raise self.fault(index, error) from error
 
     def read(self, index: int) -> Image.Image:
         """Decode image `index` as RGB.
@@ -75,7 +75,14 @@ class ImageSet(ABC):
             with open_image(io.BytesIO(data)) as image:
                 return to_rgb(image)
         except Exception as error:  # PIL's plugins raise whatever their parsers run into
-            raise ImageError(f"cannot read image {self.name(index)}: {reason_of(error)}") from error
+            raise self.fault(index, error) from error
+
+    def fault(self, index: int, error: Exception) -> ImageError:
+        """What to raise when image `index` cannot be used because of `error`."""
+        return ImageError(
+            f"cannot read image {self.name(index)}: {reason_of(error)}. `python -m pcl_fast.data check DIR` finds all "
+            "such images; --data.skip-broken leaves them out"
+        )
 
     def fingerprint(self) -> str:
         """Identifies names and order of the images: what the indices in a checkpoint refer to."""

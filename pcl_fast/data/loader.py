@@ -71,7 +71,11 @@ def clustering_loader(
 
 def describe_loader(config: DataConfig, world: World) -> str:
     """Which loader, and what it uses of the machine: one line for the log."""
-    return f"images: {pick_loader(config.loader)}, {pick_resources(config, world.device)}"
+    loader, resources = pick_loader(config.loader), pick_resources(config, world.device)
+    if loader == "torchvision":
+        return f"images: torchvision, {resources.workers} processes, {resources.prefetch} batches ahead of each"
+    where = "CPU" if resources.gpu is None else f"GPU with {resources.decoder_mib} MiB a thread"
+    return f"images: dali, {resources.threads} threads, {resources.prefetch} batches ahead, decoding on the {where}"
 
 
 def _implementation(config: DataConfig) -> ModuleType:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pcl_fast.distributed import World
-from pcl_fast.seeds import mix_seeds
+from pcl_fast.seeds import Purpose, mix_seeds
 
 
 class EpochOrder:
@@ -30,7 +30,7 @@ class EpochOrder:
 
     def batches(self, epoch: int, first_step: int = 0) -> Iterator[np.ndarray]:
         """int64 [batch_size] indices for every step of the epoch from `first_step` on."""
-        generator = torch.Generator().manual_seed(mix_seeds(self.seed, epoch))
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, Purpose.ORDER, epoch))
         order = torch.randperm(self.images, generator=generator).numpy()
         share = order[self.world.rank :: self.world.size]
         for step in range(first_step, self.steps):

@@ -28,19 +28,15 @@ class Resources:
     def threads(self) -> int:
         return max(1, self.workers)
 
-    def __str__(self) -> str:
-        where = "the CPU" if self.gpu is None else f"the GPU ({self.decoder_mib} MiB per thread to decode)"
-        return f"{self.workers} workers, {self.prefetch} batches ahead, finished on {where}"
-
 
 def pick_resources(config: DataConfig, device: torch.device) -> Resources:
     """What `config` says, and where it says nothing:
 
     - workers: this machine's cores divided among its ranks, at most 16.
-    - prefetch: 2 batches a stage, 3 on a GPU of 32 GB or more. Each costs the batch's decoded images: 36 MB for 64 of
-      ImageNet's.
-    - decoder memory: DALI's own 16 MiB a thread, but less where all threads together would take more than a hundredth
-      of the GPU's memory.
+    - prefetch: 2 batches a stage, 3 on a GPU of 32 GB or more. Each costs the memory of its images as they are before
+      the crop: 36 MB for 64 of ImageNet's.
+    - decoder memory: DALI's own 16 MiB a thread, but less where the threads of both loaders, for training and for
+      clustering, would together take more than a fiftieth of the GPU's memory.
     """
     cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = max(1, min(cores, 16)) if config.workers is None else config.workers

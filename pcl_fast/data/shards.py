@@ -211,10 +211,20 @@ def _save(places: Iterable[Path], arrays: dict[str, np.ndarray]) -> None:
     )
 
 
+def _scan_or_fault(shard: Path) -> tuple[list[str], np.ndarray] | ImageError:
+    """All damaged shards are to be named, not the first alone."""
+    try:
+        return scan(shard)
+    except ImageError as error:
+        return error
+
+
 def _make_index(root: Path, shards: Sequence[str]) -> dict[str, np.ndarray]:
     """The arrays of `TarShards`: shard, offset, size, labels (if there are any), and text and ends of `Names`."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        parts = list(pool.map(lambda name: scan(root / name), shards))
+        parts = list(pool.map(lambda name: _scan_or_fault(root / name), shards))
+    if faults := [part for part in parts if isinstance(part, ImageError)]:
+        raise ImageError("\n".join(map(str, faults)))
     names = Names.pack(name for found, _ in parts for name in found)
     if not len(names.ends):
         raise ImageError(

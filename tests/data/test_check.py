@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import subprocess
@@ -255,3 +256,21 @@ def test_command_refuses_in_one_line(root, monkeypatch, arguments, code):
     else:
         assert str(ended.value.code).startswith(code)
         assert "\n" not in ended.value.code
+
+
+def test_what_cannot_be_read_for_the_moment_is_not_left_out_for_good(tmp_path, image_folder, alone, monkeypatch):
+    images = find_images(image_folder)
+    load = ImageFolder.load
+
+    def failing(self, index):
+        if index == 3:
+            raise OSError(errno.EIO, "Input/output error")
+        return load(self, index)
+
+    monkeypatch.setattr(ImageFolder, "load", failing)
+    assert find_broken(images, threads=2) == {3: "Input/output error"}
+    with pytest.raises(ImageError, match=r"03\.jpg: Input/output error"):
+        usable(images, tmp_path / "broken.json", alone, threads=2)
+    assert not (tmp_path / "broken.json").exists()
+    monkeypatch.undo()
+    assert usable(images, tmp_path / "broken.json", alone, threads=2) == (images, 0)

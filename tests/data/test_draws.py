@@ -149,6 +149,6 @@ def test_distortions_are_torchvision_s():
 
 
 def uniforms_of_digits(draws: int) -> np.ndarray:
-    from pcl_fast.seeds import mix_seeds
+    from pcl_fast.seeds import Purpose, mix_seeds
 
-    return uniforms(mix_seeds(0, 1, 0), np.arange(draws), 5)
+    return uniforms(mix_seeds(0, Purpose.VIEWS, 1, 0), np.arange(draws), 5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from pcl_fast.data.loader import pick_loader
 from pcl_fast.distributed import World
 from pcl_fast.errors import ImageError, MissingPackageError
 
-KINDS = ("dali", "torchvision")
+KINDS = ("dali", "torchvision") if importlib.util.find_spec("nvidia.dali") else ("torchvision",)
 CONFIG = DataConfig(size=16, resize=20, workers=0)
 
 
@@ -129,7 +130,8 @@ def test_clustering_view_is_in_order_and_complete(folder, kind, ranks):
     assert torch.equal(torch.cat(shards), whole)
 
 
-@pytest.mark.parametrize(("kind", "workers"), [("dali", 1), ("torchvision", 0), ("torchvision", 1)])
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
 def test_an_image_broken_in_its_middle_is_named_when_met(tmp_path, image_folder, kind, workers):
     whole = (image_folder / "class_0" / "00.jpg").read_bytes()
     for number in range(4):
@@ -162,6 +164,7 @@ def test_a_file_that_is_no_image_or_gone_is_named(tmp_path, image_folder, kind, 
         list(training.epoch(0))
 
 
+@pytest.mark.skipif("dali" not in KINDS, reason="needs DALI, which the requirements install")
 def test_dali_is_the_default_where_it_can_be_imported(monkeypatch):
     assert pick_loader("auto") == pick_loader("dali") == "dali"
     assert pick_loader("torchvision") == "torchvision"
