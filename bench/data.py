@@ -35,7 +35,7 @@ from pcl_fast.distributed import World
 from pcl_fast.learner import Learner, encoder_dtype
 
 WORLD = World(0, 1, torch.device("cuda", 0) if device.CUDA else torch.device("cpu"), None)
-IMAGES, BATCH, STEPS, ROUNDS = (4096, 256, 8, 10) if device.CUDA else (512, 64, 3, 7)
+IMAGES, BATCH, STEPS, ROUNDS = (4096, 256, 8, 10) if device.CUDA else (512, 64, 4, 9)
 LOADERS = ("torchvision", "dali", "dali-cpu") if device.CUDA else ("torchvision", "dali")
 SIZES = {"images": IMAGES, "batch": BATCH, "width": photos.WIDTH, "height": photos.HEIGHT}
 AT_HAND = "batch at hand"
