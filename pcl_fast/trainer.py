@@ -20,7 +20,7 @@ from pcl_fast.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.seeds import Purpose, mix_seeds
 
 # Images at a time of the pass that fills the feature shard. As many lie in memory decoded but not yet cropped, in each
-# stage of the loader; more would not be encoded faster.
+# stage of the loader: 2.3 GB for photographs of 12 megapixels.
 _CLUSTERING_BATCH = 64
 
 
