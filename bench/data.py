@@ -2,8 +2,8 @@
 Run by `make bench`.
 
 All providers do the same work: the same images and random numbers, decoded once, two views of 224 px (or one clustering
-view), normalised, in the encoder's precision, on its device. Files are in the operating system's cache. A round takes
-batches out of an endless stream, whose stages stay filled.
+view), normalised, in the encoder's precision, on its device (dali-cpu leaves them on the CPU of a machine with a GPU).
+Files are in the operating system's cache. A round takes batches out of an endless stream, whose stages stay filled.
 
 The step is PCL v2: on a GPU with ResNet-50 at 224 px and the paper's queue and prototypes, on a CPU with ResNet-18 at
 64 px; first with one batch that is there already, then with either loader. The images are fewer than the paper's, and
