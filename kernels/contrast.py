@@ -22,7 +22,8 @@ are prototype sets: the positive of a row is its image's prototype; negatives ar
 positive, and one column per other row, its positive, unless that is this row's own prototype (a twin).
 
 Numerics. fp16 and bf16 operands are multiplied as they are, the promotion of query and bank type, and added in fp32.
-fp32 operands are split into two fp16 numbers, high + low, and multiplied as high high + high low + low high: 22 bits,
+fp32 queries are rounded to the type of banks in half precision, which is as exact as these are, and get their gradient
+in fp32: so training need not round it. fp32 operands are split into two fp16 numbers, high + low, and multiplied as high high + high low + low high: 22 bits,
 on the matrix units of every architecture, where TF32 has 11. Matrix units truncate what they add to an accumulator; so
 that this does not pile up over a part, fp32 numerators are added outside of them.
 Exponentials times weights are scaled to at most 2^15 before they are rounded to fp16, whose small numbers would
@@ -300,11 +301,11 @@ def _plan(query: torch.Tensor, banks: list[_Bank]) -> list[_Launch]:
 
 
 def _operand_type(query: torch.Tensor, group: list[_Bank]) -> torch.dtype:
-    """The promotion of all types that are multiplied."""
-    operand = torch.promote_types(query.dtype, group[0].rows.dtype)
+    """The promotion of all types that are multiplied, but for a query in fp32, which is rounded to the others'."""
+    operand = group[0].rows.dtype
     if group[0].key is not None:
         operand = torch.promote_types(operand, group[0].key.dtype)
-    return operand
+    return operand if query.dtype == torch.float32 else torch.promote_types(operand, query.dtype)
 
 
 def _draw(

@@ -52,7 +52,8 @@ def info_nce(
     """Equation 1: loss_i = -log( exp(q_i.k_i/tau) / (exp(q_i.k_i/tau) + sum_j exp(q_i.queue_j/tau)) ).
 
     Args:
-        query: [N, d] unit features, any floating dtype; sums are taken in float32.
+        query: [N, d] unit features, any floating dtype; sums are taken in float32. The kernels round a float32 query
+            to the precision of what it is contrasted with; its gradient is float32 all the same.
         key: [N, d] momentum features of the other view.
         queue: [R, d] keys of earlier batches.
         temperature: tau > 0.
@@ -86,7 +87,8 @@ def proto_nce(
     column per other row; a row that shares i's prototype (a twin) adds none.
 
     Args:
-        query: [N, d] unit features, any floating dtype; sums are taken in float32.
+        query: [N, d] unit features, any floating dtype; sums are taken in float32. The kernels round a float32 query
+            to the precision of what it is contrasted with; its gradient is float32 all the same.
         prototypes: centroids [K, d], concentration [K], assignment [n].
         index: int64 [N], positions of the rows' images in the data set, in [0, n).
         num_negatives: r; None, or more than exist: all.

@@ -126,11 +126,12 @@ def check(problem: Problem) -> None:
     margin = unit * exact_loss.abs().clamp(max=1)
     assert ((loss - exact_loss).abs() <= (plain_loss - exact_loss).abs() + margin).all()
     margin = unit * exact_gradient.abs().amax(-1) + torch.finfo(gradient.dtype).smallest_normal
-    if gradient.dtype != torch.float32:
+    operand = problem.query.dtype if problem.queue is None else problem.queue.dtype
+    if operand != torch.float32:
         # The exponentials are rounded before they are multiplied. That is an error relative to the terms of the
         # gradient, sigmoid(z) w c, and where these cancel it is more, relative to what is left.
         terms = (problem.upstream.abs() * (1 - torch.exp(-exact_loss))).sum(0)
-        margin += torch.finfo(gradient.dtype).eps * terms * problem.largest_term()
+        margin += torch.finfo(operand).eps * terms * problem.largest_term()
     assert (row_errors(gradient, exact_gradient) <= row_errors(plain_gradient, exact_gradient) + margin).all()
     # Where positive and best negative are closer than rounding, either answer is right.
     assert (correct == exact_correct).float().mean() > 0.99
@@ -208,6 +209,25 @@ def test_types_may_be_mixed():
     problem.sets[0] = PrototypeBank(first.centroids.float(), first.concentration.half(), first.assignment.long())
     problem.sets[1] = second._replace(centroids=second.centroids.bfloat16())
     check(problem)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["random", "confident"])
+def test_a_query_in_float32_against_banks_in_half_precision(dtype, kind):
+    """As in training: products in half precision, and a gradient that was never rounded to it."""
+    skip_what_the_gpu_lacks(24, dtype)
+    problem = Problem(6, 24, 30, 50, (60,), dtype=dtype, kind=kind)
+    half, _, rounded_gradient = problem.fused()
+    problem.query = problem.query.float()
+    check(problem)
+    loss, _, gradient = problem.fused()
+    assert torch.equal(loss, half)
+    assert gradient.dtype == torch.float32
+    torch.testing.assert_close(gradient, rounded_gradient.float(), rtol=torch.finfo(dtype).eps, atol=1e-6)
+    assert not torch.equal(gradient, rounded_gradient.float())
+    # What the banks do not hold of a query changes nothing.
+    problem.query = problem.query * (1 + torch.finfo(dtype).eps / 8)
+    assert torch.equal(problem.fused()[0], half)
 
 
 def test_inputs_need_not_be_contiguous():
