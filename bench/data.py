@@ -2,7 +2,7 @@
 Run by `make bench`.
 
 All providers do the same work: the same images and random numbers, decoded once, two views of 224 px (or one clustering
-view), normalised, in the encoder's precision, on its device (dali-cpu leaves them on the CPU of a machine with a GPU).
+view), on the encoder's device (dali-cpu leaves them on the CPU of a machine with a GPU).
 Files are in the operating system's cache. A round takes batches out of an endless stream, whose stages stay filled.
 
 The step is PCL v2: on a GPU with ResNet-50 at 224 px and the paper's queue and prototypes, on a CPU with ResNet-18 at
@@ -32,7 +32,7 @@ from pcl_fast.clustering import PrototypeSet
 from pcl_fast.config import PRESETS, Config
 from pcl_fast.data import Batch, ImageFolder, clustering_loader, find_images, training_loader
 from pcl_fast.distributed import World
-from pcl_fast.learner import Learner, encoder_dtype
+from pcl_fast.learner import Learner
 
 WORLD = World(0, 1, torch.device("cuda", 0) if device.CUDA else torch.device("cpu"), None)
 IMAGES, BATCH, STEPS, ROUNDS = (4096, 256, 8, 10) if device.CUDA else (512, 64, 4, 9)
@@ -75,15 +75,13 @@ def world_of(loader: str) -> World:
 def training_stream(loader: str, *, step: bool = False) -> Iterator[Batch]:
     optional_loader(loader)
     config, world = recipe(loader, step=step), world_of(loader)
-    dtype = encoder_dtype(WORLD.device)
-    batches = training_loader(folder()[0], config.data, batch_size=BATCH, seed=0, world=world, dtype=dtype)
+    batches = training_loader(folder()[0], config.data, batch_size=BATCH, seed=0, world=world)
     return itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
 
 
 def clustering_stream(loader: str) -> Iterator[torch.Tensor]:
     optional_loader(loader)
-    world, dtype = world_of(loader), encoder_dtype(WORLD.device)
-    batches = clustering_loader(folder()[0], recipe(loader).data, batch_size=BATCH, world=world, dtype=dtype)
+    batches = clustering_loader(folder()[0], recipe(loader).data, batch_size=BATCH, world=world_of(loader))
     return itertools.chain.from_iterable(itertools.repeat(batches))
 
 

@@ -1,4 +1,4 @@
-"""Colour jitter, grey, blur and normalisation of uint8 crops on the GPU.
+"""Colour jitter, grey and blur of uint8 crops on the GPU.
 
 The bytes are PIL's, on which torchvision and with it the papers' official code rely: after every step they are whole
 numbers again. Four launches; none waits for the host, or adds in an order left to chance:
@@ -6,15 +6,15 @@ numbers again. Four launches; none waits for the host, or adds in an order left 
 add_luma   Contrast needs the image's mean luma at that point. Program (image, part) runs the slots before it on its
            share of the pixels and adds up their luma, in integers. Images without contrast are left out.
 jitter     Program (image, block of pixels) runs all slots in registers. What a slot does is the same for the whole
-           program: a branch, not a selection. Then it normalises, or leaves bytes for the blur.
+           program: a branch, not a selection. It writes to the result, or to where the blur reads.
 blur       PIL's Gaussian is three boxes along the rows, then three along the columns, each rounded to bytes. A thread
 twice      has one channel of one row and walks along it. Of each box it keeps the last five values in registers, so
            every box runs two pixels behind the one before it; one byte comes in at a step, one goes out, and nothing
            between is stored or computed twice. It reads along the rows, at each step as many sectors as rows, which
            the L1 cache holds for the next steps, and writes side by side what lies on top of each other: the image
-           transposed. So the second launch, along the columns, is the first once more, but normalises.
+           transposed. So the second launch, along the columns, is the first once more.
 
-Bytes moved, for an image of B bytes and results of s bytes: B with contrast, B + s B without a blur, 5 B + s B with it.
+Bytes moved, for an image of B bytes: B with contrast, and 2 B without a blur, 6 B with it.
 The blur takes some 45 integer instructions a byte and launch, which is more than its bytes take.
 
 Numerics. Integers wherever PIL has them, else float32 in PIL's order, with divisions correctly rounded and no fused
@@ -49,12 +49,8 @@ def photometric(
     ops: torch.Tensor,
     factors: torch.Tensor,
     sigma: torch.Tensor,
-    *,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Run the slots of every image in turn, blur it and normalise it.
+    """Run the slots of every image in turn, and blur it.
 
     Args:
         images: uint8 [n, h, w, 3], of fewer than 2^25 pixels each.
@@ -62,36 +58,31 @@ def photometric(
         factors: float32 [n, slots]. 1 changes nothing but for the hue, which is shifted by -0.5 to 0.5 of a turn.
         sigma: float32 [n], standard deviation of the blur in pixels; 0 without. At most `MAX_SIGMA`, which for a tensor
             on a GPU is not checked: beyond, the blur is another.
-        mean, std: of each channel, in units of a byte.
-        dtype: of the result: float16, bfloat16 or float32.
 
     Returns:
-        (image - mean) / std, [n, 3, h, w] in channels_last.
+        uint8 [n, h, w, 3], contiguous.
 
     Raises:
         ValueError: a shape or type is wrong, or a sigma on the CPU.
     """
-    check(images, ops, factors, sigma, dtype)
-    n, h, w, _ = images.shape
-    out = torch.empty(n, h, w, 3, dtype=dtype, device=images.device)
+    check(images, ops, factors, sigma)
+    out = torch.empty(images.shape, dtype=torch.uint8, device=images.device)
     if out.numel():
         with torch.cuda.device(images.device) if images.is_cuda else nullcontext():
-            _launch(*(tensor.contiguous() for tensor in (images, ops, factors, sigma)), out, (*mean, *std))
-    return out.permute(0, 3, 1, 2)
+            _launch(*(tensor.contiguous() for tensor in (images, ops, factors, sigma)), out)
+    return out
 
 
-def _launch(images, ops, factors, sigma, out, numbers):
+def _launch(images, ops, factors, sigma, out):
     n, h, w, _ = images.shape
     luma = torch.empty(n, PARTS, dtype=torch.int32, device=images.device)
     jittered, transposed = torch.empty(2, *images.shape, dtype=torch.uint8, device=images.device)
     jitters = slots(ops.shape[1]) | EXACT
     lines = {"LINES": LINES, "num_warps": LINES // 32} | EXACT
     add_luma[(n, PARTS)](images, ops, factors, luma, h * w, **jitters)
-    jitter[(n, triton.cdiv(h * w, BLOCK))](
-        images, ops, factors, sigma, luma, jittered, out, *numbers, h * w, **jitters
-    )  # fmt: skip
-    blur[(n, triton.cdiv(3 * h, LINES))](jittered, sigma, transposed, *numbers, h, w, NORMALISE=False, **lines)
-    blur[(n, triton.cdiv(3 * w, LINES))](transposed, sigma, out, *numbers, w, h, NORMALISE=True, **lines)
+    jitter[(n, triton.cdiv(h * w, BLOCK))](images, ops, factors, sigma, luma, jittered, out, h * w, **jitters)
+    blur[(n, triton.cdiv(3 * h, LINES))](jittered, sigma, transposed, h, w, **lines)
+    blur[(n, triton.cdiv(3 * w, LINES))](transposed, sigma, out, w, h, **lines)
 
 
 def slots(count: int) -> dict[str, int]:
@@ -189,11 +180,6 @@ def _write(to, r, g, b, valid):
     tl.store(to + 2, b, mask=valid)
 
 
-@triton.jit
-def _normalised(x, mean, std):
-    return tl.div_rn(x.to(tl.float32) - mean, std)
-
-
 @triton.jit(do_not_specialize=["pixels"])
 def add_luma(
     images, ops, factors, luma, pixels, SLOTS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr
@@ -219,10 +205,10 @@ def add_luma(
 
 @triton.jit(do_not_specialize=["pixels"])
 def jitter(
-    images, ops, factors, sigma, luma, jittered, out, mean0, mean1, mean2, std0, std1, std2, pixels,
+    images, ops, factors, sigma, luma, jittered, out, pixels,
     SLOTS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes jittered, bytes, for images with a blur, and out for the others. Grid: images x blocks of pixels."""
+    """Writes jittered for images with a blur, and out for the others. Grid: images x blocks of pixels."""
     image = tl.program_id(0)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = place < pixels
@@ -236,7 +222,7 @@ def jitter(
     if tl.load(sigma + image) > 0:
         _write(jittered + at, r, g, b, valid)
     else:
-        _write(out + at, _normalised(r, mean0, std0), _normalised(g, mean1, std1), _normalised(b, mean2, std2), valid)
+        _write(out + at, r, g, b, valid)
 
 
 @triton.jit
@@ -258,10 +244,7 @@ def _box(x0, x1, x2, x3, x4, centre, near, far):
 
 
 @triton.jit(do_not_specialize=["rows", "length"])
-def blur(
-    source, sigma, out, mean0, mean1, mean2, std0, std1, std2, rows, length,
-    NORMALISE: tl.constexpr, LINES: tl.constexpr,
-):  # fmt: skip
+def blur(source, sigma, out, rows, length, LINES: tl.constexpr):
     """Writes out [n, length, rows, 3] from source [n, rows, length, 3], of images with a blur: three boxes along
     `length`. Grid: images x blocks of lines."""
     image = tl.program_id(0)
@@ -274,8 +257,6 @@ def blur(
         first = image.to(tl.int64) * rows * length * 3
         at = source + first + (line // 3) * (length * 3) + channel
         to = out + first + line
-        mean = tl.where(channel == 0, mean0, tl.where(channel == 1, mean1, mean2))
-        std = tl.where(channel == 0, std0, tl.where(channel == 1, std1, std2))
         # Pixels x, values y of the first box and z of the second: the four that came last. The next is x4, y4, z4.
         x0 = tl.load(at, mask=valid, other=0).to(tl.uint32)
         x1, x2, x3 = x0, x0, x0
@@ -289,8 +270,7 @@ def blur(
             z4 = tl.where(step < length + 4, _box(y0, y1, y2, y3, y4, centre, near, far), z3)
             z0, z1, z2, z3 = _start(step <= 4, z4, z0, z1, z2, z3)
             blurred = _box(z0, z1, z2, z3, z4, centre, near, far)
-            result = _normalised(blurred, mean, std) if NORMALISE else blurred
-            tl.store(to + (step - 6) * (rows * 3), result, mask=valid & (step >= 6))
+            tl.store(to + (step - 6) * (rows * 3), blurred, mask=valid & (step >= 6))
             x0, x1, x2, x3 = x1, x2, x3, x4
             y0, y1, y2, y3 = y1, y2, y3, y4
             z0, z1, z2, z3 = z1, z2, z3, z4

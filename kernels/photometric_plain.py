@@ -38,9 +38,6 @@ def photometric(
     factors: torch.Tensor,
     sigma: torch.Tensor,
     *,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    dtype: torch.dtype,
     pool: Executor | None = None,
 ) -> torch.Tensor:
     """As in photometric.py, the same bits; images on the CPU.
@@ -49,12 +46,11 @@ def photometric(
         pool: threads that share the images among them. Without one they come one after the other. PyTorch's own
             threads are of little use to operations this short; each thread should be set to one.
     """
-    check(images, ops, factors, sigma, dtype)
+    check(images, ops, factors, sigma)
     n, h, w, _ = images.shape
-    out = torch.empty(n, h, w, 3, dtype=dtype)
+    out = torch.empty(n, h, w, 3, dtype=torch.uint8)
     steps = [list(zip(*slots, strict=True)) for slots in zip(ops.tolist(), factors.tolist(), strict=True)]
     weights = box_weights(sigma)
-    shift, scale = (torch.tensor(numbers, dtype=torch.float32).view(3, 1, 1) for numbers in (mean, std))
     left = iter(range(n))
 
     def work() -> None:
@@ -65,19 +61,17 @@ def photometric(
                 canvas.apply(op, factor)
             if weights[i] is not None:
                 canvas.blur(weights[i])
-            canvas.write(out[i], shift, scale)
+            canvas.write(out[i])
 
     if pool is None:
         work()
     else:
         for task in [pool.submit(work) for _ in range(min(n, os.cpu_count() or 1))]:
             task.result()
-    return out.permute(0, 3, 1, 2)
+    return out
 
 
-def check(
-    images: torch.Tensor, ops: torch.Tensor, factors: torch.Tensor, sigma: torch.Tensor, dtype: torch.dtype
-) -> None:
+def check(images: torch.Tensor, ops: torch.Tensor, factors: torch.Tensor, sigma: torch.Tensor) -> None:
     """Raise ValueError for arguments that are not as photometric.py says, as far as a GPU need not be waited for."""
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise ValueError(f"images must be uint8 [n, h, w, 3], not {images.dtype} {list(images.shape)}")
@@ -90,8 +84,6 @@ def check(
         raise ValueError(f"sigma must be float32 [{n}], not {sigma.dtype} {list(sigma.shape)}")
     if sigma.device.type == "cpu" and not ((sigma >= 0) & (sigma <= MAX_SIGMA)).all():
         raise ValueError(f"sigma must lie in [0, {MAX_SIGMA}]: beyond, PIL's box reaches further than two pixels")
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype must be float16, bfloat16 or float32, not {dtype}")
 
 
 def box_weights(sigma: torch.Tensor) -> list[tuple[int, int, int] | None]:
@@ -134,11 +126,10 @@ class _Canvas:
         """From uint8 [h, w, 3]."""
         self.planes.copy_(image.permute(2, 0, 1))
 
-    def write(self, out: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> None:
-        """Normalised, to [h, w, 3] of any type. Afterwards the planes are of no use."""
-        planes = self.planes.sub_(mean).div_(std)
+    def write(self, out: torch.Tensor) -> None:
+        """To uint8 [h, w, 3]."""
         # In two steps: a copy that transposes takes much longer if it converts as well.
-        out.copy_(self._pixels.copy_(planes.permute(1, 2, 0)))
+        out.copy_(self._pixels.copy_(self.planes.permute(1, 2, 0)))
 
     def apply(self, op: int, factor: float) -> None:
         if op == Op.BRIGHTNESS:

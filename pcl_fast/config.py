@@ -63,7 +63,10 @@ class ModelConfig:
     """Number of momentum keys kept as negatives for InfoNCE."""
     shuffle_bn: bool = True
     """Compute keys on batches shuffled across ranks, so that batch statistics cannot leak the positive. One rank alone
-    has nobody to shuffle with."""
+    has nobody to shuffle with, unless bn_splits makes several of it."""
+    bn_splits: int = 1
+    """Batch norm treats a rank's batch as so many equal parts, each with its own statistics, and shuffles among them:
+    one large GPU then trains like so many small ones."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,9 @@ class OptimConfig:
     batch_size: int = 256
     """Images per step over all ranks together."""
     lr: float = 0.03
-    """Learning rate of the first epoch. It is not scaled with the batch size."""
+    """Learning rate of the first epoch, for whatever batch size there is unless scale_lr is set."""
+    scale_lr: bool = False
+    """Take lr for a batch of 256 and scale it with the batch size: lr * batch_size / 256 (Goyal et al. 2017)."""
     momentum: float = 0.9
     weight_decay: float = 1e-4
     schedule: Literal["step", "cosine"] = "step"
@@ -250,6 +255,7 @@ def validate(config: Config) -> None:
         "--data.size": config.data.size,
         "--model.dim": config.model.dim,
         "--model.queue-size": config.model.queue_size,
+        "--model.bn-splits": config.model.bn_splits,
         "--loss.temperature": config.loss.temperature,
         "--optim.batch-size": config.optim.batch_size,
         "--optim.lr": config.optim.lr,

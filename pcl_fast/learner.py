@@ -6,19 +6,36 @@ Nothing in here waits for the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from pcl_fast.batch_norm import BatchShuffle, average_statistics, fold_batch_norm
 from pcl_fast.clustering import PrototypeSet
 from pcl_fast.config import Config, OptimConfig
-from pcl_fast.data import Batch
+from pcl_fast.data import Batch, normalise
 from pcl_fast.distributed import World, all_gather_rows
 from pcl_fast.losses import ProtoNCEResult, protonce
-from pcl_fast.model import BatchShuffle, Encoder, KeyQueue, MomentumTwin, average_statistics
+from pcl_fast.model import Encoder, KeyQueue, MomentumTwin
 from pcl_fast.seeds import Purpose, mix_seeds
+
+
+class StepInputs(NamedTuple):
+    """All that differs from step to step, on the device.
+
+    query_view, key_view: of the batch, uint8 [N, H, W, 3].
+    index: int64 [N], its positions in the data set.
+    order: int64 [N], see BatchShuffle.order, or None.
+    seed: 0-d int64, of the negatives.
+    """
+
+    query_view: torch.Tensor
+    key_view: torch.Tensor
+    index: torch.Tensor
+    order: torch.Tensor | None
+    seed: torch.Tensor
 
 
 class Learner:
@@ -34,15 +51,16 @@ class Learner:
         # Drawn on the CPU, so that every device and rank starts alike.
         torch.manual_seed(config.seed)
         self.encoder = Encoder(config.model).to(world.device, memory_format=torch.channels_last)
-        self.queue = KeyQueue(config.model.queue_size, config.model.dim).to(world.device)
+        self.queue = KeyQueue(config.model.queue_size, config.model.dim, loss_dtype(world.device)).to(world.device)
         self.twin = MomentumTwin(self.encoder, config.model.momentum)
-        self.shuffle = BatchShuffle(
-            config.optim.batch_size // world.size, world.group if config.model.shuffle_bn else None
-        )
+        self.shuffle = _shuffle(config, world)
+        self.dtype = encoder_dtype(world.device)
         self.autocast, self.scaler = precision(world.device)
+        # On the device, as everything that changes from step to step.
+        self._lr = torch.tensor(learning_rate(config.optim, 0, config.epochs), device=world.device)
         self.optimizer = torch.optim.SGD(
             self.encoder.parameters(),
-            config.optim.lr,
+            self._lr,
             momentum=config.optim.momentum,
             weight_decay=config.optim.weight_decay,
             fused=True,
@@ -55,34 +73,56 @@ class Learner:
     def begin_epoch(self, epoch: int) -> float:
         """Set and return the epoch's learning rate."""
         lr = learning_rate(self.config.optim, epoch, self.config.epochs)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        self._lr.fill_(lr)
         return lr
+
+    def for_loss(self, prototypes: Sequence[PrototypeSet]) -> list[PrototypeSet]:
+        """The prototypes of an E-step in the precision in which `step` contrasts with them, see `loss_dtype`."""
+        dtype = loss_dtype(self.world.device)
+        return [granularity._replace(centroids=granularity.centroids.to(dtype)) for granularity in prototypes]
 
     def step(self, batch: Batch, prototypes: Sequence[PrototypeSet], number: int) -> dict[str, torch.Tensor]:
         """One optimiser step.
 
         Args:
             batch: this rank's views.
-            prototypes: granularities of the last E-step; empty before the first.
+            prototypes: granularities of the last E-step, see `for_loss`; empty before the first.
             number: of the step in the whole run; seeds the step's draws.
 
         Returns:
             loss, its parts and accuracies in percent: 0-d tensors on the device, of this rank's batch.
         """
-        index = batch.index.to(self.world.device, non_blocking=True)
-        key = self._keys(batch.key_view, number)
+        return self.compute(self.inputs(batch, number), prototypes)
+
+    def inputs(self, batch: Batch, number: int) -> StepInputs:
+        """What step `number` computes with; draws from its seeds what is drawn on the host."""
+        numbers = [torch.tensor([self._seed(Purpose.NEGATIVES, number)]), batch.index]
+        order = self.shuffle.order(self._seed(Purpose.SHUFFLE, number))
+        if order is not None:
+            numbers.append(order)
+        together = torch.cat(numbers)
+        if self.world.device.type == "cuda":
+            together = together.pin_memory().to(self.world.device, non_blocking=True)
+        seed, index, *order = together.split([len(part) for part in numbers])
+        return StepInputs(batch.query_view, batch.key_view, index, order[0] if order else None, seed.squeeze(0))
+
+    def compute(self, inputs: StepInputs, prototypes: Sequence[PrototypeSet]) -> dict[str, torch.Tensor]:
+        """`step` after its inputs are there: on the device from end to end, so that a CUDA graph can hold it."""
+        arrive = self.shuffle.begin(inputs.key_view, inputs.order)
+        # While the key's views travel.
+        self.twin.update()
         with self.autocast:
-            query = self._query(batch.query_view)
+            query = self._query(normalise(inputs.query_view, self.dtype))
+        key = self._keys(*arrive())
         result = protonce(
             query,
             key,
             self.queue.keys,
             prototypes,
-            index,
+            inputs.index,
             temperature=self.config.loss.temperature,
             num_negatives=self.config.loss.num_negatives,
-            seed=self._seed(Purpose.NEGATIVES, number),
+            seed=inputs.seed,
             backend=self.config.loss.backend,
         )
         self._descend(result.loss)
@@ -90,13 +130,16 @@ class Learner:
         return _summary(result)
 
     @torch.no_grad()
-    def _keys(self, view: torch.Tensor, number: int) -> torch.Tensor:
-        """Move the momentum encoder, then encode the shuffled batch with it: [N, dim] in the batch's own order."""
-        self.twin.update()
-        # Rows travel as they lie in memory, channels last.
-        rows, restore = self.shuffle.shuffle(view.permute(0, 2, 3, 1), self._seed(Purpose.SHUFFLE, number))
+    def _keys(self, views: torch.Tensor, restore: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Encode shuffled views with the momentum encoder: [N, dim] in the batch's own order, in `loss_dtype`."""
         with self.autocast:
-            return restore(self.twin.key(rows.permute(0, 3, 1, 2)))
+            key = self.twin.key(normalise(views, self.dtype))
+        return restore(key.to(loss_dtype(self.world.device)))
+
+    def feature_encoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The momentum encoder as it is now, in eval mode: uint8 [N, H, W, 3] -> unit features float32 [N, dim]."""
+        folded = fold_batch_norm(self.twin.key).to(self.dtype)
+        return lambda images: folded(normalise(images, self.dtype))
 
     def _descend(self, loss: torch.Tensor) -> None:
         """Backward and update; if any rank's loss is not finite, no rank updates.
@@ -147,6 +190,8 @@ class Learner:
         self.twin.key.load_state_dict(shared["momentum_encoder"])
         self.queue.load_state_dict(shared["queue"])
         self.optimizer.load_state_dict(shared["optimizer"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr  # which the checkpoint's has replaced
         self.scaler.load_state_dict(shared["scaler"])
         for buffer, saved in zip(self._buffers(), own["statistics"], strict=True):
             buffer.copy_(saved)
@@ -160,9 +205,10 @@ class Learner:
 
 def learning_rate(optim: OptimConfig, epoch: int, epochs: int) -> float:
     """The learning rate of an epoch (from 0) out of `epochs`."""
+    first = optim.lr * optim.batch_size / 256 if optim.scale_lr else optim.lr
     if optim.schedule == "cosine":
-        return optim.lr * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-    return optim.lr * 0.1 ** sum(epoch >= milestone for milestone in optim.milestones)
+        return first * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+    return first * 0.1 ** sum(epoch >= milestone for milestone in optim.milestones)
 
 
 def encoder_dtype(device: torch.device) -> torch.dtype:
@@ -172,12 +218,27 @@ def encoder_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if torch.cuda.get_device_capability(device) < (8, 0) else torch.bfloat16
 
 
+def loss_dtype(device: torch.device) -> torch.dtype:
+    """Of keys and prototypes in the loss: on GPUs fp16, whose rounding leaves unit features three more bits than bf16's.
+
+    Queries stay in fp32, and with them the gradient.
+    """
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
 def precision(device: torch.device) -> tuple[torch.autocast, torch.amp.GradScaler]:
     """Autocast to `encoder_dtype`, and for fp16 loss scaling."""
     dtype = encoder_dtype(device)
     if dtype is torch.float32:
         return torch.autocast(device.type, enabled=False), torch.amp.GradScaler(device.type, enabled=False)
     return torch.autocast(device.type, dtype=dtype), torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
+
+
+def _shuffle(config: Config, world: World) -> BatchShuffle:
+    rows = config.optim.batch_size // world.size
+    if not config.model.shuffle_bn:
+        return BatchShuffle(rows, None)
+    return BatchShuffle(rows, world.group, config.model.bn_splits)
 
 
 def _data_parallel(encoder: torch.nn.Module) -> DistributedDataParallel:

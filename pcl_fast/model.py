@@ -1,18 +1,17 @@
-"""The encoder, its momentum twin, the queue of keys and shuffled batch norm."""
+"""The encoder, its momentum twin and the queue of keys."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+from pcl_fast.batch_norm import split_batch_norm
 from pcl_fast.config import ModelConfig
 
 
@@ -26,6 +25,8 @@ class Encoder(nn.Module):
             self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.dim))
         else:
             self.head = nn.Linear(width, config.dim)
+        if config.bn_splits > 1:
+            split_batch_norm(self, config.bn_splits)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         # In float32 even under autocast: half precision would leave |q| off by 1e-3, times 1/tau in every logit.
@@ -92,14 +93,16 @@ class MomentumTwin:
 
 
 class KeyQueue(nn.Module):
-    """The last `size` momentum keys, [size, dim] float32, in a ring. Starts with random unit vectors.
+    """The last `size` momentum keys, [size, dim], in a ring. Starts with random unit vectors.
 
     Takes any number of keys at a time: it wraps, and of more than `size` keeps the last.
     """
 
-    def __init__(self, size: int, dim: int, generator: torch.Generator | None = None):
+    def __init__(
+        self, size: int, dim: int, dtype: torch.dtype = torch.float32, generator: torch.Generator | None = None
+    ):
         super().__init__()
-        self.register_buffer("keys", F.normalize(torch.randn(size, dim, generator=generator), dim=1))
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim, generator=generator), dim=1).to(dtype))
         self.register_buffer("position", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
@@ -111,75 +114,3 @@ class KeyQueue(nn.Module):
         slots = (self.position + skipped + torch.arange(len(keys), device=keys.device)) % size
         self.keys.index_copy_(0, slots, keys.to(self.keys.dtype))
         self.position.add_(skipped + len(keys)).remainder_(size)
-
-
-class BatchShuffle:
-    """Exchanges a batch's rows among the ranks, so that no rank normalises a key with its own query's batch.
-
-    Every rank permutes its N rows and sends an even part of them to each rank by one all_to_all: N/G rows travel to
-    each of the G ranks, instead of all rows to all. `restore` sends results back the same way.
-    """
-
-    def __init__(self, rows: int, group: dist.ProcessGroup | None):
-        """rows: N, the batch of every rank."""
-        self.rows, self.group = rows, group
-        self.rank = 0 if group is None else dist.get_rank(group)
-        self.size = 1 if group is None else dist.get_world_size(group)
-        self._sent = [_rows_sent(rows, self.rank, to, self.size) for to in range(self.size)]
-        self._received = [_rows_sent(rows, source, self.rank, self.size) for source in range(self.size)]
-
-    def shuffle(self, rows: torch.Tensor, seed: int) -> tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]:
-        """Exchange rows [N, ...] of any dtype.
-
-        Args:
-            rows: as many as announced.
-            seed: of this rank's permutation.
-
-        Returns:
-            (shuffled [N, ...], restore): restore maps [N, ...] results for the shuffled rows to this rank's own rows
-            in their first order.
-        """
-        if self.size == 1:
-            return rows, lambda results: results
-        generator = torch.Generator(rows.device).manual_seed(seed)
-        order = torch.randperm(self.rows, generator=generator, device=rows.device)
-
-        def restore(results: torch.Tensor) -> torch.Tensor:
-            own = self._exchange(results, self._received, self._sent)
-            return torch.empty_like(own).index_copy_(0, order, own)
-
-        return self._exchange(rows[order], self._sent, self._received), restore
-
-    def _exchange(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> torch.Tensor:
-        """all_to_all of consecutive parts, as bytes: gloo and NCCL then take any dtype."""
-        rows = rows.contiguous()
-        result = torch.empty_like(rows)
-        dist.all_to_all_single(
-            result.view(self.rows, -1).view(torch.uint8),
-            rows.view(self.rows, -1).view(torch.uint8),
-            received,
-            sent,
-            group=self.group,
-        )
-        return result
-
-
-def _rows_sent(rows: int, source: int, to: int, size: int) -> int:
-    """How many of its rows `source` sends to `to`: N/G, and one more to the N mod G ranks after `source`.
-
-    Every rank then receives N rows too, and even single rows travel.
-    """
-    return rows // size + ((to - source - 1) % size < rows % size)
-
-
-@torch.no_grad()
-def average_statistics(modules: Sequence[nn.Module], group: dist.ProcessGroup | None) -> None:
-    """Make the batch-norm statistics of all ranks their mean, in one all-reduce. Every rank sees other batches."""
-    if group is None:
-        return
-    buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
-    flat = torch.cat([buffer.flatten() for buffer in buffers])
-    dist.all_reduce(flat, group=group)
-    flat /= dist.get_world_size(group)
-    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(mean.view_as(buffer))

@@ -15,7 +15,7 @@ from pcl_fast.config import Config, to_dict
 from pcl_fast.data import Batch, ImageSet, clustering_loader, describe_loader, training_loader
 from pcl_fast.distributed import World, gather_objects, shard_bounds
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
-from pcl_fast.learner import Learner, encoder_dtype
+from pcl_fast.learner import Learner
 from pcl_fast.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.seeds import Purpose, mix_seeds
 
@@ -43,12 +43,10 @@ class Trainer:
         """
         check_sizes(config, len(images), world.size)
         self.config, self.images, self.world = config, images, world
-        rows, dtype = config.optim.batch_size // world.size, encoder_dtype(world.device)
+        rows = config.optim.batch_size // world.size
         self.learner = Learner(config, world)
-        self.loader = training_loader(images, config.data, batch_size=rows, seed=config.seed, world=world, dtype=dtype)
-        self.clustering_view = clustering_loader(
-            images, config.data, batch_size=_CLUSTERING_BATCH, world=world, dtype=dtype
-        )
+        self.loader = training_loader(images, config.data, batch_size=rows, seed=config.seed, world=world)
+        self.clustering_view = clustering_loader(images, config.data, batch_size=_CLUSTERING_BATCH, world=world)
         begin, end = shard_bounds(len(images), world.rank, world.size)
         self.shard = FeatureShard(end - begin, config.model.dim, world.device)
         # What cannot be used is better said now than at the first E-step.
@@ -131,7 +129,7 @@ class Trainer:
             return
         self._in_expectation = True
         with self.watch.phase("features"):
-            features, rate = self.shard.fill(self.learner.twin.key, self.clustering_view, self.learner.autocast)
+            features, rate = self.shard.fill(self.learner.feature_encoder(), self.clustering_view)
         self._row("features", images_per_s=rate * self.world.size)
         if clustering:
             with self.watch.phase("clustering"):
@@ -187,13 +185,14 @@ class Trainer:
         """Train the rest of the epoch and save; False when a signal asked to stop."""
         epochs, steps = self.config.epochs, self.loader.steps
         lr = self.learner.begin_epoch(self.epoch)
+        prototypes = self.learner.for_loss(self.prototypes)
         first = self.step
         with (
             self.recorder.progress(f"epoch {self.epoch + 1}/{epochs}", steps, first),
             self.watch.phase("training"),
         ):
             for batch in self._timed(self.loader.epoch(self.epoch, first)):
-                values = self.learner.step(batch, self.prototypes, self.global_step)
+                values = self.learner.step(batch, prototypes, self.global_step)
                 self.step += 1
                 self.metrics.add(self.global_step, batch.index, values)
                 if self.step == steps or self.step % self.config.log_every == 0:
@@ -304,6 +303,12 @@ def check_sizes(config: Config, images: int, ranks: int) -> None:
     batch = config.optim.batch_size
     if batch % ranks:
         raise ValueError(f"--optim.batch-size {batch} does not divide among {ranks} ranks; use a multiple of {ranks}")
+    splits = config.model.bn_splits
+    if batch // ranks % splits:
+        raise ValueError(
+            f"--model.bn-splits {splits} does not divide a rank's batch of {batch // ranks}; use a divisor of it, or "
+            f"an --optim.batch-size that is a multiple of {ranks * splits}"
+        )
     if batch > images:
         raise ValueError(f"--optim.batch-size {batch} is larger than the data set of {images} images; make it smaller")
     if config.cluster.ks and max(config.cluster.ks) > images:

@@ -104,6 +104,7 @@ def test_a_field_that_is_newer_than_the_run_counts_as_its_default():
         ("model", "momentum", 1.5, "--model.momentum.*1.5"),
         ("data", "min_crop_area", 0.0, "--data.min-crop-area"),
         ("data", "resize", 100, "--data.resize 100 is smaller than the crop, --data.size 224"),
+        ("model", "bn_splits", 0, "--model.bn-splits must be positive, got 0"),
         ("cluster", "ks", (5, 0), "--cluster.ks"),
         ("cluster", "alpha", 0.0, "--cluster.alpha"),
         ("cluster", "warmup_epochs", -1, "--cluster.warmup-epochs must not be negative, got -1"),

@@ -11,7 +11,8 @@ from ranks import run_ranks
 
 from pcl_fast.clustering import PrototypeSet
 from pcl_fast.config import PRESETS, OptimConfig
-from pcl_fast.data import Batch
+from pcl_fast.data import Batch, normalise
+from pcl_fast.distributed import shard_bounds
 from pcl_fast.learner import Learner, learning_rate
 
 replace = dataclasses.replace
@@ -29,7 +30,7 @@ def small_config(**changes):
 
 def batch(seed: int = 0, rows: int = 6) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    views = torch.randn(2, rows, 3, 12, 12, generator=generator)
+    views = torch.randint(0, 256, (2, rows, 12, 12, 3), generator=generator, dtype=torch.uint8)
     return Batch(views[0], views[1], torch.arange(rows))
 
 
@@ -155,7 +156,7 @@ def test_ranks_take_the_same_step_and_queue_all_keys_in_order(alone):
     for mine, theirs in zip([*one, *momentum, queue], [*other, *other_momentum, other_queue], strict=True):
         assert torch.equal(mine, theirs)
     assert not all(torch.equal(a, b) for a, b in zip(before, one, strict=True))
-    keys = Learner(config, alone).twin.key.eval()(whole.key_view)
+    keys = Learner(config, alone).twin.key.eval()(normalise(whole.key_view, torch.float32))
     torch.testing.assert_close(queue[:6], keys, rtol=1e-5, atol=1e-6)
 
 
@@ -163,6 +164,89 @@ def test_a_loss_that_is_not_finite_on_one_rank_touches_no_weight_on_any():
     for before, after, momentum, _ in run_ranks(2, one_step, small_config(), batch(), True):
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert all(not buffer.any() for buffer in momentum)
+
+
+def steps_of(world, config, whole: Batch, number_of_steps: int):
+    learner = Learner(config, world)
+    rows = slice(*shard_bounds(len(whole.index), world.rank, world.size))
+    for number in range(number_of_steps):
+        learner.step(Batch(*(part.roll(number, 0)[rows] for part in whole)), [], number)
+    learner.end_epoch()
+    statistics = [buffer for buffer in learner._buffers() if buffer.is_floating_point()]
+    return weights(learner), statistics, learner.queue.keys
+
+
+def test_parts_of_one_rank_s_batch_train_like_so_many_ranks(alone):
+    """Unshuffled, for ranks and parts do not draw the same permutations."""
+    config = small_config(model=replace(small_config().model, shuffle_bn=False))
+    split = replace(config, model=replace(config.model, bn_splits=2))
+    whole = batch(rows=6)
+    expected = run_ranks(2, steps_of, config, whole, 3)[0]
+    for ours, theirs in zip(steps_of(alone, split, whole, 3), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    undivided = steps_of(alone, config, whole, 3)[0]
+    assert any((a - b).abs().max() > 1e-3 for a, b in zip(undivided, expected[0], strict=True))
+
+
+def test_keys_are_shuffled_among_the_parts_of_a_batch(alone):
+    """Else a key would be normalised with its query's part."""
+    config = small_config(model=replace(small_config().model, bn_splits=2))
+    unshuffled = replace(config, model=replace(config.model, shuffle_bn=False))
+    shuffled, other = (steps_of(alone, each, batch(rows=6), 1)[2] for each in (config, unshuffled))
+    assert (shuffled[:6] - other[:6]).abs().max() > 1e-3
+
+
+def test_what_differs_between_steps_is_in_their_inputs(alone):
+    """Negatives are drawn by a seed on the device, and the learning rate lies there: a captured step can go on."""
+    generator = torch.Generator().manual_seed(0)
+    centroids = torch.nn.functional.normalize(torch.randn(50, 8, generator=generator), dim=1)
+    prototypes = [PrototypeSet(centroids, torch.full((50,), 0.2), torch.arange(6, dtype=torch.int32))]
+    config = small_config(loss=replace(DEMO.loss, num_negatives=5))
+    losses = []
+    for draw, lr in ((0, 0.1), (0, 0.1), (1, 0.1), (0, 0.2)):
+        learner = Learner(config, alone)
+        learner._lr.fill_(lr)
+        inputs = learner.inputs(batch(), 0)._replace(seed=learner.inputs(batch(), draw).seed)
+        losses.append((learner.compute(inputs, prototypes)["prototype_loss"].item(), weights(learner)[0]))
+    (first, after), again, drawn, faster = losses
+    assert again[0] == first
+    assert drawn[0] != first
+    before = weights(Learner(config, alone))[0]
+    torch.testing.assert_close(faster[1] - before, 2 * (after - before), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has graphs")
+def test_a_captured_step_goes_on_as_the_step_itself(alone):
+    world = replace(alone, device=torch.device("cuda", 0))
+    learner, captured = Learner(small_config(), world), Learner(small_config(), world)
+    batches = [Batch(*(view.cuda() for view in batch(number)[:2]), batch(number).index) for number in range(4)]
+    for each in (learner, captured):  # the first steps allocate what stays, which cannot be captured
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            each.step(batches[0], [], 0)
+        torch.cuda.current_stream().wait_stream(side)
+    held, graph = captured.inputs(batches[1], 1), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured.compute(held, [])
+    for number in (1, 2, 3):
+        for ours, new in zip(held, captured.inputs(batches[number], number), strict=True):
+            if ours is not None:
+                ours.copy_(new)
+        graph.replay()
+        learner.step(batches[number], [], number)
+    for ours, theirs in zip(weights(captured), weights(learner), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-4)
+
+
+def test_features_are_the_momentum_encoder_s_in_eval_mode(alone):
+    learner = Learner(small_config(), alone)
+    learner.step(batch(), [], 0)
+    images = batch(rows=4).query_view
+    found = learner.feature_encoder()(images)
+    assert learner.twin.key.training
+    expected = learner.twin.key.eval()(normalise(images, torch.float32))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_initial_weights_depend_on_the_seed_alone(alone):
@@ -187,3 +271,10 @@ def test_initial_weights_depend_on_the_seed_alone(alone):
 def test_learning_rate_schedules(optim, expected):
     for epoch, value in expected.items():
         assert learning_rate(optim, epoch, 200) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(("batch_size", "factor"), [(256, 1), (1024, 4), (100, 100 / 256)])
+def test_the_learning_rate_scales_with_the_batch_when_asked_to(batch_size, factor):
+    optim = OptimConfig(lr=0.03, batch_size=batch_size)
+    assert learning_rate(optim, 130, 200) == pytest.approx(0.003)
+    assert learning_rate(replace(optim, scale_lr=True), 130, 200) == pytest.approx(0.003 * factor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -21,14 +21,13 @@ class FeatureShard:
 
     @torch.inference_mode()
     def fill(
-        self, encoder: torch.nn.Module, batches: Iterable[torch.Tensor], autocast: torch.autocast
+        self, encode: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor]
     ) -> tuple[torch.Tensor, float]:
-        """Encode the clustering view in eval mode (running batch statistics).
+        """Encode the clustering view.
 
         Args:
-            encoder: maps normalised images to unit features [N, d].
-            batches: [N, 3, H, W], this rank's images in the data set's order, as the encoder wants them.
-            autocast: precision of the forward pass.
+            encode: maps a batch of images to unit features [N, d].
+            batches: this rank's images in the data set's order.
 
         Returns:
             The buffer, and the images per second of this rank, waiting for the loader included.
@@ -37,18 +36,12 @@ class FeatureShard:
             RuntimeError: the batches do not hold exactly as many images as the shard.
         """
         begin = time.perf_counter()
-        training = encoder.training
-        encoder.eval()
         filled = 0
-        try:
-            for images in batches:
-                with autocast:
-                    features = encoder(images)
-                if filled + len(features) <= len(self.features):
-                    self.features[filled : filled + len(features)] = features
-                filled += len(features)
-        finally:
-            encoder.train(training)
+        for images in batches:
+            features = encode(images)
+            if filled + len(features) <= len(self.features):
+                self.features[filled : filled + len(features)] = features
+            filled += len(features)
         if filled != len(self.features):
             raise RuntimeError(f"the loader gave {filled} images for a shard of {len(self.features)}")
         if self.features.is_cuda:

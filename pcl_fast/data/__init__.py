@@ -1,6 +1,6 @@
 """Data sets, views and loaders."""
 
-from pcl_fast.data.batch import Batch
+from pcl_fast.data.batch import Batch, normalise
 from pcl_fast.data.check import check_headers, find_broken, usable
 from pcl_fast.data.folder import ImageFolder, find_images
 from pcl_fast.data.formats import open_set
@@ -20,6 +20,7 @@ __all__ = [
     "find_broken",
     "find_images",
     "find_shards",
+    "normalise",
     "open_set",
     "training_loader",
     "usable",

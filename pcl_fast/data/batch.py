@@ -1,4 +1,4 @@
-"""What loaders hand to the step."""
+"""What loaders hand to the step, and what the step makes of it."""
 
 from __future__ import annotations
 
@@ -6,14 +6,38 @@ from typing import NamedTuple
 
 import torch
 
+from pcl_fast.kernels.normalise import normalise as _normalise
+from pcl_fast.kernels.normalise import normalise_plain as _normalise_plain
+
+# ImageNet's channel means and deviations, in units of a byte.
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+
 
 class Batch(NamedTuple):
-    """Two views of each of N images, ready for the encoder.
+    """Two views of each of N images, finished but for `normalise`: bytes, which are quick to move.
 
-    query_view, key_view: [N, 3, H, W], normalised, channels_last, of the encoder's precision and on its device.
+    query_view, key_view: uint8 [N, H, W, 3] on the encoder's device.
     index: int64 [N], positions in the data set, on the CPU.
     """
 
     query_view: torch.Tensor
     key_view: torch.Tensor
     index: torch.Tensor
+
+
+def normalise(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(image - mean) / std with ImageNet's numbers.
+
+    Args:
+        images: uint8 [N, H, W, 3].
+        dtype: of the result: float16, bfloat16 or float32.
+
+    Returns:
+        [N, 3, H, W] in channels_last, on the images' device: what an encoder takes.
+
+    Raises:
+        ValueError: a shape or type is wrong.
+    """
+    run = _normalise if images.is_cuda else _normalise_plain
+    return run(images, mean=MEAN, std=STD, dtype=dtype)

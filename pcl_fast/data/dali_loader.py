@@ -32,10 +32,9 @@ _MATRIX = Input(types.FLOAT, 2)
 class TrainingLoader:
     """Pairs of views in a new order every epoch."""
 
-    def __init__(
-        self, images: ImageSet, config: DataConfig, order: EpochOrder, finisher: Finisher, resources: Resources
-    ):
-        self.images, self.config, self.order, self.finisher = images, config, order, finisher
+    def __init__(self, images: ImageSet, config: DataConfig, order: EpochOrder, resources: Resources):
+        self.images, self.config, self.order = images, config, order
+        self.finisher = Finisher(resources.threads)
         self.steps = order.steps
         self._recipe = RECIPES[config.views]
         inputs = [_CORNER, _EXTENT, _EDGES, _EDGES] + [_MATRIX] * (self._recipe.distortion is not None)
@@ -78,12 +77,11 @@ class ClusteringLoader:
         images: ImageSet,
         config: DataConfig,
         shard: range,
-        finisher: Finisher,
         resources: Resources,
         *,
         batch_size: int,
     ):
-        self.config, self.shard, self.finisher, self.batch_size = config, shard, finisher, batch_size
+        self.config, self.shard, self.batch_size = config, shard, batch_size
         self._decoder = Decoder(
             images, [_EDGES, _EDGES], partial(_centre_crop, size=config.size), batch_size, resources
         )
@@ -93,7 +91,7 @@ class ClusteringLoader:
         batches = (indices[at : at + self.batch_size] for at in range(0, len(indices), self.batch_size))
         crops = partial(centre_crops, resize=self.config.resize, size=self.config.size)
         for _, (view,) in self._decoder.run(batches, lambda read: crops(read.sizes)):
-            yield self.finisher(view)
+            yield view
 
 
 def _geometry(views: Views) -> tuple[np.ndarray, ...]:

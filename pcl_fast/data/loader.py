@@ -11,7 +11,6 @@ import torch
 
 from pcl_fast.config import DataConfig
 from pcl_fast.data.batch import Batch
-from pcl_fast.data.finish import Finisher
 from pcl_fast.data.images import ImageSet
 from pcl_fast.data.order import EpochOrder
 from pcl_fast.data.resources import pick_resources
@@ -35,14 +34,12 @@ def training_loader(
     batch_size: int,
     seed: int,
     world: World,
-    dtype: torch.dtype = torch.float32,
 ) -> TrainingLoader:
     """Shuffled pairs of views, see EpochOrder and draw_views.
 
     Args:
         batch_size: images per rank and step.
         seed: of order and views, the same on all ranks.
-        dtype: of the views.
 
     Raises:
         MissingPackageError: config.loader is dali, which cannot be imported.
@@ -50,14 +47,14 @@ def training_loader(
     """
     resources = pick_resources(config, world.device)
     order = EpochOrder(len(images), batch_size=batch_size, seed=seed, world=world)
-    return _implementation(config).TrainingLoader(images, config, order, Finisher(dtype, resources.threads), resources)
+    return _implementation(config).TrainingLoader(images, config, order, resources)
 
 
 def clustering_loader(
-    images: ImageSet, config: DataConfig, *, batch_size: int, world: World, dtype: torch.dtype = torch.float32
+    images: ImageSet, config: DataConfig, *, batch_size: int, world: World
 ) -> Iterable[torch.Tensor]:
-    """This rank's shard of the clustering view in the data set's order, [N, 3, H, W] as in Batch; the last batch is
-    smaller.
+    """This rank's shard of the clustering view in the data set's order, uint8 [N, H, W, 3] as in Batch; the last batch
+    is smaller.
 
     Raises:
         MissingPackageError: config.loader is dali, which cannot be imported.
@@ -65,8 +62,7 @@ def clustering_loader(
     """
     resources = pick_resources(config, world.device)
     shard = range(*shard_bounds(len(images), world.rank, world.size))
-    finisher = Finisher(dtype, resources.threads)
-    return _implementation(config).ClusteringLoader(images, config, shard, finisher, resources, batch_size=batch_size)
+    return _implementation(config).ClusteringLoader(images, config, shard, resources, batch_size=batch_size)
 
 
 def describe_loader(config: DataConfig, world: World) -> str:

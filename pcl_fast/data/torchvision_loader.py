@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader, Dataset
 from pcl_fast.config import DataConfig
 from pcl_fast.data.batch import Batch
 from pcl_fast.data.draws import RECIPES, draw_views
-from pcl_fast.data.finish import Finisher
 from pcl_fast.data.images import ImageSet
 from pcl_fast.data.order import EpochOrder
 from pcl_fast.data.resources import Resources
@@ -22,10 +21,8 @@ from pcl_fast.data.views import clustering_view, training_view
 class TrainingLoader:
     """Pairs of views in a new order every epoch."""
 
-    def __init__(
-        self, images: ImageSet, config: DataConfig, order: EpochOrder, finisher: Finisher, resources: Resources
-    ):
-        self.order, self.finisher, self.resources = order, finisher, resources
+    def __init__(self, images: ImageSet, config: DataConfig, order: EpochOrder, resources: Resources):
+        self.order, self.resources = order, resources
         self.steps = order.steps
         self._batches = _EpochBatches(order)
         self._loader = DataLoader(
@@ -36,7 +33,7 @@ class TrainingLoader:
         """The batches of one epoch from step `first_step` on; those before it cost nothing."""
         self._batches.epoch, self._batches.first_step = epoch, first_step
         for query, key, index in self._loader:
-            yield Batch(*(self.finisher(_moved(view, self.resources)) for view in (query, key)), index)
+            yield Batch(_moved(query, self.resources), _moved(key, self.resources), index)
 
 
 class ClusteringLoader:
@@ -47,18 +44,17 @@ class ClusteringLoader:
         images: ImageSet,
         config: DataConfig,
         shard: range,
-        finisher: Finisher,
         resources: Resources,
         *,
         batch_size: int,
     ):
-        self.finisher, self.resources = finisher, resources
+        self.resources = resources
         # Two ahead: batches are large here, and lie in shared memory.
         self._loader = DataLoader(_InOrder(images, config, shard), batch_size=batch_size, **_workers(resources, 2))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for view in self._loader:
-            yield self.finisher(_moved(view, self.resources))
+            yield _moved(view, self.resources)
 
 
 class _Pairs(Dataset):

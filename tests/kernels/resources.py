@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 import triton
-from pcl_fast.kernels import assign, combine, launch, photometric, sampling, segment, stream
+from pcl_fast.kernels import assign, combine, launch, normalise, photometric, sampling, segment, stream
 from pcl_fast.kernels.contrast import DRAW_BLOCK, TRITON_TYPES, chunk, parts_at_once
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -42,12 +42,12 @@ HALF = ("high", "low")
 NUMBERS = (
     "n", "size", "columns", "height", "width", "length", "begin", "granularity", "stride", "first_bank", "first_part",
     "part_columns", "seed_low", "seed_high", "banks", "bank_stride", "row_stride", "k", "padded", "tiles",
-    "pixels", "rows",
+    "pixels", "rows", "entries",
 )  # fmt: skip
 
 
 class Case(NamedTuple):
-    """A kernel with its constants; features: the type of query and banks, of points, or of what `blur` writes."""
+    """A kernel with its constants; features: the type of query and banks, of points, or of what is made of images."""
 
     name: str
     kernel: triton.JITFunction
@@ -104,12 +104,12 @@ def cases_of_kmeans(capability: int) -> Iterator[Case]:
 def cases_of_views() -> Iterator[Case]:
     slots, exact = photometric.slots(5), photometric.EXACT
     yield Case("add_luma", photometric.add_luma, slots, torch.float16, exact, products=False)
-    for out in (torch.float16, torch.float32):
-        yield Case(f"jitter {POINTER[out][1:]}", photometric.jitter, slots, out, exact, products=False)
+    yield Case("jitter", photometric.jitter, slots, torch.uint8, exact, products=False)
     options = exact | {"num_warps": photometric.LINES // 32}
-    for out in (torch.uint8, torch.float16, torch.float32):
-        constants = {"NORMALISE": out != torch.uint8, "LINES": photometric.LINES}
-        yield Case(f"blur {POINTER[out][1:]}", photometric.blur, constants, out, options, products=False)
+    yield Case("blur", photometric.blur, {"LINES": photometric.LINES}, torch.uint8, options, products=False)
+    for out in (torch.float16, torch.float32):
+        name, constants = f"shift_and_scale {POINTER[out][1:]}", {"BLOCK": normalise.BLOCK}
+        yield Case(name, normalise.shift_and_scale, constants, out, {}, products=False)
 
 
 def build(case: Case, capability: int):

@@ -1,4 +1,4 @@
-"""Jitter, grey, blur and normalisation against torchvision's on PIL images, of which no byte may differ."""
+"""Jitter, grey and blur against torchvision's on PIL images, of which no byte may differ."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from PIL import Image, ImageFilter
 from sklearn.datasets import load_sample_images
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-RAW = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "dtype": torch.float32}
-IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}
 JITTER = (Op.BRIGHTNESS, Op.CONTRAST, Op.SATURATION, Op.HUE)
 OPERATIONS = {
     Op.NONE: lambda image, factor: image,
@@ -38,9 +36,9 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def kernels(images, ops, factors, sigma, **options):
+def kernels(images, ops, factors, sigma):
     arguments = (torch.as_tensor(array, device=DEVICE) for array in (images, ops, factors, sigma))
-    return photometric.photometric(*arguments, **options).cpu()
+    return photometric.photometric(*arguments).cpu()
 
 
 def twin(images, ops, factors, sigma, **options):
@@ -74,9 +72,9 @@ def by_pil(image: np.ndarray, ops, factors, sigma: float) -> np.ndarray:
 
 def assert_like_pil(run, images: np.ndarray, ops: np.ndarray, factors: np.ndarray, sigma: np.ndarray) -> None:
     ops, factors, sigma = ops.astype(np.int32), factors.astype(np.float32), sigma.astype(np.float32)
-    found = run(images, ops, factors, sigma, **RAW).permute(0, 2, 3, 1).numpy()
+    found = run(images, ops, factors, sigma).numpy()
     expected = np.stack([by_pil(*view) for view in zip(images, ops, factors, sigma, strict=True)])
-    difference = np.abs(found - expected)
+    difference = np.abs(found.astype(int) - expected)
     assert not difference.any(), f"{(difference > 0).mean():.2e} differ, by up to {difference.max()}"
 
 
@@ -167,49 +165,31 @@ def recipe(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ops, factors.astype(np.float32), sigma.astype(np.float32)
 
 
-# Triton's interpreter cuts a bfloat16 off where it should be rounded.
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, *[torch.bfloat16] * (DEVICE == "cuda")])
-def test_kernels_and_twin_agree_in_every_bit(dtype):
+def test_kernels_and_twin_agree_in_every_bit():
     images = torch.from_numpy(photos(8, 10)).transpose(1, 2)  # not contiguous
-    found = [run(images, *recipe(len(images)), **IMAGENET, dtype=dtype) for run in (kernels, twin)]
+    found = [run(images, *recipe(len(images))) for run in (kernels, twin)]
     assert torch.equal(*found)
-
-
-@both
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_normalisation(run, dtype):
-    """All bytes, without a blur and with one that changes nothing."""
-    images = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).repeat(2, 1, 1, 3)
-    nothing, sigma = torch.zeros(2, 0), torch.tensor([0.0, 1e-3])
-    found = run(images, nothing.int(), nothing, sigma, **IMAGENET, dtype=dtype)
-    assert found.dtype == dtype
-    assert found.shape == (2, 3, 16, 16)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    mean, std = (torch.tensor(IMAGENET[name], dtype=torch.float64) for name in ("mean", "std"))
-    expected = (images.double() - mean) / std
-    error = (found.permute(0, 2, 3, 1) - expected).abs()
-    cut_off = dtype == torch.bfloat16 and run is kernels and DEVICE == "cpu"
-    # Beside the result the mean is rounded too, to float32, which shows where little is left of the difference.
-    assert (error <= (1 if cut_off else 0.51) * torch.finfo(dtype).eps * expected.abs() + 1e-6).all()
+    assert found[0].dtype == torch.uint8
+    assert found[0].is_contiguous()
 
 
 def test_a_pool_changes_no_bit():
     images = photos(20, 30).repeat(3, axis=0)
     with ThreadPoolExecutor(3) as pool:
-        found = [twin(images, *recipe(21), **IMAGENET, dtype=torch.float16, pool=p) for p in (None, pool)]
+        found = [twin(images, *recipe(21), pool=p) for p in (None, pool)]
     assert torch.equal(*found)
 
 
 def test_a_pool_raises_what_a_thread_raises(monkeypatch):
     monkeypatch.setattr(photometric_plain._Canvas, "read", lambda *_: 1 / 0)
     with ThreadPoolExecutor(2) as pool, pytest.raises(ZeroDivisionError):
-        twin(photos(3, 3), *recipe(7), **RAW, pool=pool)
+        twin(photos(3, 3), *recipe(7), pool=pool)
 
 
 @both
 def test_no_images(run):
-    found = run(photos(4, 5)[:0], *(array[:0] for array in recipe(1)), **RAW)
-    assert found.shape == (0, 3, 4, 5)
+    found = run(photos(4, 5)[:0], *(array[:0] for array in recipe(1)))
+    assert found.shape == (0, 4, 5, 3)
 
 
 @both
@@ -225,7 +205,6 @@ def test_no_images(run):
         ({"factors": torch.zeros(2, 4)}, "factors must be float32"),
         ({"sigma": torch.zeros(2, dtype=torch.float64)}, "sigma must be float32"),
         ({"sigma": torch.zeros(3)}, "sigma must be float32"),
-        ({"dtype": torch.int32}, "dtype must be"),
     ],
 )
 def test_wrong_arguments(run, changes, message):
@@ -236,7 +215,7 @@ def test_wrong_arguments(run, changes, message):
         "sigma": torch.zeros(2),
     }
     with pytest.raises(ValueError, match=message):
-        run(**(RAW | arguments | changes))
+        run(**(arguments | changes))
 
 
 @pytest.mark.parametrize("sigma", [-0.1, 2.45, np.nan])
@@ -244,7 +223,7 @@ def test_wrong_sigma_on_a_cpu(sigma):
     """Checked by both, but on a GPU it would have to be waited for."""
     images, ops = torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(1, 0, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"sigma must lie in \[0, 2\.44\]"):
-        twin(images, ops, ops.float(), torch.tensor([sigma], dtype=torch.float32), **RAW)
+        twin(images, ops, ops.float(), torch.tensor([sigma], dtype=torch.float32))
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="only a GPU has graphs")
@@ -253,10 +232,10 @@ def test_a_graph_replays_on_new_images():
     first, second = torch.as_tensor(photos(30, 40), device=DEVICE), torch.as_tensor(photos(40, 30), device=DEVICE)
     second = second.view(first.shape)
     draws = [torch.as_tensor(array, device=DEVICE) for array in recipe(len(first))]
-    expected = [photometric.photometric(images, *draws, **RAW) for images in (first, second)]
+    expected = [photometric.photometric(images, *draws) for images in (first, second)]
     images, graph = first.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        found = photometric.photometric(images, *draws, **RAW)
+        found = photometric.photometric(images, *draws)
     for new, result in zip((first, second), expected, strict=True):
         images.copy_(new)
         graph.replay()

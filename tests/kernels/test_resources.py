@@ -28,7 +28,8 @@ def test_kernels_compile_without_spills_and_use_the_matrix_units(target):
         "sweep fp32 d=128",
         "sweep fp16 d=100",
         "add_segments",
-        "jitter fp16",
-        "blur fp16",
+        "jitter",
+        "blur",
+        "shift_and_scale fp16",
     ):
         assert f"sm_{target}  {kernel}" in done.stdout
