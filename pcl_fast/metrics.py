@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from rich.progress import (
 )
 
 from pcl_fast.data import ImageSet
-from pcl_fast.distributed import World, all_reduce_sum
+from pcl_fast.distributed import World, begin_all_reduce_sum, begin_to_read
 from pcl_fast.errors import NonFiniteLossError
 
 FILE = "metrics.jsonl"
@@ -105,13 +105,31 @@ class Recorder:
             self._board.close()
 
 
+# Number in the run, positions of the batch in the data set, 0-d metrics on the device.
+_Step = tuple[int, torch.Tensor, dict[str, torch.Tensor]]
+
+
+class _Look(NamedTuple):
+    """read: for the ranks' sums of a table, a row a step; local: this rank's metrics in it; steps: those it is of."""
+
+    read: Callable[[], list[list[float]]]
+    local: torch.Tensor
+    steps: list[_Step]
+    epoch: int
+    done: int
+    lr: float
+
+
 class StepMetrics:
-    """Metrics of the steps since the last look. They stay on the device until then, so that no step waits for it."""
+    """Metrics of the steps since the last look. They stay on the device until then, and a look ends a step after it
+    began, so that neither host nor device waits for the other.
+    """
 
     def __init__(self, recorder: Recorder, images: ImageSet, world: World, *, batch_size: int):
         """batch_size: images per step over all ranks."""
         self.recorder, self.images, self.world, self.batch_size = recorder, images, world, batch_size
-        self._pending: list[tuple[int, torch.Tensor, dict[str, torch.Tensor]]] = []
+        self._pending: list[_Step] = []
+        self._look: _Look | None = None
         self._epoch: list[torch.Tensor] = []
         self._names: list[str] = []
 
@@ -119,33 +137,42 @@ class StepMetrics:
         """One step's batch (positions in the data set) and its metrics (0-d; "loss" among them)."""
         self._pending.append((step, index, values))
 
-    def flush(self, epoch: int, done: int, *, lr: float, wishes: Sequence[bool]) -> list[bool]:
-        """Average the pending steps over all ranks and record the last of them.
+    def begin_look(self, epoch: int, done: int, *, lr: float, wishes: Sequence[bool]) -> None:
+        """Begin to average the steps since the last look over all ranks, while the device goes on; see `end_look`.
 
         Args:
             epoch, done: of the run, for the record and the progress bar.
             lr: learning rate, for the record.
             wishes: of this rank, as many on every rank: to stop, say.
-
-        Returns:
-            For every wish whether any rank has it.
-
-        Raises:
-            NonFiniteLossError: on every rank, if any rank's loss was not finite.
         """
         self._names = list(self._pending[-1][2])
         local = torch.stack([torch.stack([values[name] for name in self._names]) for _, _, values in self._pending])
         # One collective for the metrics and the wishes.
         asked = torch.tensor([float(wish) for wish in wishes]).to(local.device, non_blocking=True)
         table = torch.cat([local, asked.expand(len(local), -1)], dim=1)
-        table = all_reduce_sum(table, self.world.group).cpu() / self.world.size
+        read = begin_to_read(lambda: table, begin_all_reduce_sum(table, self.world.group), self.world.device)
+        self._look = _Look(read, local, self._pending, epoch, done, lr)
+        self._pending = []
+
+    def end_look(self) -> list[bool] | None:
+        """Record what the last look found: the last of its steps. Waits for those, but not for later ones.
+
+        Returns:
+            For every wish whether any rank had it; None if no look was under way.
+
+        Raises:
+            NonFiniteLossError: on every rank, if any rank's loss was not finite.
+        """
+        if self._look is None:
+            return None
+        (read, local, pending, epoch, done, lr), self._look = self._look, None
+        table = torch.tensor(read()) / self.world.size
         granted, table = (table[-1, local.shape[1] :] > 0).tolist(), table[:, : local.shape[1]]
-        self._check_finite(table, local)
+        self._check_finite(table, local, pending)
         self._epoch += list(table)
         values = self._named(table[-1])
-        self.recorder.row("step", self._pending[-1][0], epoch, **values, lr=lr)
+        self.recorder.row("step", pending[-1][0], epoch, **values, lr=lr)
         self.recorder.advance(done, values, self.batch_size)
-        self._pending.clear()
         return granted
 
     def epoch_means(self) -> dict[str, float]:
@@ -166,13 +193,13 @@ class StepMetrics:
     def _named(self, values: torch.Tensor) -> dict[str, float]:
         return dict(zip(self._names, values.tolist(), strict=True))
 
-    def _check_finite(self, table: torch.Tensor, local: torch.Tensor) -> None:
+    def _check_finite(self, table: torch.Tensor, local: torch.Tensor, steps: list[_Step]) -> None:
         loss = self._names.index("loss")
         bad = (~table[:, loss].isfinite()).nonzero().view(-1)
         if not len(bad):
             return
         first = int(bad[0])
-        step, index, _ = self._pending[first]
+        step, index, _ = steps[first]
         if local[first, loss].isfinite():
             raise NonFiniteLossError(f"the loss of step {step} is not finite on another rank, which names the images")
         indices = index.tolist()

@@ -195,17 +195,29 @@ class Trainer:
                 values = self.learner.step(batch, prototypes, self.global_step)
                 self.step += 1
                 self.metrics.add(self.global_step, batch.index, values)
-                if self.step == steps or self.step % self.config.log_every == 0:
-                    wishes = (self._signalled, self._save_is_due())
-                    stop, save = self.metrics.flush(self.epoch, self.step, lr=lr, wishes=wishes)
-                    if (stop or save) and self.step < steps:
-                        self._save()
-                        if stop:
-                            return False
+                stop, save = self._look(lr)
+                if (stop or save) and self.step < steps:
+                    self._save()
+                    if stop:
+                        return False
         self.epoch, self.step = self.epoch + 1, 0
         self.learner.end_epoch()
         self._end_epoch((steps - first) * self.config.optim.batch_size, lr)
         return not stop
+
+    def _look(self, lr: float) -> tuple[bool, bool]:
+        """Every log_every steps begin to look at the metrics, and end it a step later; at the epoch's end at once.
+
+        Returns:
+            Whether any rank wishes to stop, and to save. Then all steps so far have been looked at: what is saved is
+            known to be finite.
+        """
+        stop, save = self.metrics.end_look() or (False, False)
+        last = self.step == self.loader.steps or stop or save
+        if last or self.step % self.config.log_every == 0:
+            wishes = (self._signalled or stop, self._save_is_due() or save)
+            self.metrics.begin_look(self.epoch, self.step, lr=lr, wishes=wishes)
+        return tuple(self.metrics.end_look()) if last else (False, False)
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """The batches; counts the time that the step waits for them."""

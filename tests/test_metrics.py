@@ -20,18 +20,40 @@ def add(metrics: StepMetrics, step: int, loss: float, index: tuple[int, ...] = (
     metrics.add(step, torch.tensor(index), {"loss": torch.tensor(loss), "accuracy": torch.tensor(10.0 * loss)})
 
 
+def look(metrics: StepMetrics, *arguments, **options) -> list[bool]:
+    metrics.begin_look(*arguments, **options)
+    return metrics.end_look()
+
+
 def test_means_and_rows(tmp_path, image_folder, alone):
     recorder = Recorder(tmp_path)
     metrics = step_metrics(image_folder, alone, recorder)
     for step, loss in enumerate((1.0, 2.0, 6.0), start=1):
         add(metrics, step, loss)
-    assert metrics.flush(0, 3, lr=0.1, wishes=(False, False)) == [False, False]
+    assert look(metrics, 0, 3, lr=0.1, wishes=(False, False)) == [False, False]
     add(metrics, 4, 3.0)
-    assert metrics.flush(0, 4, lr=0.1, wishes=(True, False)) == [True, False]
+    assert look(metrics, 0, 4, lr=0.1, wishes=(True, False)) == [True, False]
     assert metrics.epoch_means() == {"loss": 3.0, "accuracy": 30.0}
     recorder.close()
     rows = [(row["kind"], row["step"], row["loss"]) for row in read_rows(tmp_path)]
     assert rows == [("step", 3, 6.0), ("step", 4, 3.0)]
+
+
+def test_a_look_is_of_the_steps_before_it_began(tmp_path, image_folder, alone):
+    recorder = Recorder(tmp_path)
+    metrics = step_metrics(image_folder, alone, recorder)
+    assert metrics.end_look() is None
+    add(metrics, 1, 1.0)
+    metrics.begin_look(0, 1, lr=0.1, wishes=(True,))
+    add(metrics, 2, float("nan"))
+    assert read_rows(tmp_path) == []
+    assert metrics.end_look() == [True]
+    assert metrics.end_look() is None
+    assert [(row["step"], row["loss"]) for row in read_rows(tmp_path)] == [(1, 1.0)]
+    with pytest.raises(NonFiniteLossError, match="step 2"):
+        look(metrics, 0, 2, lr=0.1, wishes=(False,))
+    assert metrics.epoch_means()["loss"] == 1.0
+    recorder.close()
 
 
 def test_a_bad_loss_names_the_batch_of_its_step(image_folder, alone):
@@ -40,17 +62,17 @@ def test_a_bad_loss_names_the_batch_of_its_step(image_folder, alone):
     add(metrics, 8, float("nan"), (20, 30))
     add(metrics, 9, float("nan"), (5, 6))
     with pytest.raises(NonFiniteLossError, match=r"loss of step 8 is nan.*\[20, 30\].*class_1/02\.jpg"):
-        metrics.flush(0, 9, lr=0.1, wishes=())
+        look(metrics, 0, 9, lr=0.1, wishes=())
 
 
 def metrics_of_rank(world, root):
     metrics = step_metrics(root, world)
     add(metrics, 1, 1.0 + world.rank)
-    stop = metrics.flush(0, 1, lr=0.1, wishes=(world.rank == 1, False, world.rank == 0))
+    stop = look(metrics, 0, 1, lr=0.1, wishes=(world.rank == 1, False, world.rank == 0))
     means = metrics.epoch_means()
     add(metrics, 2, float("inf") if world.rank == 1 else 1.0)
     with pytest.raises(NonFiniteLossError) as raised:
-        metrics.flush(0, 2, lr=0.1, wishes=())
+        look(metrics, 0, 2, lr=0.1, wishes=())
     return stop, means["loss"], str(raised.value)
 
 

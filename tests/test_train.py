@@ -4,110 +4,20 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import pytest
-import torch
+from runs import command, execute, interrupt, same_rows, same_state, train
 
 from pcl_fast.checkpoint import load_checkpoint
 from pcl_fast.config import PRESETS
 from pcl_fast.metrics import read_rows
 from pcl_fast.trainer import check_sizes
-
-FLAGS = """
-    --data.size 16 --data.resize 20 --epochs 3 --optim.batch-size 12 --log-every 1
-    --model.queue-size 50 --model.dim 16 --loss.num-negatives 4
-    --cluster.ks 3 9 --cluster.warmup-epochs 1 --cluster.iterations 3
-    --evaluation.every 1 --evaluation.neighbours 5 --checkpoint.keep-every 2
-"""
-
-
-# Sends a signal when a step is looked at: to its whole process group, as a terminal does, or to its launcher,
-# and then slows down so that what the launcher does comes before the end.
-SIGNALLING = """
-import os, sys, time
-from pcl_fast.metrics import StepMetrics
-from pcl_fast.train import main
-flush, step, number, to_launcher = StepMetrics.flush, int(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
-def signalling(self, *args, **kwargs):
-    reached = self._pending[-1][0]
-    stop = flush(self, *args, **kwargs)
-    if reached == step and os.environ.get("RANK", "0") == "0":
-        os.kill(os.getppid(), number) if to_launcher else os.killpg(0, number)
-    if reached >= step and to_launcher:
-        time.sleep(1)
-    return stop
-StepMetrics.flush = signalling
-if __name__ == "__main__":
-    main()
-"""
-
-
-def command(data: Path, output: Path, *flags: str, ranks: int = 1, program: tuple[str, ...] = ()) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    program = program or ("-m", "pcl_fast.train")
-    return [
-        *(sys.executable, *launcher, *program, "demo", "--data", str(data), "--output", str(output)),
-        *(*FLAGS.split(), *flags),
-    ]
-
-
-def execute(command: list[str]) -> subprocess.CompletedProcess:
-    """On the CPU, one thread per rank: bit-equality is tested, and ranks would have to share a GPU."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    # In a process group of its own, which can be signalled without ending the tests.
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, start_new_session=True)
-
-
-def train(*arguments, ranks: int = 1, code: int = 0) -> str:
-    done = execute(command(*arguments, ranks=ranks))
-    assert (done.returncode != 0) == (code != 0), done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def interrupt(step: int, number: signal.Signals, folder: Path, data: Path, output: Path, *flags: str, ranks: int = 1):
-    """Run until a signal comes after `step` steps; returns the ended process."""
-    script = folder / "signalling.py"
-    script.write_text(SIGNALLING)
-    program = (str(script), str(step), str(int(number)), str(int(ranks > 1)))
-    return execute(command(data, output, *flags, ranks=ranks, program=program))
-
-
-def same_state(one: Path, other: Path) -> None:
-    """Weights, momentum twin, queue, optimiser and prototypes, bit for bit."""
-    a, b = load_checkpoint(one), load_checkpoint(other)
-    assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
-
-    def compare(x, y, path):
-        if isinstance(x, torch.Tensor):
-            assert torch.equal(x, y), path
-        elif isinstance(x, dict):
-            assert x.keys() == y.keys(), path
-            for key in x:
-                compare(x[key], y[key], f"{path}.{key}")
-        elif isinstance(x, list):
-            assert len(x) == len(y), path
-            for number, (left, right) in enumerate(zip(x, y, strict=True)):
-                compare(left, right, f"{path}[{number}]")
-        else:
-            assert x == y, path
-
-    for part in ("learner", "prototypes"):
-        compare(a[part], b[part], part)
-
-
-@pytest.fixture(scope="module")
-def two_ranks(image_folder, tmp_path_factory) -> tuple[Path, str]:
-    """An uninterrupted run on two ranks, and what it printed."""
-    output = tmp_path_factory.mktemp("two_ranks")
-    return output, train(image_folder, output, ranks=2)
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +56,6 @@ def test_checkpoint_holds_the_run(two_ranks):
     assert len(state["ranks"]) == 2
 
 
-def same_rows(one: Path, other: Path) -> None:
-    """But for times. An epoch's means are over all its steps, whenever they were done."""
-    rows = [
-        [(row["kind"], row["step"], row.get("k"), row.get("loss")) for row in read_rows(folder)]
-        for folder in (one, other)
-    ]
-    assert rows[0] == rows[1]
-
-
 @pytest.mark.parametrize(
     ("number", "step", "workers"), [(signal.SIGTERM, 6, "1"), (signal.SIGINT, 6, "1"), (signal.SIGTERM, 8, "0")]
 )
@@ -166,7 +67,7 @@ def test_an_interrupted_run_continues_bit_for_bit(one_rank, image_folder, tmp_pa
     done = interrupt(step, number, tmp_path, image_folder, tmp_path / "run", "--data.workers", workers)
     assert done.returncode == 0, done.stderr
     assert "stopped by a signal" in done.stdout
-    # Looked at once a step: a signal after the look at step 6 is seen at step 7; after an epoch's last, at its end.
+    # A signal after step 6 is told at the look at that step, which ends after step 7; an epoch's last ends at once.
     assert load_checkpoint(tmp_path / "run")["global_step"] == (7 if step == 6 else 8)
     train(image_folder, tmp_path / "run")
     same_state(one_rank, tmp_path / "run")
@@ -250,11 +151,13 @@ def test_a_killed_run_continues_from_the_last_epoch_bit_for_bit(one_rank, image_
 
 
 def test_a_run_killed_within_an_epoch_continues_from_there_bit_for_bit(one_rank, image_folder, tmp_path):
-    """Saved after every step; killed in the second epoch, which has four."""
+    """Saved as often as a look at the metrics ends, which is a step after it began; killed in the second epoch, which
+    has four steps.
+    """
     flags = ("--checkpoint.every-minutes", "1e-9")
-    interrupt(6, signal.SIGKILL, tmp_path, image_folder, tmp_path / "run", *flags)
+    interrupt(7, signal.SIGKILL, tmp_path, image_folder, tmp_path / "run", *flags)
     state = load_checkpoint(tmp_path / "run")
-    assert (state["epoch"], state["step"]) == (1, 1)
+    assert (state["epoch"], state["step"]) == (1, 2)
     train(image_folder, tmp_path / "run")
     same_state(one_rank, tmp_path / "run")
     same_rows(one_rank, tmp_path / "run")
