@@ -219,7 +219,7 @@ def encoder_dtype(device: torch.device) -> torch.dtype:
 
 
 def loss_dtype(device: torch.device) -> torch.dtype:
-    """Of keys and prototypes in the loss: on GPUs fp16, whose rounding leaves unit features three more bits than bf16's.
+    """Of keys and prototypes in the loss: on GPUs fp16, which has three bits more than bf16 for unit features.
 
     Queries stay in fp32, and with them the gradient.
     """
