@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import run_ranks
+from sklearn.metrics import adjusted_mutual_info_score
 
 import pcl_fast.evaluation
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
@@ -63,6 +64,25 @@ def test_ami_is_one_for_equal_partitions_and_zero_by_chance():
     labels = torch.arange(400) % 4
     assert adjusted_mutual_information((labels + 1) % 4, labels) == pytest.approx(1)
     assert abs(adjusted_mutual_information(torch.arange(400) // 100, labels)) < 0.02
+
+
+@pytest.mark.parametrize(("n", "clusters", "classes"), [(50, 3, 4), (400, 20, 7), (300, 250, 2), (40, 1, 3), (9, 5, 9)])
+def test_ami_is_scikit_learn_s(n, clusters, classes):
+    """Classes of very unequal sizes, two of which may be more than all images, and clusters that know half of them."""
+    generator = torch.Generator().manual_seed(n)
+    labels = (torch.rand(n, generator=generator) ** 3 * classes).long()
+    assignment = torch.where(
+        torch.rand(n, generator=generator) < 0.5, labels % clusters, torch.randint(clusters, (n,), generator=generator)
+    )
+    expected = adjusted_mutual_info_score(labels.numpy(), assignment.numpy())
+    assert adjusted_mutual_information(assignment, labels) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_ami_of_partitions_that_cannot_differ(n):
+    whole, single = torch.zeros(n, dtype=torch.int64), torch.arange(n)
+    assert adjusted_mutual_information(whole, whole) == 1
+    assert adjusted_mutual_information(single.flip(0), single) == 1
 
 
 def test_float16_features():
