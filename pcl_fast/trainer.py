@@ -20,8 +20,9 @@ from pcl_fast.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.seeds import Purpose, mix_seeds
 
 # Images at a time of the pass that fills the feature shard. As many lie in memory decoded but not yet cropped, in each
-# stage of the loader: 2.3 GB for photographs of 12 megapixels.
-_CLUSTERING_BATCH = 64
+# stage of the loader: 2.3 GB for photographs of 12 megapixels. A GPU encodes more at a time: with 64 a V100 reaches 0.88
+# of its speed with 256 (NVIDIA's figures for inference).
+_CLUSTERING_BATCH, _ENCODED_ON_GPU = 64, 256
 
 
 class _Stopped(BaseException):
@@ -129,7 +130,11 @@ class Trainer:
             return
         self._in_expectation = True
         with self.watch.phase("features"):
-            features, rate = self.shard.fill(self.learner.feature_encoder(), self.clustering_view)
+            features, rate = self.shard.fill(
+                self.learner.feature_encoder(),
+                self.clustering_view,
+                rows=_ENCODED_ON_GPU if self.world.device.type == "cuda" else _CLUSTERING_BATCH,
+            )
         self._row("features", images_per_s=rate * self.world.size)
         if clustering:
             with self.watch.phase("clustering"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -21,13 +21,14 @@ class FeatureShard:
 
     @torch.inference_mode()
     def fill(
-        self, encode: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor]
+        self, encode: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor], *, rows: int = 1
     ) -> tuple[torch.Tensor, float]:
         """Encode the clustering view.
 
         Args:
             encode: maps a batch of images to unit features [N, d].
             batches: this rank's images in the data set's order.
+            rows: as many images at least are encoded together.
 
         Returns:
             The buffer, and the images per second of this rank, waiting for the loader included.
@@ -37,7 +38,7 @@ class FeatureShard:
         """
         begin = time.perf_counter()
         filled = 0
-        for images in batches:
+        for images in _together(batches, rows):
             features = encode(images)
             if filled + len(features) <= len(self.features):
                 self.features[filled : filled + len(features)] = features
@@ -47,3 +48,15 @@ class FeatureShard:
         if self.features.is_cuda:
             torch.cuda.synchronize(self.features.device)
         return self.features, filled / (time.perf_counter() - begin)
+
+
+def _together(batches: Iterable[torch.Tensor], rows: int) -> Iterator[torch.Tensor]:
+    """The batches, as many at a time as make `rows` images; the last ones may be fewer."""
+    held: list[torch.Tensor] = []
+    for batch in batches:
+        held.append(batch)
+        if sum(map(len, held)) >= rows:
+            yield torch.cat(held)
+            held = []
+    if held:
+        yield torch.cat(held)

@@ -56,6 +56,19 @@ def test_features_do_not_depend_on_the_batches(alone, image_folder):
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("rows", "sizes"), [(1, [5, 5, 5, 5, 3]), (5, [5, 5, 5, 5, 3]), (8, [10, 10, 3]), (99, [23])])
+def test_batches_are_encoded_together(alone, rows, sizes):
+    images, seen = torch.randint(0, 256, (23, 16, 16, 3), dtype=torch.uint8), []
+
+    def encode(batch: torch.Tensor) -> torch.Tensor:
+        seen.append(len(batch))
+        return batch.flatten(1)[:, :16].float()
+
+    features, _ = FeatureShard(23, 16, alone.device).fill(encode, images.split(5), rows=rows)
+    assert seen == sizes
+    assert torch.equal(features, images.flatten(1)[:, :16].float())
+
+
 @pytest.mark.parametrize("images", [7, 9])
 def test_a_loader_of_another_length_is_refused(alone, images):
     batches = torch.zeros(images, 16, 16, 3, dtype=torch.uint8).split(4)
