@@ -1,0 +1,125 @@
+"""The formulas against measured steps: what they say of every step that the records hold, beside what it took.
+
+A step with its loader: on a GPU the slower of the two; on a CPU, where both want the same cores, their times add up.
+Nothing is predicted of the official code's steps: their encoder (channels first, on a GPU float32) is another one than
+that of encoder-only, which the prediction begins with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from pcl_fast.config import ModelConfig
+from pcl_fast.planning.constants import Constant
+from pcl_fast.planning.costs import UPDATE_BYTES
+from pcl_fast.planning.encoder import count
+from pcl_fast.planning.machines import loss_seconds
+from pcl_fast.planning.records import Record, Records
+
+_AT_HAND = "batch at hand"
+_CPU_BANDWIDTH = Constant("a CPU's memory, of every thread", 10e9, "B/s", "assumed: what one core of a server copies")
+
+
+class MeasuredStep(NamedTuple):
+    """Seconds per image."""
+
+    name: str
+    measured: float
+    predicted: float
+
+    @property
+    def error(self) -> float:
+        """Of the prediction, by what was measured."""
+        return self.predicted / self.measured - 1
+
+
+def with_loader(step: float, loader: float, *, on_cpu: bool) -> float:
+    """Seconds per image of a step whose images a loader makes meanwhile."""
+    return step + loader if on_cpu else max(step, loader)
+
+
+def measured_steps(records: Records) -> Iterator[MeasuredStep]:
+    """Of all records data.json and step.json."""
+    for record in records:
+        if record.path.stem == "data":
+            yield from _loader_steps(record)
+        elif record.path.stem == "step":
+            machine = {other.path.stem: other for other in records if other.path.parent == record.path.parent}
+            yield from _whole_steps(record, machine)
+
+
+def _loader_steps(record: Record) -> Iterator[MeasuredStep]:
+    """data.json: a step with one batch over and over, and a loader by itself, say what both take together."""
+    for group, case in record.cases.items():
+        providers = case["providers"]
+        if not group.startswith("step of ") or _AT_HAND not in providers:
+            continue
+        alone = 1 / providers[_AT_HAND]["images_per_s"]
+        for loader, figures in providers.items():
+            rate = record.figure("training views", loader, "images_per_s")
+            if rate is not None:
+                predicted = with_loader(alone, 1 / rate, on_cpu=record.on_cpu)
+                name = f"{record.path.parent.name}, {group}, {loader}"
+                yield MeasuredStep(name, 1 / figures["images_per_s"], predicted)
+
+
+def _whole_steps(record: Record, machine: dict[str, Record]) -> Iterator[MeasuredStep]:
+    """step.json: the encoder alone, and what the loss and the update add to it, say what our step takes; with a loader
+    what they add to the encoder alone with that loader.
+    """
+    for group, case in record.cases.items():
+        providers = case["providers"]
+        if "encoder-only" not in providers or "ours" not in providers:
+            continue
+        encoder = 1 / providers["encoder-only"]["images_per_s"]
+        added = _added(case, record, machine)
+        if case["loader"] != "off":
+            added = _beside_a_loader(added, case, record, encoder)
+        name = f"{record.path.parent.name}, {group}"
+        yield MeasuredStep(name, _measured(providers["ours"], encoder), encoder + added)
+
+
+def _measured(figures: dict[str, float], encoder: float) -> float:
+    """Seconds per image. By the ratio to the encoder alone if the two took turns, as the machine was then in the same
+    state for both.
+    """
+    if "share_of_encoder_only" in figures:
+        return encoder / figures["share_of_encoder_only"]
+    return 1 / figures["images_per_s"]
+
+
+def _beside_a_loader(added: float, case: dict[str, Any], record: Record, encoder_with_loader: float) -> float:
+    """On a CPU all of it; on a GPU what does not fit into the time that the encoder alone waits for the loader."""
+    if record.on_cpu:
+        return added
+    same = ("arch", "size", "batch")
+    alone = next(
+        other["providers"]["encoder-only"]["images_per_s"]
+        for other in record.cases.values()
+        if other["loader"] == "off" and all(other[key] == case[key] for key in same)
+    )
+    return max(0.0, 1 / alone + added - encoder_with_loader)
+
+
+def _added(case: dict[str, Any], record: Record, machine: dict[str, Record]) -> float:
+    """Loss and update, seconds per image.
+
+    The loss is loss.json's by the columns (on a GPU it is one pass over the banks), on a CPU by rows * columns (it is a
+    product there); the update 32 bytes a parameter.
+    """
+    rows = case["batch"]
+    columns = case["queue"] + sum(min(case["negatives"] or k, k) for k in case["ks"])
+    loss = 0.0
+    measured = loss_seconds(machine["loss"]) if "loss" in machine else None
+    if measured is not None:
+        loss = measured[0].value * columns / measured[1] * (rows / 64 if record.on_cpu else 1.0)
+    parameters = case.get("parameters") or count(ModelConfig(arch=case["arch"]), case["size"]).parameters
+    return (loss + UPDATE_BYTES * parameters / _bandwidth(record)) / rows
+
+
+def _bandwidth(record: Record) -> float:
+    """Bytes/s: of a GPU as measured, counting bytes read and written; of a CPU by its threads."""
+    if not record.on_cpu:
+        return 1e9 * record.content["copy_gb_per_s"]
+    return _CPU_BANDWIDTH.value * int(record.content["machine"].partition(" CPU, ")[2].split()[0])

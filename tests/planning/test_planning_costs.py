@@ -1,0 +1,142 @@
+"""The formulas, by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from pcl_fast.config import PRESETS, ModelConfig
+from pcl_fast.planning import costs, official
+from pcl_fast.planning.encoder import count
+from pcl_fast.planning.job import CLUSTERING, DATA, ENCODER, EXCHANGE, FEATURES, LOSS, Job, reduce_seconds
+from pcl_fast.planning.machines import Inference, Training, machine
+from pcl_fast.planning.records import DEFAULT, Records
+
+IMAGENET = 1_281_167
+RECORDS = Records(DEFAULT)
+
+
+def job(preset: str = "pcl_v2", *, gpus: int = 4, nodes: int = 1, cores: int = 20, **changes) -> Job:
+    return Job(replace(PRESETS[preset][1], **changes), IMAGENET, gpus, nodes, cores)
+
+
+def named(phases) -> dict[str, float]:
+    return {phase.name: phase.seconds for phase in phases}
+
+
+def test_resnet50_is_counted_as_published():
+    """torchvision's table: 4.09 GMAC, 25.56 million parameters with the layer for 1000 classes, which is not here."""
+    found = count(ModelConfig(), 224)
+    assert found.forward.flop == pytest.approx(2 * 4.09e9, rel=0.01)
+    assert found.parameters == 25_557_032 - 2048 * 1000 - 1000 + 2048 * 128 + 128
+    assert found.step == pytest.approx(4 / 3, rel=0.01)
+    # Every activation of a pass is written and read again, more than once: tens of MB per image.
+    assert 5e7 < found.forward.elements < found.training.elements / 2 < 2e8
+
+
+def test_work_grows_with_the_image():
+    small, large = count(ModelConfig(arch="resnet18"), 64), count(ModelConfig(arch="resnet18"), 128)
+    assert large.forward.flop == pytest.approx(4 * small.forward.flop, rel=0.01)
+    assert large.parameters == small.parameters
+
+
+def test_published_rates_are_below_what_the_hardware_can():
+    for gpu in ("v100", "a100", "h100", "h200"):
+        known = machine(gpu, RECORDS)
+        for precision in (known.half, known.single):
+            work = count(ModelConfig(), 224).training
+            bound = max(
+                work.flop / precision.peak.value, work.elements * precision.itemsize / known.bandwidth.value / 2
+            )
+            assert precision.training.per_gpu(1).value < 1 / bound
+
+
+def test_rates_between_measured_ones():
+    training = Training({1: 100, 5: 300}, 32, "published: somewhere")
+    assert [training.per_gpu(gpus).value for gpus in (1, 3, 5, 8)] == [100, 80, 60, 60]
+    inference = Inference({10: 1000, 30: 1500}, "published: somewhere")  # 10 and 20 ms
+    assert inference.rate(20).value == pytest.approx(20 / 15e-3)
+    assert inference.rate(5).value == pytest.approx(500)
+    assert inference.rate(300).value == 1500
+    assert inference.share(10, 30).value == pytest.approx(2 / 3)
+    assert inference.share(10, 30).kind == "assumed"
+
+
+def test_a_ring_within_and_between_machines():
+    one, two = job(gpus=4), job(gpus=4, nodes=2)
+    assert reduce_seconds(1e9, one, 100e9, 10e9) == pytest.approx(2 * 3 / 4 * 0.01)
+    assert reduce_seconds(1e9, two, 100e9, 10e9) == pytest.approx(2 * 3 / 4 * 0.01 + 0.1)
+    assert reduce_seconds(1e9, job(gpus=1), 100e9, 10e9) == 0
+
+
+def test_feature_passes_follow_the_trainer():
+    """PCL: before epochs 20 to 199 and at the end; evaluation adds 0 and 10. MoCo: evaluation's 21."""
+    assert costs.feature_passes(job("pcl_v2")) == (183, 181)
+    assert costs.feature_passes(job("moco_v2")) == (21, 0)
+    config = PRESETS["pcl_v2"][1]
+    never = replace(config.evaluation, every=0)
+    assert costs.feature_passes(job("pcl_v2", evaluation=never)) == (181, 181)
+    assert costs.feature_passes(job("pcl_v2", evaluation=never, epochs=5)) == (0, 0)
+
+
+def test_ours_by_hand():
+    known = machine("v100", RECORDS)
+    found = named(costs.plan(job(), known))
+    steps = IMAGENET // 256 * 200
+    per_gpu = 1200 + (8322 / 8 - 1200) * 3 / 7
+    # pcl_v2's MLP head makes the encoder a little larger than the ResNet-50 whose rate was published.
+    assert found[ENCODER] == pytest.approx(steps * 4 / 3 * 64 / (per_gpu * 2984 / 3382), rel=0.02)
+    assert found[FEATURES] == pytest.approx(183 * IMAGENET / (20 * 336))
+    flop = 2 * IMAGENET * 128 * 175_000 * 101
+    assert found[CLUSTERING] == pytest.approx(181 * flop / (4 * 60e12))
+    assert found[DATA] == 0
+    columns = 0.1 * 16384 + 0.9 * (4 * 16384)
+    assert found[LOSS] == pytest.approx(steps * 2.5 * 2 * 128 * columns / 900e9)
+
+
+def test_official_by_hand():
+    known = machine("v100", RECORDS)
+    found = named(official.plan(job(cores=32), known, RECORDS, "v100"))
+    steps = IMAGENET // 256
+    _, milliseconds = RECORDS.find("loss", "sampling alone", "official", "median_ms")
+    assert found[LOSS] == pytest.approx(180 * steps * milliseconds / 1e3, rel=0.01)
+    flop = 2 * IMAGENET * 128 * 175_000 * 101
+    faiss = 256e12 / 55 * 15.7 / 10.6
+    assert found[CLUSTERING] == pytest.approx(180 * flop / faiss, rel=0.05)
+    assert found[FEATURES] == pytest.approx(180 * IMAGENET / (32 * 1070.37 / 8), rel=0.01)
+    few = named(official.plan(job(cores=8), known, RECORDS, "v100"))
+    assert few[FEATURES] == pytest.approx(4 * found[FEATURES], rel=0.01)
+    many = named(official.plan(job(cores=128), known, RECORDS, "v100"))
+    assert many[FEATURES] == pytest.approx(found[FEATURES])  # there are 32 workers at most
+
+
+def test_the_step_waits_for_a_slow_loader():
+    known = machine("v100", RECORDS)
+    slow = named(costs.plan(job(cores=2), known))
+    steps = IMAGENET // 256 * 200
+    step = (slow[ENCODER] + slow[LOSS] + slow[EXCHANGE]) / steps
+    assert slow[DATA] == pytest.approx(steps * (256 / (2 * 336) - step), rel=0.02)
+
+
+def test_what_the_exchange_hides():
+    """Two GPUs: of 112 MB of gradients only the last 25 MiB show; all of them if the link is slow."""
+    known = machine("v100", RECORDS)
+    steps = IMAGENET // 256 * 200
+    hidden = named(costs.plan(job(gpus=2), known))[EXCHANGE] / steps
+    assert hidden == pytest.approx(25 * 2**20 / known.gpu_link.value)
+    slow = replace(known, gpu_link=replace(known.gpu_link, value=1e9))
+    shown = named(costs.plan(job(gpus=2), slow))
+    step = shown[ENCODER] / steps
+    gradients = 4 * count(PRESETS["pcl_v2"][1].model, 224).parameters / 1e9
+    shuffle = 0.5 * 128 * 3 * 224**2 / 1e9  # less than a forward pass
+    assert shuffle < step / 4
+    assert shown[EXCHANGE] / steps == pytest.approx(max(gradients - step / 2, 25 * 2**20 / 1e9), rel=0.02)
+    assert named(costs.plan(job(gpus=1), known))[EXCHANGE] == 0
+
+
+def test_a_smaller_encoder_takes_less():
+    known = machine("v100", RECORDS)
+    config = PRESETS["pcl_v2"][1]
+    small = job(model=replace(config.model, arch="resnet18"))
+    assert named(costs.plan(small, known))[ENCODER] < 0.5 * named(costs.plan(job(), known))[ENCODER]

@@ -1,0 +1,194 @@
+"""The planner: published times that it was not fitted to, measured steps, and the command line."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from pcl_fast import plan
+from pcl_fast.planning.constants import KINDS
+from pcl_fast.planning.job import PHASES
+from pcl_fast.planning.machines import MACHINES
+from pcl_fast.planning.records import DEFAULT, Records
+from pcl_fast.planning.steps import measured_steps
+
+STEPS = list(measured_steps(Records(DEFAULT)))
+
+
+def options(preset: str, **changes) -> plan.Options:
+    return replace(plan.CHOICES[preset][1], **changes)
+
+
+def hours(preset: str, **changes) -> tuple[float, float]:
+    """(ours, official)."""
+    found = plan.plan(options(preset, **changes))
+    return plan.hours(found.ours), plan.hours(found.official)
+
+
+# --- what was published, and is no input ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", ["moco_v1", "moco_v2"])
+def test_moco_takes_53_hours_on_8_v100(preset):
+    """facebookresearch/moco's README: 200 epochs, both recipes alike."""
+    assert hours(preset, gpu="v100", gpus=8)[1] == pytest.approx(53, rel=0.15)
+
+
+@pytest.mark.parametrize("preset", ["pcl_v1", "pcl_v2"])
+@pytest.mark.parametrize("cores", [20, 32])
+def test_pcl_takes_5_to_7_days_on_4_v100(preset, cores):
+    """5 days: the paper; a week: its author in salesforce/PCL issue 2. How many cores they had is not known."""
+    assert 5 * 24 <= hours(preset, gpu="v100", gpus=4, cores=cores)[1] <= 7 * 24
+
+
+def test_training_rates_that_are_no_input():
+    v100 = MACHINES["v100"]
+    # sandeepkumar-skb/pytorch_experiments, torchvision's ResNet-50, batch 128: 110.93 ms mixed, channels last; 342.37
+    # ms float32, channels first.
+    half = v100.half.training.per_gpu(1).value * v100.half.inference.share(128, 256).value
+    assert half == pytest.approx(128 / 0.11093, rel=0.05)
+    assert v100.single.training.per_gpu(1).value == pytest.approx(128 / 0.34237, rel=0.05)
+    # Four GPUs by one: NVIDIA's MXNet 3.89 mixed, Oneflow-Inc/DLPerf 3.95 float32.
+    for precision, scaling in ((v100.half, 3.89), (v100.single, 3.95)):
+        one, four = (precision.training.per_gpu(gpus).value for gpus in (1, 4))
+        assert 4 * four / one == pytest.approx(scaling, rel=0.05)
+
+
+# --- what was measured ----------------------------------------------------------------------------------------------
+
+
+def test_there_are_measured_steps():
+    assert len(STEPS) >= 2
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_measured_steps(step):
+    assert abs(step.error) < 0.1
+
+
+# --- the model's directions -----------------------------------------------------------------------------------------
+
+
+def test_more_of_anything_takes_no_longer():
+    four = hours("pcl_v2", gpu="v100", gpus=4, cores=64)
+    assert hours("pcl_v2", gpu="v100", gpus=8, cores=64) < four
+    assert hours("pcl_v2", gpu="a100", gpus=4, cores=64) < four
+    assert hours("pcl_v2", gpu="v100", gpus=4, cores=8)[0] > 1.5 * four[0]
+    assert hours("pcl_v2", gpu="v100", gpus=4, cores=64, epochs=100)[0] < 0.5 * four[0]
+    assert hours("moco_v2", gpu="v100", gpus=4, cores=64) < four
+
+
+def test_slow_links_show():
+    fast = hours("moco_v2", gpus=4, nodes=2, cores=64)
+    slow = hours("moco_v2", gpus=4, nodes=2, cores=64, node_link=0.5)
+    slow_within = hours("moco_v2", gpus=4, nodes=2, cores=64, gpu_link=0.5)
+    assert slow[0] > 1.2 * fast[0]
+    assert slow_within[0] > 1.2 * fast[0]
+    assert slow[1] > fast[1]
+
+
+def test_blame():
+    found = plan.plan(options("pcl_v2"))
+    text = plan.blame(found.ours, 10)
+    named = re.findall(r"(\w[\w, ]*?) ([\d.]+) h \((\d+)%\)", text.partition("To blame: ")[2])
+    assert named[0][0] == "encoder"
+    assert sum(int(share) for _, _, share in named) > 80
+    assert plan.blame(found.ours, 1000) == "Within the goal of 1000 h."
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def run(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan", *arguments])
+    plan.main()
+
+
+@pytest.mark.parametrize("gpu", MACHINES)
+@pytest.mark.parametrize("preset", plan.CHOICES)
+def test_every_line_says_where_its_numbers_come_from(preset, gpu):
+    found = plan.plan(options(preset, gpu=gpu, gpus=8))
+    for phases in (found.ours, found.official):
+        assert tuple(phase.name for phase in phases) == PHASES
+        for phase in phases:
+            assert phase.seconds >= 0
+            assert phase.constants or not phase.seconds
+            assert all(constant.kind in KINDS for constant in phase.constants)
+
+
+def test_command(monkeypatch, tmp_path, capsys):
+    picture = tmp_path / "plan.png"
+    run(monkeypatch, "pcl_v2", "--gpus", "4", "--gpu", "v100", "--price", "2", "--output", str(picture))
+    said = capsys.readouterr().out
+    found = plan.plan(options("pcl_v2", gpus=4, gpu="v100"))
+    for phases in (found.ours, found.official):
+        assert f"{plan.hours(phases):.2f}" in said
+        assert f"{plan.hours(phases) * 4 * 2:,.0f}" in said
+    for phase in PHASES:
+        assert phase in said
+    assert "Over the goal of 24 h" in said
+    assert "measured: bench/results/amd-epyc-cpu-2-threads/loss.json" in said
+    with Image.open(picture) as image:
+        assert image.width > 1000
+        assert len(image.convert("RGB").getcolors(1 << 24)) > len(PHASES)
+
+
+def test_flags_change_the_recipe(monkeypatch, tmp_path, capsys):
+    flags = "--epochs 10 --batch-size 64 --ks 100 200 --images 100000 --gpus 1 --gpu h200 --cores 3"
+    run(monkeypatch, "pcl_v2", *flags.split(), "--output", str(tmp_path / "plan.png"))
+    said = capsys.readouterr().out
+    assert "10 epochs of 100,000 images on 1 H200" in said
+    assert "3 cores, 64 images per GPU" in said
+    assert "does not run on one GPU" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--gpu b300", "--gpu b300: nothing is known of it; choose from v100"),
+        ("--gpus 0", "--gpus must be positive, got 0"),
+        ("--gpus 3", "--batch-size 256 does not divide among 3 GPUs; use a multiple of 3"),
+        ("--cores 0", "--cores must be positive"),
+        ("--images 100", "--batch-size 256 is larger than the data set, --images 100"),
+        ("--images 9000", "--ks: cannot make 100000 clusters of 9000 images"),
+        ("--ks 10 0", "--ks must be positive"),
+        ("--epochs -1", "--epochs must be positive, got -1"),
+        ("--price -3", "--price must be positive, got -3"),
+        ("--gpu-link 0", "--gpu-link must be positive, got 0"),
+        ("--results /nowhere", "--results /nowhere is no folder"),
+        ("--output /nowhere/plan.png", "--output /nowhere/plan.png cannot be written"),
+    ],
+)
+def test_errors_for_people(monkeypatch, tmp_path, flags, message):
+    output = () if "--output" in flags else ("--output", str(tmp_path / "plan.png"))
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        run(monkeypatch, "pcl_v2", *flags.split(), *output)
+
+
+def test_an_empty_folder_of_records(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=r'no record in .* "training views", torchvision.*make bench'):
+        run(monkeypatch, "pcl_v2", "--results", str(tmp_path))
+
+
+def test_a_gpu_with_records_is_planned_by_them(tmp_path):
+    """H200: a step of 64 images at 4000 images/s."""
+    for record in Records(DEFAULT):
+        target = tmp_path / record.path.parent.name / record.path.name
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(record.path.read_text())
+    case = {"arch": "resnet50", "size": 224, "batch": 64, "loader": "off", "ranks": 1}
+    case["providers"] = {"encoder-only": {"images_per_s": 4000.0}}
+    own = tmp_path / "nvidia-h200"
+    own.mkdir()
+    content = {"machine": "NVIDIA H200", "cases": {"resnet50, 224 px, batch 64, loader off": case}}
+    (own / "step.json").write_text(json.dumps(content))
+    found = plan.plan(options("moco_v1", gpu="h200", gpus=1, batch_size=64, epochs=1, cores=100, results=tmp_path))
+    encoder = found.ours[0]
+    assert encoder.seconds == pytest.approx(1281167 // 64 * 64 / 4000, rel=0.01)
+    assert [constant.kind for constant in encoder.constants] == ["measured"]
+    assert encoder.constants[0].source == f"measured: {own / 'step.json'}"
