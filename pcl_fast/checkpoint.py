@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pcl_fast.config import Config, recipe_differences, to_dict
+from pcl_fast.distributed import World, check_same, together
 from pcl_fast.errors import CheckpointError
 
 NAME = "checkpoint.pt"
@@ -53,6 +54,22 @@ def load_checkpoint(folder: Path) -> dict[str, Any] | None:
         raise CheckpointError(
             f"{path} is no readable checkpoint ({error}); move it away to start anew, or put a kept one in its place"
         ) from error
+
+
+def load_same_checkpoint(folder: Path, world: World) -> dict[str, Any] | None:
+    """`load_checkpoint` on every rank. Ranks that went on from different steps would wait for each other for ever.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, on every rank.
+        ValueError: the ranks find different checkpoints, or some find none; says on which machines.
+    """
+    state = together(lambda: load_checkpoint(folder), world)
+    found = "no checkpoint"
+    if state is not None:
+        found = f"the checkpoint of step {state['global_step']}" + (", the last" if state["finished"] else "")
+    advice = "--output must be a folder that all machines share"
+    check_same(f"what they find in {folder}", found, world, advice=advice)
+    return state
 
 
 def _duplicate(source: Path, target: Path) -> None:

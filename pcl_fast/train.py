@@ -17,7 +17,7 @@ from pcl_fast.config import PRESETS, Config, to_dict, validate
 from pcl_fast.data import ImageSet, check_headers, open_set, usable
 from pcl_fast.data.digits import digits_folder
 from pcl_fast.data.resources import pick_resources
-from pcl_fast.distributed import World, connect, disconnect, main_first
+from pcl_fast.distributed import World, check_same, connect, disconnect, main_first, together
 from pcl_fast.errors import UserError
 from pcl_fast.report import write_report
 from pcl_fast.trainer import Trainer
@@ -57,14 +57,18 @@ def open_images(config: Config, world: World) -> ImageSet:
     """The images of config.data.root, looked at as far as that is cheap, or left out if they are broken and may be; the
     demo's own where none are given.
     """
-    root, data = config.data.root, config.data
-    if root is None:
-        if config.preset != "demo":
-            raise ValueError("--data is missing: the folder of class folders, of images, or of tar shards to train on")
-        root = digits_folder()
-    images = main_first(lambda: open_set(root, data.format, strict=not data.skip_broken), world)
+    data = config.data
+    if data.root is None and config.preset != "demo":
+        raise ValueError("--data is missing: the folder of class folders, of images, or of tar shards to train on")
+
+    def find() -> ImageSet:
+        return open_set(data.root or digits_folder(), data.format, strict=not data.skip_broken)
+
+    images = main_first(find, world)
+    advice = "--data must hold the same images on every machine"
+    check_same("the data set that they find", images.fingerprint(), world, advice=advice)
     if not data.skip_broken:
-        check_headers(images, world.rank, world.size)
+        together(lambda: check_headers(images, world.rank, world.size), world)
         return images
     if world.is_main:
         print(f"looking for broken images among {len(images)}", flush=True)

@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-from pcl_fast.checkpoint import check_same_run, load_checkpoint, save_checkpoint
+from pcl_fast.checkpoint import check_same_run, load_same_checkpoint, save_checkpoint
 from pcl_fast.clustering import FeatureShard, PrototypeSet, cluster, obstacle, pick_backend
 from pcl_fast.config import Config, to_dict
 from pcl_fast.data import Batch, ImageSet, clustering_loader, describe_loader, training_loader
-from pcl_fast.distributed import World, gather_objects, shard_bounds
+from pcl_fast.distributed import World, gather_objects, shard_bounds, together
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
 from pcl_fast.learner import Learner
 from pcl_fast.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.seeds import Purpose, mix_seeds
 
 # Images at a time of the pass that fills the feature shard. As many lie in memory decoded but not yet cropped, in each
-# stage of the loader: 2.3 GB for photographs of 12 megapixels. A GPU encodes more at a time: with 64 a V100 reaches 0.88
-# of its speed with 256 (NVIDIA's figures for inference).
+# stage of the loader: 2.3 GB for photographs of 12 megapixels. A GPU encodes more at a time: with 64 a V100 reaches
+# 0.88 of its speed with 256 (NVIDIA's figures for inference).
 _CLUSTERING_BATCH, _ENCODED_ON_GPU = 64, 256
 
 
@@ -265,9 +265,11 @@ class Trainer:
             raise _Stopped
 
     def _save(self, keep_as: str | None = None) -> None:
+        """Returns on all ranks when the file is there: where one rank is gone, a launcher may end the others."""
         ranks = gather_objects(self.learner.rank_state(), self.world)
-        if not self.world.is_main:
-            return
+        together(lambda: self._write(ranks, keep_as) if self.world.is_main else None, self.world)
+
+    def _write(self, ranks: list[dict[str, Any]], keep_as: str | None) -> None:
         state = {
             "config": to_dict(self.config),
             "data": self.images.fingerprint(),
@@ -290,7 +292,7 @@ class Trainer:
         Returns:
             ((global step, length of metrics.jsonl) to go on from, state of the metrics).
         """
-        state = load_checkpoint(self.config.output)
+        state = load_same_checkpoint(self.config.output, self.world)
         if state is None:
             return None, {}
         check_same_run(state, self.config, self.images.fingerprint())

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pcl_fast.data.images import ImageSet, open_image, reason_of
-from pcl_fast.distributed import World, gather_objects, shard_bounds
+from pcl_fast.distributed import World, gather_objects, shard_bounds, together
 from pcl_fast.errors import ImageError
 from pcl_fast.files import write_whole
 
@@ -113,7 +113,8 @@ def usable(images: ImageSet, record: Path, world: World, *, threads: int) -> tup
     if broken is None:
         share = range(*shard_bounds(len(images), world.rank, world.size))
         faults: dict[int, str] = {}
-        for part in gather_objects(find_broken(images, share, threads=threads, unreadable=False), world):
+        found = together(lambda: find_broken(images, share, threads=threads, unreadable=False), world)
+        for part in gather_objects(found, world):
             faults.update(part)
         if len(faults) == len(images):
             raise ImageError(

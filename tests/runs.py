@@ -1,0 +1,112 @@
+"""Whole tiny runs through the command line, and how two of them compare."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from pcl_fast.checkpoint import load_checkpoint
+from pcl_fast.metrics import read_rows
+
+FLAGS = """
+    --data.size 16 --data.resize 20 --epochs 3 --optim.batch-size 12 --log-every 1
+    --model.queue-size 50 --model.dim 16 --loss.num-negatives 4
+    --cluster.ks 3 9 --cluster.warmup-epochs 1 --cluster.iterations 3
+    --evaluation.every 1 --evaluation.neighbours 5 --checkpoint.keep-every 2
+"""
+
+
+# Sends a signal when a step is done: to its whole process group, as a terminal does, or to its launcher,
+# and then slows down so that what the launcher does comes before the end.
+SIGNALLING = """
+import os, sys, time
+from pcl_fast.metrics import StepMetrics
+from pcl_fast.train import main
+add, step, number, to_launcher = StepMetrics.add, int(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
+def signalling(self, reached, *args):
+    add(self, reached, *args)
+    if reached == step and os.environ.get("RANK", "0") == "0":
+        os.kill(os.getppid(), number) if to_launcher else os.killpg(0, number)
+    if reached >= step and to_launcher:
+        time.sleep(1)
+StepMetrics.add = signalling
+if __name__ == "__main__":
+    main()
+"""
+
+
+def command(
+    data: Path, output: Path, *flags: str, ranks: int = 1, program: tuple[str, ...] = (), launch: tuple[str, ...] = ()
+) -> list[str]:
+    """launch: flags of torchrun, if not for `ranks` processes on this machine."""
+    if ranks > 1:
+        launch = ("--standalone", f"--nproc-per-node={ranks}")
+    launcher = ("-m", "torch.distributed.run", *launch) if launch else ()
+    program = program or ("-m", "pcl_fast.train")
+    return [
+        *(sys.executable, *launcher, *program, "demo", "--data", str(data), "--output", str(output)),
+        *(*FLAGS.split(), *flags),
+    ]
+
+
+def on_the_cpu() -> dict[str, str]:
+    """The environment, for one thread per rank: bit-equality is tested, and ranks would have to share a GPU."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def execute(command: list[str]) -> subprocess.CompletedProcess:
+    # In a process group of its own, which can be signalled without ending the tests.
+    return subprocess.run(
+        command, env=on_the_cpu(), capture_output=True, text=True, timeout=300, start_new_session=True
+    )
+
+
+def train(*arguments, ranks: int = 1, code: int = 0) -> str:
+    done = execute(command(*arguments, ranks=ranks))
+    assert (done.returncode != 0) == (code != 0), done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def interrupt(step: int, number: signal.Signals, folder: Path, data: Path, output: Path, *flags: str, ranks: int = 1):
+    """Run until a signal comes after `step` steps; returns the ended process."""
+    script = folder / "signalling.py"
+    script.write_text(SIGNALLING)
+    program = (str(script), str(step), str(int(number)), str(int(ranks > 1)))
+    return execute(command(data, output, *flags, ranks=ranks, program=program))
+
+
+def same_state(one: Path, other: Path) -> None:
+    """Weights, momentum twin, queue, optimiser and prototypes, bit for bit."""
+    a, b = load_checkpoint(one), load_checkpoint(other)
+    assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
+
+    def compare(x, y, path):
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x, y), path
+        elif isinstance(x, dict):
+            assert x.keys() == y.keys(), path
+            for key in x:
+                compare(x[key], y[key], f"{path}.{key}")
+        elif isinstance(x, list):
+            assert len(x) == len(y), path
+            for number, (left, right) in enumerate(zip(x, y, strict=True)):
+                compare(left, right, f"{path}[{number}]")
+        else:
+            assert x == y, path
+
+    for part in ("learner", "prototypes"):
+        compare(a[part], b[part], part)
+
+
+def same_rows(one: Path, other: Path) -> None:
+    """But for times. An epoch's means are over all its steps, whenever they were done."""
+    rows = [
+        [(row["kind"], row["step"], row.get("k"), row.get("loss")) for row in read_rows(folder)]
+        for folder in (one, other)
+    ]
+    assert rows[0] == rows[1]
