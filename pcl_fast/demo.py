@@ -23,7 +23,7 @@ from rich.table import Table
 from pcl_fast.checkpoint import load_checkpoint
 from pcl_fast.clustering import kmeans
 from pcl_fast.config import PRESETS
-from pcl_fast.data import clustering_loader, find_images
+from pcl_fast.data import clustering_loader, find_images, normalise
 from pcl_fast.data.digits import digits_folder
 from pcl_fast.distributed import World
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
@@ -95,7 +95,7 @@ def score_all(output: Path, folder: Path) -> dict[str, Scores]:
             learner.load(state["learner"], state["ranks"][0])
         encoder = learner.twin.key.eval()
         with torch.inference_mode():
-            backbone = torch.cat([encoder.backbone(chunk) for chunk in views.split(500)])
+            backbone = torch.cat([encoder.backbone(normalise(chunk, torch.float32)) for chunk in views.split(500)])
             features = F.normalize(encoder.head(backbone), dim=1)
         rows[f"{name}, backbone"] = score(backbone, labels)
         rows[f"{name}, 128-d"] = score(features, labels)
