@@ -121,8 +121,8 @@ def _encoder(job: Job, machine: Machine) -> tuple[float, tuple[Constant, ...]]:
 
 
 def _loss(job: Job, machine: Machine, prototypes: bool) -> tuple[float, str, tuple[Constant, ...]]:
-    """(seconds, formula, constants): half-precision banks read once, times what the kernels are expected to take by that; or
-    as measured, by the columns.
+    """(seconds, formula, constants): half-precision banks read once, times what the kernels are expected to take by
+    that; or as measured, by the columns.
     """
     columns = job.columns(prototypes)
     if machine.measured_loss is not None:
