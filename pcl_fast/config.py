@@ -40,6 +40,11 @@ class DataConfig:
     3 on a GPU of 32 GB or more."""
     decoder_mib: int | None = None
     """GPU memory in MiB that each of DALI's threads sets aside to decode; None: 16, less on small GPUs."""
+    cache: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
+    """Keep the clustering view in this folder once it has been decoded, and read it from there before every later
+    epoch, in later runs too: images x size^2 x 3 bytes, 193 GB for ImageNet. Wants a fast local disk. Another data set,
+    size, loader or number of ranks makes other files, and none is ever deleted. Delete them when you exchange images
+    under the same names, which is not always noticed. None: decode it every time."""
     skip_broken: bool = False
     """Decode everything once before the run begins and leave out what cannot be decoded, instead of ending with an
     error when it is met."""
@@ -208,7 +213,8 @@ PRESETS: dict[str, tuple[str, Config]] = {
 # what is learned. (Which images there are is compared apart.)
 _NOT_RECIPE = (
     "preset", "output", "log_every", "data.root", "data.format", "data.loader", "data.workers", "data.prefetch",
-    "data.decoder_mib", "data.skip_broken", "loss.backend", "cluster.backend", "evaluation.", "checkpoint.",
+    "data.decoder_mib", "data.cache", "data.skip_broken", "loss.backend", "cluster.backend", "evaluation.",
+    "checkpoint.",
 )  # fmt: skip
 
 

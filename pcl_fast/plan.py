@@ -52,6 +52,8 @@ class Options:
     """GB/s of an all-reduce between the GPUs of a machine. None: as published."""
     node_link: float | None = None
     """GB/s between machines, of each. None: as NVIDIA's DGX has it."""
+    cache: float | None = None
+    """GB/s that each machine reads from a cache of the clustering view (--data.cache). None: decoded every time."""
     images: int = _IMAGENET
     price: float | None = None
     """Of a GPU for an hour, in any currency."""
@@ -108,6 +110,7 @@ def plan(options: Options) -> Plan:
     for flag, value in {
         "--gpu-link": options.gpu_link,
         "--node-link": options.node_link,
+        "--cache": options.cache,
         "--price": options.price,
         "--goal": options.goal,
     }.items():
@@ -128,6 +131,9 @@ def _with_links(known: Machine, options: Options) -> Machine:
         for name, value in given.items()
         if value is not None
     }
+    if options.cache is not None:
+        name = "reading the clustering view's cache, each machine"
+        changes["cache"] = Constant(name, 1e9 * options.cache, "B/s", "assumed: --cache")
     return replace(known, **changes)
 
 

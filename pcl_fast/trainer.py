@@ -47,7 +47,10 @@ class Trainer:
         rows = config.optim.batch_size // world.size
         self.learner = Learner(config, world)
         self.loader = training_loader(images, config.data, batch_size=rows, seed=config.seed, world=world)
-        self.clustering_view = clustering_loader(images, config.data, batch_size=_CLUSTERING_BATCH, world=world)
+        # One machine's disk may lack what others have.
+        self.clustering_view = together(
+            lambda: clustering_loader(images, config.data, batch_size=_CLUSTERING_BATCH, world=world), world
+        )
         begin, end = shard_bounds(len(images), world.rank, world.size)
         self.shard = FeatureShard(end - begin, config.model.dim, world.device)
         # What cannot be used is better said now than at the first E-step.

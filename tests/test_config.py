@@ -78,7 +78,7 @@ def test_places_and_printing_are_not_part_of_the_recipe():
         config,
         output=Path("/elsewhere"),
         log_every=3,
-        data=replace(config.data, root=Path("/other"), workers=1),
+        data=replace(config.data, root=Path("/other"), workers=1, cache=Path("/ssd")),
         evaluation=replace(config.evaluation, every=1),
         checkpoint=replace(config.checkpoint, keep_every=1),
     )

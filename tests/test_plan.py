@@ -12,7 +12,7 @@ from PIL import Image
 
 from pcl_fast import plan
 from pcl_fast.planning.constants import KINDS
-from pcl_fast.planning.job import PHASES
+from pcl_fast.planning.job import FEATURES, PHASES
 from pcl_fast.planning.machines import MACHINES
 from pcl_fast.planning.records import DEFAULT, Records
 from pcl_fast.planning.steps import measured_steps
@@ -92,6 +92,14 @@ def test_slow_links_show():
     assert slow[1] > fast[1]
 
 
+def test_a_cache_of_the_clustering_view_is_as_fast_as_it_was_said_to_be():
+    features = PHASES.index(FEATURES)
+    plain, slow, fast = (plan.plan(options("pcl_v2", cache=rate)).ours[features] for rate in (None, 1.5, 2))
+    assert fast.seconds < slow.seconds < plain.seconds
+    assert "assumed: --cache" in [constant.source for constant in fast.constants]
+    assert "assumed: --cache" not in [constant.source for constant in plain.constants]
+
+
 def test_blame():
     found = plan.plan(options("pcl_v2"))
     text = plan.blame(found.ours, 10)
@@ -160,6 +168,7 @@ def test_flags_change_the_recipe(monkeypatch, tmp_path, capsys):
         ("--epochs -1", "--epochs must be positive, got -1"),
         ("--price -3", "--price must be positive, got -3"),
         ("--gpu-link 0", "--gpu-link must be positive, got 0"),
+        ("--cache 0", "--cache must be positive, got 0"),
         ("--results /nowhere", "--results /nowhere is no folder"),
         ("--output /nowhere/plan.png", "--output /nowhere/plan.png cannot be written"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable, Iterator
+from importlib.metadata import version
 from types import ModuleType
 from typing import Protocol
 
@@ -11,9 +12,10 @@ import torch
 
 from pcl_fast.config import DataConfig
 from pcl_fast.data.batch import Batch
+from pcl_fast.data.cache import cached
 from pcl_fast.data.images import ImageSet
 from pcl_fast.data.order import EpochOrder
-from pcl_fast.data.resources import pick_resources
+from pcl_fast.data.resources import Resources, pick_resources
 from pcl_fast.distributed import World, shard_bounds
 from pcl_fast.errors import MissingPackageError
 
@@ -50,28 +52,41 @@ def training_loader(
     return _implementation(config).TrainingLoader(images, config, order, resources)
 
 
-def clustering_loader(
-    images: ImageSet, config: DataConfig, *, batch_size: int, world: World
-) -> Iterable[torch.Tensor]:
+def clustering_loader(images: ImageSet, config: DataConfig, *, batch_size: int, world: World) -> Iterable[torch.Tensor]:
     """This rank's shard of the clustering view in the data set's order, uint8 [N, H, W, 3] as in Batch; the last batch
-    is smaller.
+    is smaller. With config.cache it is decoded once only.
 
     Raises:
         MissingPackageError: config.loader is dali, which cannot be imported.
-        UserError: DALI does not run on this machine.
+        UserError: DALI does not run on this machine, or config.cache cannot be written or has no room.
     """
     resources = pick_resources(config, world.device)
     shard = range(*shard_bounds(len(images), world.rank, world.size))
-    return _implementation(config).ClusteringLoader(images, config, shard, resources, batch_size=batch_size)
+    loader = _implementation(config).ClusteringLoader(images, config, shard, resources, batch_size=batch_size)
+    if config.cache is None:
+        return loader
+    made_by = _maker(config, resources)
+    return cached(loader, images, config, world, made_by=made_by, batch_size=batch_size, gpu=resources.gpu)
 
 
 def describe_loader(config: DataConfig, world: World) -> str:
     """Which loader, and what it uses of the machine: one line for the log."""
     loader, resources = pick_loader(config.loader), pick_resources(config, world.device)
+    ahead = f"{resources.prefetch} batches ahead"
+    cache = "" if config.cache is None else f"; clustering view cached in {config.cache}"
     if loader == "torchvision":
-        return f"images: torchvision, {resources.workers} processes, {resources.prefetch} batches ahead of each"
+        return f"images: torchvision, {resources.workers} processes, {ahead} of each{cache}"
     where = "CPU" if resources.gpu is None else f"GPU with {resources.decoder_mib} MiB a thread"
-    return f"images: dali, {resources.threads} threads, {resources.prefetch} batches ahead, decoding on the {where}"
+    return f"images: dali, {resources.threads} threads, {ahead}, decoding on the {where}{cache}"
+
+
+def _maker(config: DataConfig, resources: Resources) -> str:
+    """The loader as far as it determines a view's bytes: GPUs have different decoders."""
+    pillow = f"Pillow {version('pillow')}"
+    if pick_loader(config.loader) == "torchvision":
+        return f"torchvision {version('torchvision')}, {pillow}"
+    where = "the CPU" if resources.gpu is None else torch.cuda.get_device_name(resources.gpu)
+    return f"DALI {importlib.import_module('nvidia.dali').__version__} on {where}, {pillow}"
 
 
 def _implementation(config: DataConfig) -> ModuleType:

@@ -165,11 +165,20 @@ def _evaluated(epochs: int, every: int) -> set[int]:
 
 
 def _features(job: Job, machine: Machine) -> Phase:
-    """Passes * images * max(forward pass over all GPUs, loading)."""
+    """Passes * images * max(forward pass over all GPUs, loading); with a cache all but the first read instead."""
     passes, _ = feature_passes(job)
     rate = machine.half.inference.rate(FEATURE_BATCH)
     forward = relative(job, machine.half, machine.bandwidth.value, "forward") / (rate.value * job.world)
     loading = 1 / (job.nodes * job.cores * machine.decoded.value)
+    if machine.cache is not None and passes:
+        reading = job.view_bytes / (job.nodes * machine.cache.value)
+        return Phase(
+            FEATURES,
+            job.images * (max(forward, loading) + (passes - 1) * max(forward, reading)),
+            f"images x max(1 / (GPUs x rate), 1 / (cores x rate)) + {passes - 1} x images x max(1 / (GPUs x rate), "
+            f"view / (machines x cache)), here {'cache' if reading > forward else 'GPUs'}",
+            (rate, machine.decoded, machine.cache),
+        )
     return Phase(
         FEATURES,
         passes * job.images * max(forward, loading),

@@ -88,7 +88,8 @@ class Machine:
     half: mixed precision, channels last. single: float32 (TF32 from the A100 on, which PyTorch takes for convolutions).
     vector_peak: true float32. bandwidth: of the GPU's memory. host_link: from the host's memory to the GPU's. gpu_link:
     what an all-reduce moves between the GPUs of a machine. node_link: between machines, of each. cores: per GPU.
-    decoded: what DALI makes. clustering: k-means of ours. host: what PIL makes.
+    decoded: what DALI makes. clustering: k-means of ours. host: what PIL makes. cache: what a machine reads of the
+    clustering view from its disk, if it keeps it there.
     measured_step: query forward and backward and key forward on one GPU, and the batch. measured_loss: ours, and its
     columns. measured_official_estep: the paper's.
     """
@@ -108,6 +109,7 @@ class Machine:
     measured_loss: tuple[Constant, int] | None = None
     measured_official_estep: Constant | None = None
     host: HostRates | None = None
+    cache: Constant | None = None
 
 
 def _between(points: dict[int, float], at: int) -> float:
