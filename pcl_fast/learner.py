@@ -28,14 +28,14 @@ class StepInputs(NamedTuple):
     query_view, key_view: of the batch, uint8 [N, H, W, 3].
     index: int64 [N], its positions in the data set.
     order: int64 [N], see BatchShuffle.order, or None.
-    seed: 0-d int64, of the negatives.
+    seed: 0-d int64, of the negatives; on a CPU a plain number, for which the plain loss takes fewer small operations.
     """
 
     query_view: torch.Tensor
     key_view: torch.Tensor
     index: torch.Tensor
     order: torch.Tensor | None
-    seed: torch.Tensor
+    seed: torch.Tensor | int
 
 
 class Learner:
@@ -96,14 +96,14 @@ class Learner:
 
     def inputs(self, batch: Batch, number: int) -> StepInputs:
         """What step `number` computes with; draws from its seeds what is drawn on the host."""
-        numbers = [torch.tensor([self._seed(Purpose.NEGATIVES, number)]), batch.index]
+        seed = self._seed(Purpose.NEGATIVES, number)
         order = self.shuffle.order(self._seed(Purpose.SHUFFLE, number))
-        if order is not None:
-            numbers.append(order)
-        together = torch.cat(numbers)
-        if self.world.device.type == "cuda":
-            together = together.pin_memory().to(self.world.device, non_blocking=True)
-        seed, index, *order = together.split([len(part) for part in numbers])
+        if self.world.device.type == "cpu":
+            return StepInputs(batch.query_view, batch.key_view, batch.index, order, seed)
+        # In one copy, and without waiting for it.
+        parts = [torch.tensor([seed]), batch.index, *([] if order is None else [order])]
+        together = torch.cat(parts).pin_memory().to(self.world.device, non_blocking=True)
+        seed, index, *order = together.split([len(part) for part in parts])
         return StepInputs(batch.query_view, batch.key_view, index, order[0] if order else None, seed.squeeze(0))
 
     def compute(self, inputs: StepInputs, prototypes: Sequence[PrototypeSet]) -> dict[str, torch.Tensor]:
