@@ -33,7 +33,7 @@ def proto_nce(
     return logits / temperature, torch.arange(len(query), device=query.device)
 
 
-def loss(
+def contrasts(
     query: torch.Tensor,
     key: torch.Tensor,
     queue: torch.Tensor,
@@ -42,10 +42,20 @@ def loss(
     *,
     temperature: float,
     num_negatives: int,
-) -> torch.Tensor:
-    """InfoNCE plus the mean of ProtoNCE over the granularities."""
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(logits, labels) of InfoNCE, then of every granularity."""
     positive = torch.einsum("nd,nd->n", query, key)[:, None]
     logits = torch.cat([positive, query @ queue.T], dim=1) / temperature
-    total = F.cross_entropy(logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
-    parts = [F.cross_entropy(*proto_nce(query, granularity, index, num_negatives)) for granularity in prototypes]
-    return total + sum(parts) / len(parts)
+    instance = (logits, torch.zeros(len(query), dtype=torch.long, device=query.device))
+    return [instance, *(proto_nce(query, granularity, index, num_negatives) for granularity in prototypes)]
+
+
+def total(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """InfoNCE plus the mean of ProtoNCE over the granularities."""
+    instance, *granularities = (F.cross_entropy(*part) for part in parts)
+    return instance + sum(granularities) / len(granularities)
+
+
+def loss(*inputs, **options) -> torch.Tensor:
+    """Of `contrasts`."""
+    return total(contrasts(*inputs, **options))

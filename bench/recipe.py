@@ -1,0 +1,70 @@
+"""What the benchmarks of loaders and of the step train: PCL v2 for a GPU or a CPU, on photographs, with prototypes."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import device
+import photos
+import torch
+import torch.nn.functional as F
+
+from pcl_fast.clustering import PrototypeSet
+from pcl_fast.config import PRESETS, Config
+from pcl_fast.data import ImageFolder, find_images
+from pcl_fast.distributed import World
+from pcl_fast.learner import Learner
+
+WORLD = World(0, 1, torch.device("cuda", 0) if device.CUDA else torch.device("cpu"), None)
+IMAGES = 4096 if device.CUDA else 512
+
+
+@functools.cache
+def folder() -> tuple[ImageFolder, float]:
+    """The photographs, and the mean size of their files in KB."""
+    root = tempfile.TemporaryDirectory(prefix="photographs-")
+    folder.keep = root  # until the process ends
+    size = photos.write_photographs(Path(root.name), IMAGES)
+    return find_images(Path(root.name)), size / 1000
+
+
+def pcl_v2(batch: int, loader: str = "auto") -> Config:
+    config = PRESETS["pcl_v2"][1]
+    return replace(config, data=replace(config.data, loader=loader), optim=replace(config.optim, batch_size=batch))
+
+
+def step_recipe(batch: int, loader: str = "auto") -> Config:
+    """PCL v2; on a CPU as one might be used: for 100,000 images of 64 px."""
+    config = pcl_v2(batch, loader)
+    if device.CUDA:
+        return config
+    return replace(
+        config,
+        data=replace(config.data, size=64, resize=73),
+        model=replace(config.model, arch="resnet18", queue_size=4096),
+        cluster=replace(config.cluster, ks=(500, 1000, 2000)),
+        loss=replace(config.loss, num_negatives=256),
+    )
+
+
+def random_prototypes(config: Config) -> list[PrototypeSet]:
+    """Of the photographs. That they are random does not change how long a step takes."""
+    options = {"generator": torch.Generator(WORLD.device).manual_seed(0), "device": WORLD.device}
+    return [
+        PrototypeSet(
+            F.normalize(torch.randn(k, config.model.dim, **options), dim=1),
+            torch.full((k,), config.loss.temperature, device=WORLD.device),
+            torch.randint(k, (IMAGES,), dtype=torch.int32, **options),
+        )
+        for k in config.cluster.ks
+    ]
+
+
+def ready_learner(config: Config) -> tuple[Learner, list[PrototypeSet]]:
+    """As in the first epoch after an E-step, and its prototypes."""
+    learner = Learner(config, WORLD)
+    learner.begin_epoch(0)
+    return learner, learner.for_loss(random_prototypes(config))

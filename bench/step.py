@@ -1,0 +1,346 @@
+"""A training step from batch to updated weights, the way the official code takes it and ours. Run by `make bench`.
+
+PCL v2: on a GPU with ResNet-50 at 224 px and the paper's queue and prototypes, on a CPU with ResNet-18 at 64 px and
+what would suit 100,000 images. Providers:
+
+- official: rebuilt from its description, see official_step.py.
+- encoder-only: what no way to train can do without, in ours' precision and memory format. Query forward and backward
+  from a constant gradient of the features, key forward, nothing else: no loss, no optimiser, no momentum update.
+- ours: Learner.step.
+- ours+graph: the same with Learner.compute as a CUDA graph, whose inputs are copied into it; loader off only.
+
+Loader off: everyone's batch is at hand, over and over, as its loader would leave it: normalised floats in the host's
+memory (official), bytes on the device (ours); encoder-only finds them normalised there. Loader on: photographs by the
+official code's transforms in worker processes (official), or by our loader (ours and encoder-only).
+
+Before every round of a provider encoder-only has one, so that both see the machine in the same state; its share is the
+median of their ratios, and times_official the ratio of two shares. (Encoder-only's own says how exact that is.) A
+loader that had a rest while the other worked has batches ready, which are taken first, untimed.
+
+Before anything is timed, the official step and ours must learn the same from the same.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import device
+import official_step
+import optional
+import photos
+import pytest
+import recipe
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from pcl_fast.clustering import PrototypeSet
+from pcl_fast.config import Config
+from pcl_fast.data import Batch, normalise, training_loader
+from pcl_fast.data.loader import pick_loader
+from pcl_fast.data.resources import pick_resources
+from pcl_fast.distributed import World
+from pcl_fast.learner import Learner, encoder_dtype, precision
+from pcl_fast.model import Encoder
+
+DEVICE = recipe.WORLD.device
+BATCHES = (64, 256) if device.CUDA else (64, 32)
+REFERENCE, GRAPH = "encoder-only", "ours+graph"
+EPOCH = 1 << 20  # images: the photographs many times over, as no epoch is to end while it is measured
+SIZES = {"images": recipe.IMAGES, "width": photos.WIDTH, "height": photos.HEIGHT}
+# Dense half-precision products, TFLOP/s, by the data sheets.
+PEAKS = {"V100": 125, "A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989}
+
+Step = Callable[[], object]
+
+pytestmark = pytest.mark.benchmark(timer=device.clock)
+
+
+class Case(NamedTuple):
+    batch: int
+    loader: str  # "off" or "on"
+
+    def __str__(self) -> str:
+        return f"{self.config.model.arch}, {self.config.data.size} px, batch {self.batch}, loader {self.loader}"
+
+    @property
+    def config(self) -> Config:
+        return recipe.step_recipe(self.batch)
+
+    @property
+    def steps(self) -> int:
+        """Of a round; with a loader so many that what it has ready counts for little."""
+        if self.loader == "on":
+            return 32 if device.CUDA else 512 // self.batch
+        return 8 if device.CUDA else 256 // self.batch
+
+    @property
+    def rounds(self) -> int:
+        return 9 if self.loader == "off" else 5
+
+    def describe(self) -> dict:
+        """What the record says of the case."""
+        config = self.config
+        flop, parameters = count_work(self.batch)
+        return {
+            "arch": config.model.arch,
+            "size": config.data.size,
+            "batch": self.batch,
+            "loader": self.loader,
+            "ranks": 1,
+            "queue": config.model.queue_size,
+            "ks": list(config.cluster.ks),
+            "negatives": config.loss.num_negatives,
+            "parameters": parameters,
+            "steps_per_round": self.steps,
+            "flop_per_step": flop,
+            "flop": flop * self.steps,
+            **({"our_loader": pick_loader(config.data.loader)} if self.loader == "on" else {}),
+        }
+
+
+@functools.cache
+def count_work(batch: int) -> tuple[int, int]:
+    """(floating point operations of encoder-only's step, parameters of one encoder)."""
+    config = recipe.step_recipe(batch)
+    with torch.device("meta"):
+        encoder, views = Encoder(config.model), torch.empty(batch, 3, config.data.size, config.data.size)
+    with FlopCounterMode(display=False) as counter:
+        encoder(views).sum().backward()
+        with torch.no_grad():
+            encoder(views)
+    return counter.get_total_flops(), sum(parameter.numel() for parameter in encoder.parameters())
+
+
+class Runner(NamedTuple):
+    step: Step
+    ahead: int  # batches that its loader may have ready after a rest
+
+
+@functools.cache
+def batch_at_hand(case: Case) -> Batch:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    shape = (case.batch, case.config.data.size, case.config.data.size, 3)
+    query_view, key_view = (
+        torch.randint(256, shape, dtype=torch.uint8, generator=generator, device=DEVICE) for _ in range(2)
+    )
+    return Batch(query_view, key_view, torch.arange(case.batch))
+
+
+def our_batches(case: Case) -> tuple[Iterator[Batch], int]:
+    """(batches, how many of them may be ready after a rest)."""
+    if case.loader == "off":
+        return itertools.repeat(batch_at_hand(case)), 0
+    config, images = case.config.data, recipe.folder()[0]
+    long = images.subset(list(range(len(images))) * (EPOCH // len(images)))
+    loader = training_loader(long, config, batch_size=case.batch, seed=0, world=recipe.WORLD)
+    resources = pick_resources(config, DEVICE)
+    # DALI has two stages, torchvision as many as workers.
+    ready = resources.prefetch * (2 if pick_loader(config.loader) == "dali" else resources.workers)
+    # The same prototypes are for the photographs once.
+    return (batch._replace(index=batch.index % len(images)) for batch in loader.epoch(0)), ready
+
+
+def official_views(case: Case) -> tuple[Iterator[official_step.Views], int]:
+    """As `our_batches`."""
+    if case.loader == "on":
+        images, size = recipe.folder()[0], case.config.data.size
+        return official_step.loader(images, size, case.batch, pin=device.CUDA), official_step.AHEAD
+    batch = batch_at_hand(case)
+    views = [normalise(view, torch.float32).contiguous().cpu() for view in batch[:2]]
+    return itertools.repeat((*(view.pin_memory() if device.CUDA else view for view in views), batch.index)), 0
+
+
+def official(case: Case) -> Runner:
+    views, ahead = official_views(case)
+    learner, granularities = official_step.OfficialStep(case.config, DEVICE), recipe.random_prototypes(case.config)
+    return Runner(lambda: learner.step(next(views), granularities), ahead)
+
+
+def encoder_only(case: Case) -> Runner:
+    config, dtype = case.config, encoder_dtype(DEVICE)
+    encoder = Encoder(config.model).to(DEVICE, memory_format=torch.channels_last)
+    key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+    autocast, _ = precision(DEVICE)
+    upstream = torch.randn(case.batch, config.model.dim, device=DEVICE)
+    batches, ahead = our_batches(case)
+    if case.loader == "off":
+        views = itertools.repeat([normalise(view, dtype) for view in next(batches)[:2]])
+    else:
+        views = ([normalise(view, dtype) for view in batch[:2]] for batch in batches)
+
+    def step() -> None:
+        query_view, key_view = next(views)
+        with torch.no_grad(), autocast:
+            key_encoder(key_view)
+        with autocast:
+            query = encoder(query_view)
+        query.backward(upstream)
+        encoder.zero_grad(set_to_none=True)
+
+    return Runner(step, ahead)
+
+
+def ours(case: Case) -> Runner:
+    batches, ahead = our_batches(case)
+    learner, granularities = recipe.ready_learner(case.config)
+    numbers = itertools.count()
+    return Runner(lambda: learner.step(next(batches), granularities, next(numbers)), ahead)
+
+
+def captured(case: Case) -> Runner:
+    learner, granularities = recipe.ready_learner(case.config)
+    batch, numbers = batch_at_hand(case), itertools.count()
+    inputs = learner.inputs(batch, next(numbers))
+    inputs = inputs._replace(query_view=inputs.query_view.clone(), key_view=inputs.key_view.clone())
+    try:
+        replay, _ = device.capture(lambda: learner.compute(inputs, granularities))
+    except RuntimeError as error:
+        pytest.skip(f"the step cannot be captured: {error}")
+
+    def step() -> None:
+        for kept, new in zip(inputs, learner.inputs(batch, next(numbers)), strict=True):
+            if kept is not None:
+                kept.copy_(new)
+        replay()
+
+    return Runner(step, 0)
+
+
+PROVIDERS: dict[str, Callable[[Case], Runner]] = {
+    "official": official,
+    REFERENCE: encoder_only,
+    "ours": ours,
+    GRAPH: captured,
+}
+CASES = [Case(batch, loader) for batch in BATCHES for loader in ("off", "on")]
+RUNS = [(case, provider) for case in CASES for provider in PROVIDERS if provider != GRAPH]
+if device.CUDA:  # last, as a failed capture may leave the GPU unusable
+    RUNS += [(case, GRAPH) for case in CASES if case.loader == "off"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    """Of this process alone, for the official step; ours does not use it."""
+    options = {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.CUDA else "gloo", **options)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fastest_convolutions() -> Iterator[None]:
+    """Both ways let cuDNN find them."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    yield
+    torch.backends.cudnn.benchmark = before
+
+
+@pytest.fixture(scope="module")
+def agreement() -> None:
+    """Two steps of both ways from the same weights, queue and views, on the CPU in float32. Without twins, and with as
+    many negatives as there are, the two losses are the same.
+    """
+    rows, k, size, cpu = 8, 16, 32, torch.device("cpu")
+    config = recipe.step_recipe(rows)
+    config = replace(
+        config,
+        model=replace(config.model, arch="resnet18", queue_size=4 * rows, momentum=0.9),
+        loss=replace(config.loss, num_negatives=k - rows),
+        # Small, so that rounding does not grow; and a decay that can be seen beside the gradient.
+        optim=replace(config.optim, lr=1e-3, weight_decay=0.1),
+    )
+    theirs = official_step.OfficialStep(config, cpu)
+    own = Learner(replace(config, loss=replace(config.loss, num_negatives=None)), World(0, 1, cpu, None))
+    own.begin_epoch(0)
+    theirs.start_from(own.encoder.state_dict(), own.queue.keys)
+    start = flat(own.encoder)
+    granularities = [
+        PrototypeSet(
+            F.normalize(torch.randn(k, config.model.dim), dim=1),
+            0.1 + 0.2 * torch.rand(k),
+            torch.randperm(k, dtype=torch.int32),
+        )
+        for _ in range(2)
+    ]
+    for number in range(2):
+        views, index = (
+            torch.randint(256, (2, rows, size, size, 3), dtype=torch.uint8),
+            torch.arange(rows) + number * rows,
+        )
+        expected = theirs.step((*(normalise(view, torch.float32).contiguous() for view in views), index), granularities)
+        found = own.step(Batch(*views, index), granularities, number)["loss"].item()
+        assert found == pytest.approx(expected, rel=1e-4)
+    pairs = (own.encoder, theirs.module.query_encoder), (own.twin.key, theirs.module.key_encoder)
+    for found, expected in (map(flat, pair) for pair in pairs):
+        assert torch.linalg.norm(found - expected) < 0.02 * torch.linalg.norm(expected - start)
+    assert torch.allclose(own.queue.keys, theirs.module.queue.T, atol=1e-3)
+
+
+def flat(encoder: torch.nn.Module) -> torch.Tensor:
+    """All its parameters."""
+    return torch.cat([parameter.detach().flatten() for parameter in encoder.parameters()])
+
+
+def warm(provider: str, case: Case) -> tuple[Runner, int | None]:
+    """(the provider after some steps; the most memory of the GPU that it has taken since, weights included)."""
+    before = torch.cuda.memory_allocated() if device.CUDA else 0
+    runner = PROVIDERS[provider](case)
+    run(runner, device.WARM_UP)
+    held = torch.cuda.memory_allocated() - before if device.CUDA else 0
+    _, more = device.peak_bytes(runner.step)
+    return runner, None if more is None else held + more
+
+
+def run(runner: Runner, steps: int) -> None:
+    for _ in range(steps):
+        runner.step()
+
+
+shares: dict[tuple[Case, str], float] = {}  # of encoder-only's speed
+
+
+@pytest.mark.parametrize(("case", "provider"), RUNS, ids=str)
+@pytest.mark.usefixtures("agreement")
+def test_step(benchmark, case, provider):
+    batch_at_hand(case)  # which is nobody's memory
+    runner, memory = warm(provider, case)
+    reference = runner if provider == REFERENCE else warm(REFERENCE, case)[0]
+    reference_seconds: list[float] = []
+
+    def take_turns() -> None:
+        run(reference, reference.ahead)
+        reference_seconds.append(device.seconds(lambda: run(reference, case.steps)))
+        run(runner, runner.ahead)
+
+    benchmark.group = str(case)
+    benchmark.extra_info.update(provider=provider, sizes=SIZES, versions=optional.versions(), case=case.describe())
+    benchmark.extra_info["peak_extra_bytes"] = None if provider == GRAPH else memory  # a replay allocates nothing
+    benchmark.pedantic(run, args=(runner, case.steps), setup=take_turns, rounds=case.rounds)
+    if benchmark.enabled:
+        seconds = benchmark.stats.stats.data
+        ratios = (theirs / own for theirs, own in zip(reference_seconds, seconds, strict=True))
+        shares[case, provider] = statistics.median(ratios)
+        benchmark.extra_info["figures"] = figures(case, provider, statistics.median(seconds) / case.steps)
+
+
+def figures(case: Case, provider: str, seconds: float) -> dict[str, float]:
+    """Of a step that takes so long."""
+    share = shares[case, provider]
+    result = {"images_per_s": round(case.batch / seconds, 1), "share_of_encoder_only": round(share, 4)}
+    if (case, "official") in shares:
+        result["times_official"] = round(share / shares[case, "official"], 3)
+    if peak := next((peak for name, peak in PEAKS.items() if name in name_of_gpu()), None):
+        result["mfu"] = round(count_work(case.batch)[0] / seconds / peak / 1e12, 4)
+    return result
+
+
+def name_of_gpu() -> str:
+    return torch.cuda.get_device_name() if device.CUDA else ""
