@@ -23,9 +23,10 @@ positive, and one column per other row, its positive, unless that is this row's 
 
 Numerics. fp16 and bf16 operands are multiplied as they are, the promotion of query and bank type, and added in fp32.
 fp32 queries are rounded to the type of banks in half precision, which is as exact as these are, and get their gradient
-in fp32: so training need not round it. fp32 operands are split into two fp16 numbers, high + low, and multiplied as high high + high low + low high: 22 bits,
-on the matrix units of every architecture, where TF32 has 11. Matrix units truncate what they add to an accumulator; so
-that this does not pile up over a part, fp32 numerators are added outside of them.
+in fp32: so training need not round it. fp32 operands are split into two fp16 numbers, high + low, and multiplied as
+high high + high low + low high: 22 bits, on the matrix units of every architecture, where TF32 has 11. Matrix units
+truncate what they add to an accumulator; so that this does not pile up over a part, fp32 numerators are added outside
+of them.
 Exponentials times weights are scaled to at most 2^15 before they are rounded to fp16, whose small numbers would
 otherwise swallow a long tail of little exponentials. The scale is by the largest weight so far, a running maximum like
 that of the scores.
