@@ -57,11 +57,17 @@ def _loader_steps(record: Record) -> Iterator[MeasuredStep]:
             continue
         alone = 1 / providers[_AT_HAND]["images_per_s"]
         for loader, figures in providers.items():
-            rate = record.figure("training views", loader, "images_per_s")
+            rate = _views_of_step(record, loader)
             if rate is not None:
                 predicted = with_loader(alone, 1 / rate, on_cpu=record.on_cpu)
                 name = f"{record.path.parent.name}, {group}, {loader}"
                 yield MeasuredStep(name, 1 / figures["images_per_s"], predicted)
+
+
+def _views_of_step(record: Record, loader: str) -> float | None:
+    """Images/s of the loader by itself; where the step's views are of another size than ImageNet's, of that size."""
+    groups = [group for group in record.cases if group.startswith("training views, ")]
+    return record.figure(groups[0] if groups else "training views", loader, "images_per_s")
 
 
 def _whole_steps(record: Record, machine: dict[str, Record]) -> Iterator[MeasuredStep]:

@@ -77,6 +77,17 @@ def test_loaders_share_a_cpu_but_not_a_gpu(tmp_path):
     assert found["cpu, step of resnet18, dali"].error == pytest.approx((1 / 200 + 1 / 300) * 110 - 1)
 
 
+def test_a_step_with_smaller_views_waits_for_those(tmp_path):
+    cases = {
+        "training views": rates(dali=300.0),
+        "training views, 64 px": rates(dali=500.0),
+        "step of resnet18": rates(batch_at_hand=200.0, dali=140.0),
+    }
+    write(tmp_path, "cpu", "AMD EPYC CPU, 2 threads", "data", cases)
+    (step,) = measured_steps(Records(tmp_path))
+    assert step.predicted == pytest.approx(1 / 200 + 1 / 500)
+
+
 def test_steps_on_a_cpu(tmp_path):
     """Loss: 10 ms for 64 rows and 1000 columns, so 2.75 ms for 32 rows and 400 + 50 + 100 columns. Update: 32 MB at 20
     GB/s, 1.6 ms. The loader costs ours what it costs the encoder alone.
