@@ -8,8 +8,8 @@ clustering views as many as all images are. "dali, cached" reads them from --dat
 that file is in the operating system's cache too: what a disk delivers is not measured.
 
 The step is PCL v2: on a GPU with ResNet-50 at 224 px and the paper's queue and prototypes, on a CPU with ResNet-18 at
-64 px, whose views are measured by themselves too; first with one batch that is there already, then with either loader. The images are fewer than the paper's, and
-the prototypes random: neither changes how long a step takes.
+64 px, whose views are measured by themselves too; first with one batch that is there already, then with either loader.
+The images are fewer than the paper's, and the prototypes random: neither changes how long a step takes.
 """
 
 from __future__ import annotations

@@ -180,7 +180,7 @@ def test_errors_for_people(monkeypatch, tmp_path, flags, message):
 
 
 def test_an_empty_folder_of_records(monkeypatch, tmp_path):
-    with pytest.raises(SystemExit, match=r'no record in .* "training views", torchvision.*make bench'):
+    with pytest.raises(SystemExit, match=r'no record in .* "sampling alone", official.*make bench'):
         run(monkeypatch, "pcl_v2", "--results", str(tmp_path))
 
 

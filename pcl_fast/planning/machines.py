@@ -260,6 +260,10 @@ _XEON_VIEW = Constant(
     "published: Oneflow-Inc/DLPerf, PyTorch resnet50v1.5, 8 V100, 8 worker processes",
 )
 
+# Images/s with two training views by those with the clustering view: 0.27, 0.29 and 0.30 in three runs of bench/data.py
+# on two EPYC cores. What MoCo takes is as sensitive to it as that.
+_PAIR_BY_VIEW = 0.29
+
 
 def machine(gpu: str, records: Records) -> Machine:
     """What is known of `gpu`: published, and measured where a record's machine has that word in its name.
@@ -285,20 +289,15 @@ def machine(gpu: str, records: Records) -> Machine:
 
 def _host_rates(gpu: str, records: Records) -> HostRates:
     """By the machine's own record, or any; on the V100's older processor by what is published of it."""
-    views = {}
-    for kind in ("training views", "clustering views"):
-        record, rate = records.find("data", kind, "torchvision", "images_per_s", first=gpu)
-        views[kind] = (record, rate / record.cases[kind]["cores"])
-    (record, pair), (_, view) = views["training views"], views["clustering views"]
     if gpu == "v100" and "data" not in records.of_gpu(gpu):
-        source = f"assumed: as many times one view's as there ({record.source})"
-        return HostRates(
-            Constant("PIL, two views", _XEON_VIEW.value * pair / view, "images/s per core", source), _XEON_VIEW
-        )
-    return HostRates(
-        record.constant("PIL, two views", pair, "images/s per core"),
-        record.constant("PIL, one view", view, "images/s per core"),
-    )
+        source = f"assumed: {_PAIR_BY_VIEW} of one view's, as on two EPYC cores (median of three runs)"
+        pair = Constant("PIL, two views", _PAIR_BY_VIEW * _XEON_VIEW.value, "images/s per core", source)
+        return HostRates(pair, _XEON_VIEW)
+    rates = []
+    for name, kind in (("PIL, two views", "training views"), ("PIL, one view", "clustering views")):
+        record, rate = records.find("data", kind, "torchvision", "images_per_s", first=gpu)
+        rates.append(record.constant(name, rate / record.cases[kind]["cores"], "images/s per core"))
+    return HostRates(*rates)
 
 
 def _step(record: Record) -> dict[str, object]:

@@ -67,8 +67,8 @@ def test_loaders_share_a_cpu_but_not_a_gpu(tmp_path):
     write(tmp_path, "cpu", "AMD EPYC CPU, 2 threads", "data", cases)
     write(tmp_path, "gpu", "NVIDIA H200", "data", cases)
     found = {step.name: step for step in measured_steps(Records(tmp_path))}
-    assert set(found) == {
-        f"{slug}, step of resnet18, {loader}" for slug in ("cpu", "gpu") for loader in ("dali", "torchvision")
+    assert set(found) == {f"{where}, step of resnet18, dali" for where in ("cpu", "gpu")} | {
+        "gpu, step of resnet18, torchvision"
     }
     assert found["cpu, step of resnet18, dali"].predicted == pytest.approx(1 / 200 + 1 / 300)
     assert found["gpu, step of resnet18, dali"].predicted == pytest.approx(1 / 200)
