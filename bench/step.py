@@ -56,7 +56,7 @@ REFERENCE, GRAPH = "encoder-only", "ours+graph"
 EPOCH = 1 << 20  # images: the photographs many times over, as no epoch is to end while it is measured
 SIZES = {"images": recipe.IMAGES, "width": photos.WIDTH, "height": photos.HEIGHT}
 # Dense half-precision products, TFLOP/s, by the data sheets.
-PEAKS = {"V100": 125, "A100": 312, "H100 PCIe": 756, "H100": 989, "H200": 989}
+PEAKS = {"V100-PCIE": 112, "V100": 125, "A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989}
 
 Step = Callable[[], object]
 

@@ -31,7 +31,7 @@ meeting=${nodes%%$'\n'*}:$((20000 + SLURM_JOB_ID % 10000))
 # The step is signalled, not srun, which would kill it. torchrun passes the signal on and leaves its processes half a
 # minute to save.
 requeue=
-trap 'requeue=yes; scancel --signal=TERM "$SLURM_JOB_ID.0"' USR1
+trap 'requeue=yes; scancel --signal=TERM "$SLURM_JOB_ID.0" || true' USR1
 
 # One torchrun per node; they meet on the first. If one fails all end, so that none waits for it.
 srun --kill-on-bad-exit=1 torchrun \

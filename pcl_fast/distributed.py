@@ -95,6 +95,8 @@ def _join() -> torch.device:
     cuda = device.type == "cuda"
     # Of high priority: sums are to travel while k-means searches, not after it has filled the GPU.
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if cuda else None
+    if options is not None:
+        options._timeout = _TIMEOUT  # else it warns of two
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         timeout=_TIMEOUT,
@@ -162,6 +164,8 @@ def begin_to_read(
 
     On a GPU this goes on beside the work that is enqueued meanwhile: the host gets the values as soon as they are
     there, and the GPU need not run dry until it has seen them. What is enqueued after the call sees what `wait` is for.
+    What `values` and `wait` refer to is kept until then: freed before, its memory would be given to work that waits
+    neither for the sums nor for the copy.
     """
     if device.type != "cuda":
         return lambda: (wait(), values().tolist())[1]
@@ -173,7 +177,7 @@ def begin_to_read(
         host = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
         event = beside.record_event()
 
-    def read() -> Any:
+    def read(_kept: tuple = (values, wait, found)) -> Any:
         event.synchronize()
         stream.wait_event(event)
         return host.tolist()

@@ -148,8 +148,8 @@ class StepMetrics:
         self._names = list(self._pending[-1][2])
         local = torch.stack([torch.stack([values[name] for name in self._names]) for _, _, values in self._pending])
         # One collective for the metrics and the wishes.
-        asked = torch.tensor([float(wish) for wish in wishes]).to(local.device, non_blocking=True)
-        table = torch.cat([local, asked.expand(len(local), -1)], dim=1)
+        asked = [torch.full((len(local), 1), float(wish), device=local.device) for wish in wishes]
+        table = torch.cat([local, *asked], dim=1)
         read = begin_to_read(lambda: table, begin_all_reduce_sum(table, self.world.group), self.world.device)
         self._look = _Look(read, local, self._pending, epoch, done, lr)
         self._pending = []

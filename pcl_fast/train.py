@@ -29,7 +29,7 @@ def main() -> None:
         validate(config)
         world = connect()
         run(config, world)
-    except (ValueError, UserError) as error:
+    except (ValueError, UserError, OSError) as error:
         # The message says what to do; a stack trace would hide it.
         sys.exit(f"pcl_fast.train: {error}")
     disconnect(world)
@@ -41,16 +41,20 @@ def run(config: Config, world: World) -> bool:
     Raises:
         ValueError: something in `config` cannot work, or config.output holds another run.
         UserError: the images or the checkpoint cannot be used, a package is missing, or training diverged.
+        OSError: config.output cannot be written.
     """
     images = open_images(config, world)
     torch.backends.cudnn.benchmark = True
     trainer = Trainer(config, images, world)
-    if world.is_main:
-        (config.output / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    together(lambda: _write_config(config) if world.is_main else None, world)
     finished = trainer.fit()
     if finished and world.is_main:
         print(f"report: {write_report(config.output)}")
     return finished
+
+
+def _write_config(config: Config) -> None:
+    (config.output / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def open_images(config: Config, world: World) -> ImageSet:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from pcl_fast.checkpoint import check_same_run, load_same_checkpoint, save_checkpoint
 from pcl_fast.clustering import FeatureShard, PrototypeSet, cluster, obstacle, pick_backend
 from pcl_fast.config import Config, to_dict
-from pcl_fast.data import Batch, ImageSet, clustering_loader, describe_loader, training_loader
+from pcl_fast.data import Batch, ImageSet, TrainingLoader, clustering_loader, describe_loader, training_loader
 from pcl_fast.distributed import World, gather_objects, shard_bounds, together
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
 from pcl_fast.learner import Learner
@@ -44,17 +44,11 @@ class Trainer:
         """
         check_sizes(config, len(images), world.size)
         self.config, self.images, self.world = config, images, world
-        rows = config.optim.batch_size // world.size
         self.learner = Learner(config, world)
-        self.loader = training_loader(images, config.data, batch_size=rows, seed=config.seed, world=world)
-        # One machine's disk may lack what others have.
-        self.clustering_view = together(
-            lambda: clustering_loader(images, config.data, batch_size=_CLUSTERING_BATCH, world=world), world
-        )
         begin, end = shard_bounds(len(images), world.rank, world.size)
         self.shard = FeatureShard(end - begin, config.model.dim, world.device)
-        # What cannot be used is better said now than at the first E-step.
-        pick_backend(config.cluster.backend, world.device, self.shard.features.dtype, config.model.dim)
+        # One machine may lack what others have, a package or room on its disk.
+        self.loader, self.clustering_view = together(self._loaders, world)
         self.labels = _classes(images, world)
 
         self.prototypes: list[PrototypeSet] = []
@@ -65,7 +59,7 @@ class Trainer:
         self._saved = time.monotonic()
         self._in_expectation = False
         resume_at, epoch_metrics = self._restore()
-        self.recorder = Recorder(config.output, enabled=world.is_main, resume_at=resume_at)
+        self.recorder = together(lambda: Recorder(config.output, enabled=world.is_main, resume_at=resume_at), world)
         self.recorder.say(describe_loader(config.data, world))
         if world.device.type == "cuda" and config.cluster.backend == "auto":
             reason = obstacle(world.device, self.shard.features.dtype, config.model.dim)
@@ -73,6 +67,14 @@ class Trainer:
                 self.recorder.say(f"k-means runs in plain PyTorch, which is slower: its kernels' backend {reason}")
         self.metrics = StepMetrics(self.recorder, images, world, batch_size=config.optim.batch_size)
         self.metrics.load(epoch_metrics)
+
+    def _loaders(self) -> tuple[TrainingLoader, Iterable[torch.Tensor]]:
+        """For training and clustering. What cannot be used for k-means is better said now too than at the first one."""
+        config, images, world = self.config, self.images, self.world
+        pick_backend(config.cluster.backend, world.device, self.shard.features.dtype, config.model.dim)
+        rows = config.optim.batch_size // world.size
+        training = training_loader(images, config.data, batch_size=rows, seed=config.seed, world=world)
+        return training, clustering_loader(images, config.data, batch_size=_CLUSTERING_BATCH, world=world)
 
     def fit(self) -> bool:
         """Train to the end; False when SIGTERM or SIGINT stopped it early, with everything saved.

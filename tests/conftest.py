@@ -35,7 +35,7 @@ def image_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def two_ranks(image_folder, tmp_path_factory) -> tuple[Path, str]:
     """An uninterrupted run on two ranks, and what it printed."""
-    from runs import train  # not before the variable above is set
+    from launches import train  # not before the variable above is set
 
     output = tmp_path_factory.mktemp("two_ranks")
     return output, train(image_folder, output, ranks=2)

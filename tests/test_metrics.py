@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from ranks import run_ranks
@@ -54,6 +56,21 @@ def test_a_look_is_of_the_steps_before_it_began(tmp_path, image_folder, alone):
         look(metrics, 0, 2, lr=0.1, wishes=(False,))
     assert metrics.epoch_means()["loss"] == 1.0
     recorder.close()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU's memory is used again while it works")
+def test_what_a_look_reads_on_a_gpu_is_kept_for_it(tmp_path, image_folder, alone):
+    recorder, device = Recorder(tmp_path), torch.device("cuda", 0)
+    metrics = step_metrics(image_folder, dataclasses.replace(alone, device=device), recorder)
+    for step in range(1, 30):
+        torch.cuda._sleep(10**7)
+        metrics.add(step, torch.tensor([0, 1]), {"loss": torch.tensor(float(step)).to(device)})
+        metrics.begin_look(0, step, lr=0.1, wishes=(step % 2 == 0,))
+        for _ in range(50):  # as a step takes, of all small sizes
+            torch.full((3,), torch.nan, device=device)
+        assert metrics.end_look() == [step % 2 == 0]
+    recorder.close()
+    assert [row["loss"] for row in read_rows(tmp_path)] == list(range(1, 30))
 
 
 def test_a_bad_loss_names_the_batch_of_its_step(image_folder, alone):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from runs import command, on_the_cpu, same_rows, same_state
+from launches import command, on_the_cpu, same_rows, same_state
 
 from pcl_fast.checkpoint import load_checkpoint
 

@@ -12,7 +12,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
-from runs import command, execute, interrupt, same_rows, same_state, train
+from launches import command, execute, interrupt, same_rows, same_state, train
 
 from pcl_fast.checkpoint import load_checkpoint
 from pcl_fast.config import PRESETS

@@ -122,8 +122,7 @@ def usable(images: ImageSet, record: Path, world: World, *, threads: int) -> tup
             )
         keys = images.keys()
         broken = {keys[index]: fault for index, fault in faults.items()}
-        if world.is_main:
-            _write_record(record, images, broken)
+        together(lambda: _write_record(record, images, broken) if world.is_main else None, world)
     if not broken:
         return images, 0
     kept = [index for index, key in enumerate(images.keys()) if key not in broken]

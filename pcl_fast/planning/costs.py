@@ -127,7 +127,8 @@ def _loss(job: Job, machine: Machine, prototypes: bool) -> tuple[float, str, tup
     columns = job.columns(prototypes)
     if machine.measured_loss is not None:
         measured, of = machine.measured_loss
-        return measured.value * columns / of, "steps x measured x columns / its columns", (measured,)
+        seconds = measured.value * columns / of * max(1.0, job.rows / 64)
+        return seconds, "steps x measured x columns / its columns x max(1, N / 64)", (measured,)
     seconds = _LOSS_OVERHEAD.value * 2 * columns * job.config.model.dim / machine.bandwidth.value
     return seconds, "steps x overhead x 2 B x d x columns / bandwidth", (_LOSS_OVERHEAD, machine.bandwidth)
 

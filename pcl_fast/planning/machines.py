@@ -187,7 +187,7 @@ def _nvlink(gigabytes: float, source: str) -> Constant:
 
 
 def _dali(rate: float, source: str) -> Constant:
-    return Constant("DALI, decoding on the GPU, at least", rate, "images/s per core", source)
+    return Constant("DALI, one view, decoding on the GPU, at least", rate, "images/s per core", source)
 
 
 _NEWER = "assumed: as an A100's, which has the same kind of hardware decoder"

@@ -113,15 +113,15 @@ def _beside_a_loader(added: float, case: dict[str, Any], record: Record, encoder
 def _added(case: dict[str, Any], record: Record, machine: dict[str, Record]) -> float:
     """Loss and update, seconds per image.
 
-    The loss is loss.json's by the columns (on a GPU it is one pass over the banks), on a CPU by rows * columns (it is a
-    product there); the update 32 bytes a parameter.
+    The loss is loss.json's by the columns (on a GPU up to 64 rows share a pass over the banks), on a CPU by rows *
+    columns (it is a product there); the update 32 bytes a parameter.
     """
     rows = case["batch"]
     columns = case["queue"] + sum(min(case["negatives"] or k, k) for k in case["ks"])
     loss = 0.0
     measured = loss_seconds(machine["loss"]) if "loss" in machine else None
     if measured is not None:
-        loss = measured[0].value * columns / measured[1] * (rows / 64 if record.on_cpu else 1.0)
+        loss = measured[0].value * columns / measured[1] * (rows / 64 if record.on_cpu else max(1.0, rows / 64))
     parameters = case.get("parameters") or count(ModelConfig(arch=case["arch"]), case["size"]).parameters
     return (loss + UPDATE_BYTES * parameters / _bandwidth(record)) / rows
 

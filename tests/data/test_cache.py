@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from launches import same_state, train
 from PIL import Image
-from runs import same_state, train
 
 from pcl_fast.config import DataConfig
 from pcl_fast.data import ImageSet, clustering_loader, describe_loader, find_images
