@@ -225,7 +225,7 @@ class Trainer:
         stop, save = self.metrics.end_look() or (False, False)
         last = self.step == self.loader.steps or stop or save
         if last or self.step % self.config.log_every == 0:
-            wishes = (self._signalled or stop, self._save_is_due() or save)
+            wishes = (self._signalled, self._save_is_due())  # once wished, wished until it is done
             self.metrics.begin_look(self.epoch, self.step, lr=lr, wishes=wishes)
         return tuple(self.metrics.end_look()) if last else (False, False)
 

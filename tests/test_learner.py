@@ -273,6 +273,17 @@ def test_learning_rate_schedules(optim, expected):
         assert learning_rate(optim, epoch, 200) == pytest.approx(value)
 
 
+def test_every_epoch_trains_at_its_own_learning_rate(alone):
+    learner, resumed = Learner(small_config(), alone), Learner(small_config(), alone)
+    for epoch in (0, 7, 23):
+        lr = learner.begin_epoch(epoch)
+        assert lr == pytest.approx(learning_rate(small_config().optim, epoch, DEMO.epochs))
+        assert learner.optimizer.param_groups[0]["lr"].item() == pytest.approx(lr)
+    resumed.load(learner.state(), learner.rank_state())
+    resumed.begin_epoch(11)
+    assert resumed.optimizer.param_groups[0]["lr"].item() == pytest.approx(learning_rate(DEMO.optim, 11, DEMO.epochs))
+
+
 @pytest.mark.parametrize(("batch_size", "factor"), [(256, 1), (1024, 4), (100, 100 / 256)])
 def test_the_learning_rate_scales_with_the_batch_when_asked_to(batch_size, factor):
     optim = OptimConfig(lr=0.03, batch_size=batch_size)
