@@ -78,6 +78,13 @@ def test_ami_is_scikit_learn_s(n, clusters, classes):
     assert adjusted_mutual_information(assignment, labels) == pytest.approx(expected, abs=1e-12)
 
 
+def test_ami_of_parts_that_must_overlap():
+    """A class and a cluster of four among five images have at least three in common."""
+    labels, assignment = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 0, 0, 1, 0])
+    expected = adjusted_mutual_info_score(labels.numpy(), assignment.numpy())
+    assert adjusted_mutual_information(assignment, labels) == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_ami_of_partitions_that_cannot_differ(n):
     whole, single = torch.zeros(n, dtype=torch.int64), torch.arange(n)
