@@ -27,7 +27,6 @@ import functools
 import itertools
 import statistics
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import device
@@ -38,16 +37,14 @@ import pytest
 import recipe
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
+from agreement import check_agreement
 from torch.utils.flop_counter import FlopCounterMode
 
-from pcl_fast.clustering import PrototypeSet
 from pcl_fast.config import Config
 from pcl_fast.data import Batch, normalise, training_loader
 from pcl_fast.data.loader import pick_loader
 from pcl_fast.data.resources import pick_resources
-from pcl_fast.distributed import World
-from pcl_fast.learner import Learner, encoder_dtype, precision
+from pcl_fast.learner import encoder_dtype, precision
 from pcl_fast.model import Encoder
 
 DEVICE = recipe.WORLD.device
@@ -245,48 +242,7 @@ def fastest_convolutions() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def agreement() -> None:
-    """Two steps of both ways from the same weights, queue and views, on the CPU in float32. Without twins, and with as
-    many negatives as there are, the two losses are the same.
-    """
-    rows, k, size, cpu = 8, 16, 32, torch.device("cpu")
-    config = recipe.step_recipe(rows)
-    config = replace(
-        config,
-        model=replace(config.model, arch="resnet18", queue_size=4 * rows, momentum=0.9),
-        loss=replace(config.loss, num_negatives=k - rows),
-        # Small, so that rounding does not grow; and a decay that can be seen beside the gradient.
-        optim=replace(config.optim, lr=1e-3, weight_decay=0.1),
-    )
-    theirs = official_step.OfficialStep(config, cpu)
-    own = Learner(replace(config, loss=replace(config.loss, num_negatives=None)), World(0, 1, cpu, None))
-    own.begin_epoch(0)
-    theirs.start_from(own.encoder.state_dict(), own.queue.keys)
-    start = flat(own.encoder)
-    granularities = [
-        PrototypeSet(
-            F.normalize(torch.randn(k, config.model.dim), dim=1),
-            0.1 + 0.2 * torch.rand(k),
-            torch.randperm(k, dtype=torch.int32),
-        )
-        for _ in range(2)
-    ]
-    for number in range(2):
-        views, index = (
-            torch.randint(256, (2, rows, size, size, 3), dtype=torch.uint8),
-            torch.arange(rows) + number * rows,
-        )
-        expected = theirs.step((*(normalise(view, torch.float32).contiguous() for view in views), index), granularities)
-        found = own.step(Batch(*views, index), granularities, number)["loss"].item()
-        assert found == pytest.approx(expected, rel=1e-4)
-    pairs = (own.encoder, theirs.module.query_encoder), (own.twin.key, theirs.module.key_encoder)
-    for found, expected in (map(flat, pair) for pair in pairs):
-        assert torch.linalg.norm(found - expected) < 0.02 * torch.linalg.norm(expected - start)
-    assert torch.allclose(own.queue.keys, theirs.module.queue.T, atol=1e-3)
-
-
-def flat(encoder: torch.nn.Module) -> torch.Tensor:
-    """All its parameters."""
-    return torch.cat([parameter.detach().flatten() for parameter in encoder.parameters()])
+    check_agreement()
 
 
 def warm(provider: str, case: Case) -> tuple[Runner, int | None]:

@@ -19,11 +19,14 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+def write_images(root: Path) -> Path:
     """53 JPEGs of 3 classes (18, 18, 17): smooth colour patterns of different sizes."""
-    root = tmp_path_factory.mktemp("images")
     rng = np.random.default_rng(0)
     for label in range(3):
-        (root / f"class_{label}").mkdir()
+        (root / f"class_{label}").mkdir(parents=True)
         for number in range(18 if label < 2 else 17):
             coarse = rng.integers(0, 256, (3 + label, 3 + label, 3), dtype=np.uint8)
             side = (36 + number % 3, 34 + number % 5)
