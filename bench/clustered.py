@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from pcl_fast.kernels import plain
+from pcl_fast.kernels import assign_plain
 
 from pcl_fast.clustering.lloyd import squared_distance
 
@@ -35,5 +35,7 @@ def mean_distance(features: torch.Tensor, centroids: torch.Tensor, assignment: t
     """Of CHECKED points, evenly spread, the last one among them: to their own centroids, or else to the nearest."""
     rows = torch.linspace(0, len(features) - 1, min(len(features), CHECKED), dtype=torch.float64).long()
     points, centroids = features[rows.to(features.device)].float(), centroids.float()
-    own = plain.nearest(points, centroids) if assignment is None else assignment[rows.to(assignment.device)].long()
+    own = (
+        assign_plain.nearest(points, centroids) if assignment is None else assignment[rows.to(assignment.device)].long()
+    )
     return squared_distance(points, centroids, own.to(points.device)).sqrt().mean().item()

@@ -36,8 +36,8 @@ fi
 status=0
 if [[ $parts == *" tests "* ]]; then
     python3 -m pytest "${options[@]}" tests/kernels tests/clustering/test_kmeans.py \
-        tests/clustering/test_concentration.py tests/test_losses.py tests/test_learner.py tests/test_batch_norm.py \
-        tests/test_metrics.py tests/data -q 2>&1 |
+        tests/clustering/test_concentration.py tests/losses tests/nn tests/test_learner.py \
+        tests/run/test_metrics.py tests/data -q 2>&1 |
         tee "$out/tests.log" || status=1
 fi
 if [[ $parts == *" tiles "* ]]; then

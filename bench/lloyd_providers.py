@@ -15,7 +15,7 @@ from typing import NamedTuple
 import official_estep
 import optional
 import torch
-from pcl_fast.kernels import plain
+from pcl_fast.kernels import assign_plain, segment_plain
 
 from pcl_fast.clustering import pick_backend
 
@@ -38,7 +38,7 @@ def with_means(nearest: Callable, sums: Callable, features: torch.Tensor, centro
 
 
 def torch_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
-    return with_means(plain.nearest, plain.segment_sums, features, centroids)
+    return with_means(assign_plain.nearest, segment_plain.segment_sums, features, centroids)
 
 
 def triton_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:

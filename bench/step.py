@@ -42,10 +42,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pcl_fast.config import Config
 from pcl_fast.data import Batch, normalise, training_loader
-from pcl_fast.data.loader import pick_loader
-from pcl_fast.data.resources import pick_resources
+from pcl_fast.data.loaders.loader import pick_loader
+from pcl_fast.data.loaders.resources import pick_resources
 from pcl_fast.learner import encoder_dtype, precision
-from pcl_fast.model import Encoder
+from pcl_fast.nn.encoder import Encoder
 
 DEVICE = recipe.WORLD.device
 BATCHES = (64, 256) if device.CUDA else (64, 32)

@@ -44,8 +44,8 @@ import triton
 import triton.language as tl
 from pcl_fast.kernels.combine import combine, weigh
 from pcl_fast.kernels.launch import BLOCK_D, Tile, capability, divide, multiprocessors, tile_for
-from pcl_fast.kernels.reference import grid
 from pcl_fast.kernels.sampling import SLOTS, draw, halves
+from pcl_fast.kernels.sampling_plain import grid
 from pcl_fast.kernels.stream import stream
 from pcl_fast.kernels.tiles import INTERPRETED, OLD_TRITON
 from torch.autograd.function import once_differentiable

@@ -1,4 +1,4 @@
-"""From the bytes of images to what an encoder takes: one pass on a GPU, and its plain twin."""
+"""From the bytes of images to what an encoder takes, in one pass."""
 
 # Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
 from contextlib import nullcontext
@@ -6,6 +6,7 @@ from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
+from pcl_fast.kernels.normalise_plain import check
 
 BLOCK = 1024  # entries at a time
 
@@ -37,29 +38,6 @@ def normalise(
             grid = (triton.cdiv(out.numel(), BLOCK),)
             shift_and_scale[grid](images.contiguous(), out, *mean, *std, out.numel(), BLOCK=BLOCK)
     return out.permute(0, 3, 1, 2)
-
-
-def normalise_plain(
-    images: torch.Tensor,
-    *,
-    mean: tuple[float, float, float],
-    std: tuple[float, float, float],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The twin: the same bits."""
-    check(images, dtype)
-    n, h, w, _ = images.shape
-    # By whole rows of an image: operands of three entries would be taken one by one.
-    shift, scale = (torch.tensor(numbers * w, dtype=torch.float32, device=images.device) for numbers in (mean, std))
-    out = torch.sub(images.reshape(n, h, 3 * w), shift).div_(scale).to(dtype)
-    return out.view(n, h, w, 3).permute(0, 3, 1, 2)
-
-
-def check(images: torch.Tensor, dtype: torch.dtype) -> None:
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"images must be uint8 [n, h, w, 3], not {images.dtype} {list(images.shape)}")
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        raise ValueError(f"dtype must be float16, bfloat16 or float32, not {dtype}")
 
 
 @triton.jit(do_not_specialize=["entries"])

@@ -4,7 +4,7 @@ The negatives of a granularity with K prototypes are the first r of a random per
 The permutation is never stored. It is a Feistel network on a grid of height x width >= K cells: the position is split
 into a row and a column, and each round adds to one of them, modulo its own size, a hash of the other and the seed.
 Every round can be undone, so this is a permutation whatever the hash, and the position of a given id is known as well.
-Cells from K on are holes, skipped like positives; the grid is chosen to have almost none (`reference.grid`).
+Cells from K on are holes, skipped like positives; the grid is chosen to have almost none (`sampling_plain.grid`).
 
 The r free ids lie at positions [0, end): end is r and as many as there are positives and holes before end. Leaving
 these out of the list would take a search for every entry. Instead

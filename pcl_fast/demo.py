@@ -20,15 +20,15 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from pcl_fast.checkpoint import load_checkpoint
 from pcl_fast.clustering import kmeans
 from pcl_fast.config import PRESETS
 from pcl_fast.data import clustering_loader, find_images, normalise
-from pcl_fast.data.digits import digits_folder
+from pcl_fast.data.sources.digits import digits_folder
 from pcl_fast.distributed import World
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
 from pcl_fast.learner import Learner
-from pcl_fast.metrics import read_rows
+from pcl_fast.run.checkpoint import load_checkpoint
+from pcl_fast.run.metrics import read_rows
 
 RANKS = 2
 

@@ -12,13 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from pcl_fast.batch_norm import BatchShuffle, average_statistics, fold_batch_norm
 from pcl_fast.clustering import PrototypeSet
 from pcl_fast.config import Config, OptimConfig
 from pcl_fast.data import Batch, normalise
 from pcl_fast.distributed import World, all_gather_rows
 from pcl_fast.losses import ProtoNCEResult, protonce
-from pcl_fast.model import Encoder, KeyQueue, MomentumTwin
+from pcl_fast.nn.batch_norm import average_statistics, fold_batch_norm
+from pcl_fast.nn.encoder import Encoder
+from pcl_fast.nn.momentum import MomentumTwin
+from pcl_fast.nn.queue import KeyQueue
+from pcl_fast.nn.shuffle import BatchShuffle
 from pcl_fast.seeds import Purpose, mix_seeds
 
 

@@ -15,11 +15,11 @@ import tyro
 
 from pcl_fast.config import PRESETS, Config, to_dict, validate
 from pcl_fast.data import ImageSet, check_headers, open_set, usable
-from pcl_fast.data.digits import digits_folder
-from pcl_fast.data.resources import pick_resources
+from pcl_fast.data.loaders.resources import pick_resources
+from pcl_fast.data.sources.digits import digits_folder
 from pcl_fast.distributed import World, check_same, connect, disconnect, main_first, together
 from pcl_fast.errors import UserError
-from pcl_fast.report import write_report
+from pcl_fast.run.report import write_report
 from pcl_fast.trainer import Trainer
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from pcl_fast.checkpoint import check_same_run, load_same_checkpoint, save_checkpoint
 from pcl_fast.clustering import FeatureShard, PrototypeSet, cluster, obstacle, pick_backend
 from pcl_fast.config import Config, to_dict
 from pcl_fast.data import Batch, ImageSet, TrainingLoader, clustering_loader, describe_loader, training_loader
 from pcl_fast.distributed import World, gather_objects, shard_bounds, together
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
 from pcl_fast.learner import Learner
-from pcl_fast.metrics import Recorder, StepMetrics, Stopwatch, describe
+from pcl_fast.run.checkpoint import check_same_run, load_same_checkpoint, save_checkpoint
+from pcl_fast.run.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.seeds import Purpose, mix_seeds
 
 # Images at a time of the pass that fills the feature shard. As many lie in memory decoded but not yet cropped, in each

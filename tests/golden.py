@@ -32,7 +32,7 @@ def measure(images: Path, output: Path, ranks: int) -> dict:
     """Train in `output`: {"losses": of every step, "weights": {name: checksum}}."""
     from launches import train
 
-    from pcl_fast.metrics import read_rows
+    from pcl_fast.run.metrics import read_rows
 
     train(images, output, *FLAGS, ranks=ranks)
     losses = [row["loss"] for row in read_rows(output) if row["kind"] == "step"]
@@ -41,7 +41,7 @@ def measure(images: Path, output: Path, ranks: int) -> dict:
 
 def _weights(output: Path) -> dict:
     """Of the last checkpoint: the encoder's first and last, the momentum encoder's, the queue and the prototypes."""
-    from pcl_fast.checkpoint import load_checkpoint
+    from pcl_fast.run.checkpoint import load_checkpoint
 
     state = load_checkpoint(output)
     query, momentum = state["learner"]["encoder"], state["learner"]["momentum_encoder"]

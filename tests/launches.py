@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from pcl_fast.checkpoint import load_checkpoint
-from pcl_fast.metrics import read_rows
+from pcl_fast.run.checkpoint import load_checkpoint
+from pcl_fast.run.metrics import read_rows
 
 FLAGS = """
     --data.size 16 --data.resize 20 --epochs 3 --optim.batch-size 12 --log-every 1

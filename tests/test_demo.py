@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from pcl_fast.checkpoint import save_checkpoint
 from pcl_fast.config import PRESETS
 from pcl_fast.demo import as_table, score_all
 from pcl_fast.learner import Learner
+from pcl_fast.run.checkpoint import save_checkpoint
 
 
 def test_an_encoder_that_learned_nothing_scores_as_the_untrained_one(tmp_path, alone):

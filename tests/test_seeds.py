@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pcl_fast.data.order import EpochOrder
+from pcl_fast.data.loaders.order import EpochOrder
 from pcl_fast.distributed import World
 from pcl_fast.seeds import Purpose, mix_seeds
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from launches import command, execute, interrupt, same_rows, same_state, train
 
-from pcl_fast.checkpoint import load_checkpoint
 from pcl_fast.config import PRESETS
-from pcl_fast.metrics import read_rows
+from pcl_fast.run.checkpoint import load_checkpoint
+from pcl_fast.run.metrics import read_rows
 from pcl_fast.trainer import check_sizes
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from pcl_fast.errors import MissingPackageError
-from pcl_fast.kernels import plain
+from pcl_fast.kernels import assign_plain, segment_plain
 
 # There is no triton for macOS.
 _assign, _segment = (
@@ -46,12 +46,12 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype, dim: int) 
             return Backend(_assign.nearest, _segment.segment_sums)
         if name == "triton":
             raise ValueError(f'k-means backend "triton" {reason}; use backend "torch"')
-    return Backend(plain.nearest, pick_sums(device))
+    return Backend(assign_plain.nearest, pick_sums(device))
 
 
 def pick_sums(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """On a GPU the kernel, wherever Triton is: the same bits every time."""
-    return _segment.segment_sums if device.type == "cuda" and _segment is not None else plain.segment_sums
+    return _segment.segment_sums if device.type == "cuda" and _segment is not None else segment_plain.segment_sums
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:

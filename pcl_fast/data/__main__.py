@@ -11,9 +11,9 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from pcl_fast.data.check import find_broken
-from pcl_fast.data.formats import open_set
-from pcl_fast.data.images import ImageSet
+from pcl_fast.data.sources.check import find_broken
+from pcl_fast.data.sources.formats import open_set
+from pcl_fast.data.sources.images import ImageSet
 from pcl_fast.errors import UserError
 
 

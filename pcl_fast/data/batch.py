@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from pcl_fast.kernels.normalise import normalise as _normalise
-from pcl_fast.kernels.normalise import normalise_plain as _normalise_plain
+from pcl_fast.kernels.normalise_plain import normalise as _normalise_plain
 
 # ImageNet's channel means and deviations, in units of a byte.
 MEAN = (123.675, 116.28, 103.53)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from pcl_fast.config import ModelConfig
-from pcl_fast.model import Encoder
+from pcl_fast.nn.encoder import Encoder
 
 _IMAGES = 64  # counted with: the weights' bytes are divided among as many as share them in a step
 

@@ -12,7 +12,7 @@ from pcl_fast.clustering import FeatureShard
 from pcl_fast.config import DataConfig, ModelConfig
 from pcl_fast.data import clustering_loader, find_images, normalise
 from pcl_fast.distributed import shard_bounds
-from pcl_fast.model import Encoder
+from pcl_fast.nn.encoder import Encoder
 
 CONFIG = DataConfig(size=16, resize=20, workers=0)
 

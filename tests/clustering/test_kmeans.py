@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pcl_fast.kernels import assign, plain, segment
+from pcl_fast.kernels import assign, assign_plain, segment
 from ranks import run_ranks
 from sklearn.cluster import KMeans
 
@@ -365,7 +365,7 @@ def test_what_the_default_is_on_which_gpu(capability, old_triton, dtype, widest,
     gpu = torch.device("cuda", 0)
     if widest:
         assert pick_backend("auto", gpu, dtype, widest).nearest is assign.nearest
-    assert pick_backend("auto", gpu, dtype, widest + 1).nearest is plain.nearest
+    assert pick_backend("auto", gpu, dtype, widest + 1).nearest is assign_plain.nearest
     assert pick_backend("auto", gpu, dtype, widest + 1).sums is segment.segment_sums
     with pytest.raises(
         ValueError, match=f"up to {widest} for" if widest else "compute capability 8.0 or newer, or 7.0"

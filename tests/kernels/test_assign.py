@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pcl_fast.kernels import plain
+from pcl_fast.kernels import assign_plain
 from pcl_fast.kernels.assign import CLASSES, nearest, widest
 from pcl_fast.kernels.launch import NEAREST, nearest_tile
 
@@ -59,7 +59,7 @@ def test_finds_the_nearest_at_and_across_the_edges_of_tiles(n, k, d, dtype):
     if dtype == torch.float16:
         assert (excess(found, exact) <= 1e-3 * exact.min(1).values + 1e-6).all()
     else:
-        plainly = excess(plain.nearest(features, centroids), exact)
+        plainly = excess(assign_plain.nearest(features, centroids), exact)
         assert (excess(found, exact) <= plainly + 1e-6).all()
 
 
@@ -91,7 +91,7 @@ def test_float32_features_of_any_magnitude(magnitude):
     centroids[::7] *= 0.01  # and of different magnitudes among each other
     exact = distances(features, centroids)
     found = nearest(features * magnitude, centroids * magnitude)
-    assert (excess(found, exact) <= excess(plain.nearest(features, centroids), exact) + 1e-6).all()
+    assert (excess(found, exact) <= excess(assign_plain.nearest(features, centroids), exact) + 1e-6).all()
 
 
 def test_float32_points_at_the_border_of_two_clusters():
@@ -118,7 +118,7 @@ def test_correlated_features(dtype):
     if dtype == torch.float16:  # which has a unit of 2^-9 there, in each of 64 entries
         tolerance = 0.05 * exact.min(1).values
     else:
-        tolerance = 2 * excess(plain.nearest(features, centroids), exact).max() + 1e-5
+        tolerance = 2 * excess(assign_plain.nearest(features, centroids), exact).max() + 1e-5
     assert (excess(nearest(features, centroids), exact) <= tolerance).all()
 
 
@@ -150,8 +150,10 @@ def test_the_plain_twin_takes_the_lowest_of_equals():
     """Across its groups of columns too; the last group is short."""
     features, centroids = clustered(300, 70, 16, torch.float32, seed=6)
     exact = distances(features, centroids)
-    assert torch.equal(plain.nearest(features, torch.cat([centroids, centroids, centroids])), exact.argmin(1))
-    assert torch.equal(plain.nearest(features.half(), centroids), plain.nearest(features.half().float(), centroids))
+    assert torch.equal(assign_plain.nearest(features, torch.cat([centroids, centroids, centroids])), exact.argmin(1))
+    assert torch.equal(
+        assign_plain.nearest(features.half(), centroids), assign_plain.nearest(features.half().float(), centroids)
+    )
 
 
 def test_tiles_fit_the_kernels():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from pcl_fast.kernels import contrast as kernels
-from pcl_fast.kernels import reference
+from pcl_fast.kernels import contrast_plain, sampling_plain
 from pcl_fast.kernels.contrast import PrototypeBank, contrast
 from pcl_fast.kernels.launch import divide, multiprocessors, tile_for
 
@@ -79,14 +79,14 @@ class Problem:
         results = []
         if self.queue is not None:
             weight = 1 / self.temperature
-            results.append(reference.contrast(query, cast(self.key), weight, cast(self.queue), weight))
+            results.append(contrast_plain.contrast(query, cast(self.key), weight, cast(self.queue), weight))
         for m, (centroids, concentration, assignment) in enumerate(self.sets):
             positives = assignment[self.index].long()
-            ids, there = reference.negative_columns(len(centroids), self.negatives, positives, self.seed + m)
+            ids, there = sampling_plain.negative_columns(len(centroids), self.negatives, positives, self.seed + m)
             columns, weight = torch.cat([positives, ids]), 1 / cast(concentration)
             twin = positives[:, None] == positives
             own, bank = cast(centroids[positives]), cast(centroids[columns])
-            results.append(reference.contrast(query, own, weight[positives], bank, weight[columns], twin, there))
+            results.append(contrast_plain.contrast(query, own, weight[positives], bank, weight[columns], twin, there))
         loss = torch.stack([loss for loss, _ in results])
         gradient = torch.autograd.grad(loss, query, self.upstream.to(loss.dtype))[0]
         return loss.detach(), torch.stack([correct for _, correct in results]), gradient
@@ -258,7 +258,7 @@ def test_far_rows_of_a_large_bank():
     problem = Problem(3, d, 4, None, (8,), dtype=torch.float16)
     problem.sets = [PrototypeBank(centroids, torch.full((k,), 0.1, device=DEVICE), assignment)]
     problem.index = torch.arange(3, device=DEVICE)
-    ids, _ = reference.negative_columns(k, 4, assignment.long(), 0)
+    ids, _ = sampling_plain.negative_columns(k, 4, assignment.long(), 0)
     used = torch.cat([ids, assignment.long()])
     assert (used * d > 2**31).sum() >= 2
     centroids[used] = problem.unit(len(used), d, torch.float16)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pcl_fast.kernels.normalise import BLOCK, normalise, normalise_plain
+from pcl_fast.kernels.normalise import BLOCK, normalise
+from pcl_fast.kernels.normalise_plain import normalise as normalise_plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMAGENET = {"mean": (123.675, 116.28, 103.53), "std": (58.395, 57.12, 57.375)}

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from pcl_fast.kernels import contrast as kernels
-from pcl_fast.kernels import reference, sampling
+from pcl_fast.kernels import sampling, sampling_plain
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEEDS = [0, 1, -1, 2**31, 2**31 - 1, 2**32 + 2**31, -(2**63), 2**63 - 1, 1234567890123456789]
@@ -29,18 +29,18 @@ def test_the_kernels_permutation_is_the_plain_one(seed, height, width):
     ids, positions = torch.full((2, count), -1, dtype=torch.int32, device=DEVICE)
     both_ways[(1,)](ids, positions, height, width, *sampling.halves(seed), count, BLOCK=1024)
     place = torch.arange(count, device=DEVICE)
-    expected = reference.permute(place, height, width, seed)
+    expected = sampling_plain.permute(place, height, width, seed)
     assert torch.equal(ids.long(), expected)
     assert torch.equal(positions.long(), place)
-    assert torch.equal(reference.unpermute(expected, height, width, seed), place)
+    assert torch.equal(sampling_plain.unpermute(expected, height, width, seed), place)
     assert torch.equal(expected.sort().values, place)
 
 
 @pytest.mark.parametrize("size", [*range(1, 300, 7), 1009, 25_000, 50_000, 99_991, 100_000, 1_234_567])
 def test_grids_are_hardly_larger_than_the_prototypes(size):
-    height, width = reference.grid(size, size - 1 if size > 1 else 1)
+    height, width = sampling_plain.grid(size, size - 1 if size > 1 else 1)
     assert size <= height * width <= max(256, size + size**0.5)
-    assert reference.grid(size, None) == reference.grid(size, size) == (1, size)
+    assert sampling_plain.grid(size, None) == sampling_plain.grid(size, size) == (1, size)
 
 
 def listed_columns(size: int, negatives: int | None, positives: torch.Tensor, seed: int | torch.Tensor):
@@ -82,7 +82,7 @@ def test_every_row_sees_just_its_negatives(case, seed):
     generator = torch.Generator().manual_seed(seed)
     positives = torch.randint(0, among, (rows,), generator=generator).to(DEVICE)
     ids, shown = listed_columns(size, negatives, positives, seed)
-    drawn, there = reference.negative_columns(size, negatives, positives, seed)
+    drawn, there = sampling_plain.negative_columns(size, negatives, positives, seed)
     drawn = drawn if there is None else drawn[there]
     assert len(drawn) == min(negatives or size, size - len(positives.unique()))
     for own in positives.unique().tolist():
@@ -110,7 +110,7 @@ def test_draws_are_uniform_in_marginals_pairs_and_order():
 
     def deviations(height: int, width: int) -> list[float]:
         places = torch.arange(height * width)
-        order = reference.permute(places, height, width, seeds[:, None])
+        order = sampling_plain.permute(places, height, width, seeds[:, None])
         allowed = (order < size) & ~torch.isin(order, torch.tensor(excluded))
         rank = allowed.cumsum(1) - 1
         chosen = torch.zeros(len(seeds), height * width, dtype=torch.bool)
@@ -132,5 +132,5 @@ def test_draws_are_uniform_in_marginals_pairs_and_order():
         value = ((counts - expected) ** 2 / (expected * (1 - chance))).sum().item()
         return abs(value - len(counts)) / (2 * len(counts)) ** 0.5
 
-    assert max(deviations(*reference.grid(size, negatives))) < 5
+    assert max(deviations(*sampling_plain.grid(size, negatives))) < 5
     assert deviations(1, size)[1] > 1000

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pcl_fast.kernels import plain
+from pcl_fast.kernels import segment_plain
 from pcl_fast.kernels.segment import rows_at_once, segment_sums
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -26,14 +26,14 @@ def test_sums_and_counts(n, d, k, dtype):
     values, assignment = case(n, d, k, dtype)
     exact = torch.zeros(k, d, dtype=torch.float64, device=DEVICE).index_add_(0, assignment, values.double())
     size = torch.zeros(k, d, dtype=torch.float64, device=DEVICE).index_add_(0, assignment, values.double().abs())
-    for add in (segment_sums, plain.segment_sums):
+    for add in (segment_sums, segment_plain.segment_sums):
         sums, counts = add(values, assignment, k)
         assert sums.dtype == torch.float32
         assert ((sums - exact).abs() <= 1e-6 * size).all()
         assert torch.equal(counts, torch.bincount(assignment, minlength=k))
 
 
-@pytest.mark.parametrize("add", [segment_sums, plain.segment_sums])
+@pytest.mark.parametrize("add", [segment_sums, segment_plain.segment_sums])
 def test_sums_are_written_where_one_wants_them(add):
     values, assignment = case(200, 16, 9)
     everything = torch.full((9 * 16 + 3,), torch.nan, device=DEVICE)
@@ -43,7 +43,7 @@ def test_sums_are_written_where_one_wants_them(add):
     torch.testing.assert_close(sums, add(values, assignment, 9)[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("add", [segment_sums, plain.segment_sums])
+@pytest.mark.parametrize("add", [segment_sums, segment_plain.segment_sums])
 def test_no_rows(add):
     sums, counts = add(torch.ones(0, 4, device=DEVICE), torch.zeros(0, dtype=torch.int32, device=DEVICE), 3)
     assert not sums.any()

@@ -1,0 +1,312 @@
+"""A cache on disk of the clustering view, which is the same bytes before every epoch: decoded once, then read.
+
+Every shard is a file: a header that says in JSON what determines the crops' bytes, then the crops, one after another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+
+from pcl_fast.config import DataConfig
+from pcl_fast.data.sources.images import ImageSet
+from pcl_fast.distributed import World, shard_bounds
+from pcl_fast.errors import UserError
+
+# Of the files. To be raised too when a loader comes to make other crops of the same images.
+_VERSION = 1
+# A page, so that the crops begin on one.
+_HEADER_BYTES = 4096
+# Batches that are read ahead, and threads that read them: an SSD likes several requests at a time, but the more there
+# are, the less the system's own reading ahead makes of them.
+_AHEAD, _READERS = 4, 2
+# Images whose content is looked at: another copy of the data set, resized say, has the same names.
+_SAMPLED = 64
+
+
+@dataclass(frozen=True)
+class CacheFile:
+    """Where the crops of a shard lie, and which they are."""
+
+    path: Path
+    header: bytes
+    images: int
+    size: int
+
+    @property
+    def part(self) -> Path:
+        """Where it is while it is being written."""
+        return self.path.with_name(f"{self.path.name}.part")
+
+    @property
+    def length(self) -> int:
+        return self.offset(self.images)
+
+    def offset(self, image: int) -> int:
+        """Where this image of the shard begins."""
+        return len(self.header) + image * 3 * self.size**2
+
+    def open(self) -> BinaryIO | None:
+        """The file if it is whole, else None."""
+        try:
+            file = open(self.path, "rb", buffering=0)  # noqa: SIM115
+        except OSError:
+            return None
+        if os.fstat(file.fileno()).st_size == self.length and file.read(len(self.header)) == self.header:
+            return file
+        file.close()
+        return None
+
+    def missing_bytes(self) -> int:
+        """That are yet to be written. What there is of a part will be replaced, or is being completed."""
+        file = self.open()
+        if file is not None:
+            file.close()
+            return 0
+        try:
+            return max(0, self.length - 512 * os.stat(self.part).st_blocks)
+        except OSError:
+            return self.length
+
+
+class CachedView:
+    """Batches of the clustering view: the first pass is the loader's and writes them aside, later ones read them.
+
+    A batch is what the loader makes, byte for byte: uint8 [batch_size, H, W, 3] on the same device, the last one
+    smaller. Where the disk fails later than at the start, a warning says so and the loader goes on alone.
+    """
+
+    def __init__(self, loader: Iterable[torch.Tensor], file: CacheFile, *, batch_size: int, gpu: torch.device | None):
+        self.loader, self.file, self.batch_size, self.gpu = loader, file, batch_size, gpu
+        self._failed = False
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        if self._failed:
+            return iter(self.loader)
+        file = self.file.open()
+        return self._written() if file is None else self._read(file)
+
+    def _written(self) -> Iterator[torch.Tensor]:
+        with _Part(self.file, self._give_up) as part:
+            for batch in self.loader:
+                part.add(batch)
+                yield batch
+            part.finish()
+
+    def _read(self, file: BinaryIO) -> Iterator[torch.Tensor]:
+        given = 0
+        try:
+            for batch in self._batches(file):
+                yield batch
+                given += 1
+        except OSError as error:
+            self._give_up(error)
+            yield from itertools.islice(self.loader, given, None)
+
+    def _batches(self, file: BinaryIO) -> Iterator[torch.Tensor]:
+        """
+        Raises:
+            OSError: the file cannot be read to its end.
+        """
+        with file, ThreadPoolExecutor(_READERS, thread_name_prefix="cache") as readers:
+            starts = range(0, self.file.images, self.batch_size)
+            jobs = (self._begin_to_read(file, start, readers) for start in starts)
+            under_way = deque(itertools.islice(jobs, _AHEAD))
+            while under_way:
+                batch, job = under_way.popleft()
+                job.result()
+                under_way.extend(itertools.islice(jobs, 1))
+                # The pinned memory that is dropped here is not used again before it has been copied.
+                yield batch if self.gpu is None else batch.to(self.gpu, non_blocking=True)
+
+    def _begin_to_read(
+        self, file: BinaryIO, start: int, readers: ThreadPoolExecutor
+    ) -> tuple[torch.Tensor, Future[None]]:
+        """A batch on the host, and the job that fills it."""
+        count, size = min(self.batch_size, self.file.images - start), self.file.size
+        batch = torch.empty(count, size, size, 3, dtype=torch.uint8, pin_memory=self.gpu is not None)
+        return batch, readers.submit(_read_into, batch.numpy(), file.fileno(), self.file.offset(start))
+
+    def _give_up(self, error: OSError) -> None:
+        self._failed = True
+        warnings.warn(
+            f"--data.cache: {self.file.path} cannot be used ({error}); the clustering view is decoded every time",
+            stacklevel=2,
+        )
+
+
+class _Part:
+    """A cache file while it is written. It takes the file's name when it is whole; else nothing is left of it.
+
+    Where another process is writing the same file this one does not: then, and after a fault of the disk, `add` and
+    `finish` do nothing.
+    """
+
+    def __init__(self, target: CacheFile, on_fault: Callable[[OSError], None]):
+        self.target, self.on_fault = target, on_fault
+        self._file: BinaryIO | None = None
+
+    def __enter__(self) -> _Part:
+        with self._guarded():
+            self._file = _lock(self.target.part)
+            if self._file is not None:
+                self._file.write(self.target.header)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._drop()
+
+    def add(self, batch: torch.Tensor) -> None:
+        if self._file is not None:
+            with self._guarded():
+                self._file.write(batch.cpu().contiguous().numpy())
+
+    def finish(self) -> None:
+        if self._file is None or self._file.tell() != self.target.length:
+            return
+        with self._guarded():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            os.replace(self.target.part, self.target.path)
+            file, self._file = self._file, None
+            file.close()
+
+    @contextlib.contextmanager
+    def _guarded(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self._drop()
+            self.on_fault(error)
+
+    def _drop(self) -> None:
+        if self._file is None:
+            return
+        file, self._file = self._file, None
+        with contextlib.suppress(OSError):
+            os.ftruncate(file.fileno(), 0)  # a loader's process, forked meanwhile, would keep the disk full
+        with contextlib.suppress(OSError):
+            self.target.part.unlink()
+        with contextlib.suppress(OSError):
+            file.close()  # only now, because this unlocks it
+
+
+def cached(
+    loader: Iterable[torch.Tensor],
+    images: ImageSet,
+    config: DataConfig,
+    world: World,
+    *,
+    made_by: str,
+    batch_size: int,
+    gpu: torch.device | None,
+) -> CachedView:
+    """`loader`, which makes this rank's shard of the clustering view, with a cache in config.cache.
+
+    Args:
+        made_by: the loader, as far as it determines the crops' bytes.
+        gpu: where the loader's batches lie, or None.
+
+    Raises:
+        UserError: the folder cannot be written, or has no room for the shards of this machine's ranks.
+        ImageError: one of the images that are looked at to tell data sets apart cannot be read.
+    """
+    known = {
+        "version": _VERSION,
+        "images": images.fingerprint(),
+        "content": _content(images),
+        "resize": config.resize,
+        "size": config.size,
+        "made_by": made_by,
+    }
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    first = world.rank - local_rank
+    files = [
+        _cache_file(config, known, *shard_bounds(len(images), rank, world.size))
+        for rank in range(first, first + local_size)
+    ]
+    _check_folder(config.cache, sum(file.missing_bytes() for file in files))
+    return CachedView(loader, files[local_rank], batch_size=batch_size, gpu=gpu)
+
+
+def _cache_file(config: DataConfig, known: dict, begin: int, end: int) -> CacheFile:
+    header = json.dumps({**known, "begin": begin, "end": end}, indent=1).encode().ljust(_HEADER_BYTES - 1) + b"\n"
+    name = f"clustering-view-{begin}-{end}-{hashlib.sha256(header).hexdigest()[:16]}"
+    return CacheFile(config.cache / name, header, end - begin, config.size)
+
+
+def _content(images: ImageSet) -> str:
+    """Tells data sets of the same names apart, by some of their files."""
+    digest = hashlib.sha256()
+    for index in np.linspace(0, len(images) - 1, min(len(images), _SAMPLED)).astype(int).tolist():
+        digest.update(hashlib.sha256(images.encoded(index)).digest())
+    return digest.hexdigest()[:16]
+
+
+def _check_folder(folder: Path, needed: int) -> None:
+    """
+    Raises:
+        UserError: `needed` bytes cannot be written there.
+    """
+    if not needed:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"--data.cache {folder} cannot be written: {error}; name another folder") from error
+    if needed > free:
+        raise UserError(
+            f"--data.cache {folder} has {free / 1e9:.3g} GB free, but this machine's part of the clustering view takes "
+            f"{needed / 1e9:.3g} GB; delete what other runs have left there, name another folder, or leave the flag out"
+        )
+
+
+def _lock(path: Path) -> BinaryIO | None:
+    """The file at `path`, empty, for this process alone to write until it is closed; None while another has it.
+
+    Raises:
+        OSError: it cannot be written or locked.
+    """
+    with contextlib.ExitStack() as closing:
+        file = closing.enter_context(os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Since it was opened here, the other may have given it its name.
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                return None
+        except (BlockingIOError, FileNotFoundError):
+            return None
+        file.truncate(0)
+        closing.pop_all()
+        return file
+
+
+def _read_into(array: np.ndarray, descriptor: int, offset: int) -> None:
+    """
+    Raises:
+        OSError: the file cannot be read there, or ends before.
+    """
+    view = memoryview(array).cast("B")
+    while view:
+        count = os.preadv(descriptor, [view], offset)
+        if not count:
+            raise OSError("it has become shorter")
+        view, offset = view[count:], offset + count

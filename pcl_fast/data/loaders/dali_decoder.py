@@ -1,0 +1,237 @@
+"""Reading and decoding batches of images with DALI, several at a time.
+
+A batch passes three stages, each at the same time as other batches pass the others: its files are read by threads here,
+decoded and cropped by DALI's threads and streams, and finished by whoever asks for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+
+from pcl_fast.data.loaders.resources import Resources
+from pcl_fast.data.sources.images import ImageSet, open_image, to_rgb
+from pcl_fast.errors import ImageError, UserError
+
+# Read by one job of a thread: few enough to spread a batch over the threads, enough that jobs cost nothing.
+_CHUNK = 8
+
+# What DALI decodes as PIL does, on a CPU byte for byte (it rounds the 16-bit colours that PIL cuts off). Anything else
+# (CMYK, 16-bit grey, GIF, ...) is rare, and PIL's.
+_FORMATS, _MODES = ("JPEG", "PNG", "WEBP"), ("RGB", "L", "P", "RGBA")
+
+
+# A pipeline is no forked process's to collect: it would wait for threads that only the parent has.
+os.register_at_fork(after_in_child=gc.freeze)
+
+
+class Input(NamedTuple):
+    """Of a graph: type and dimensions of every image's part."""
+
+    dtype: types.DALIDataType
+    ndim: int = 1
+
+
+_ENCODED = Input(types.UINT8)
+
+
+class Read(NamedTuple):
+    """A batch as read: index int64 [n], the images' bytes, and sizes int64 [n, 2] (heights and widths)."""
+
+    index: np.ndarray
+    encoded: list[np.ndarray]
+    sizes: np.ndarray
+
+
+class Decoder:
+    """Reads batches of images and sends them through a DALI graph, several at a time."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        inputs: Sequence[Input],
+        graph: Callable[..., list[types.DataNode]],
+        batch_size: int,
+        resources: Resources,
+    ):
+        """graph: from the decoded images and `inputs` to what is wanted."""
+        self.images, self.resources = images, resources
+        self._readers = ThreadPoolExecutor(resources.threads, thread_name_prefix="read")
+        self._running = False
+        self._waiting: Iterator[np.ndarray] = iter(())
+        self._describe: Callable[[Read], tuple[np.ndarray, ...]] = lambda read: ()
+        self._reading: deque[tuple[np.ndarray, list[Future]]] = deque()
+        # Where DALI reads its inputs; and which images are under way, should it fail.
+        self._decoding: deque[tuple[Read, tuple[np.ndarray, ...]]] = deque()
+        self._pipeline = self._build([_ENCODED, *inputs], graph, batch_size)
+
+    def run(
+        self, batches: Iterable[np.ndarray], describe: Callable[[Read], tuple[np.ndarray, ...]]
+    ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
+        """(indices, the graph's outputs uint8 [n, h, w, 3]) for every batch of indices, in order.
+
+        Args:
+            describe: the graph's inputs besides the images; called once per batch, in order.
+
+        Raises:
+            ImageError: images cannot be read or decoded; names them.
+        """
+        if self._running:
+            raise RuntimeError("a loader makes one epoch at a time; close the iterator that is under way")
+        self._waiting, self._describe, self._running = iter(batches), describe, True
+        try:
+            self._pipeline.schedule_run()  # as many as `prefetch` for a start
+            while (outputs := self._take()) is not None:
+                index = self._decoding.popleft()[0].index
+                self._pipeline.schedule_run()
+                yield index, outputs
+        finally:
+            self._empty()
+
+    def _next(self) -> tuple[list[np.ndarray] | np.ndarray, ...]:
+        """DALI asks for the next batch."""
+        self._read_ahead()
+        if not self._reading:
+            raise StopIteration
+        read = _collect(*self._reading.popleft())
+        self._decoding.append((read, self._describe(read)))
+        self._read_ahead()
+        return read.encoded, *self._decoding[-1][1]
+
+    def _read_ahead(self) -> None:
+        while len(self._reading) < self.resources.prefetch and (index := next(self._waiting, None)) is not None:
+            chunks = (index[begin : begin + _CHUNK].tolist() for begin in range(0, len(index), _CHUNK))
+            self._reading.append((index, [self._readers.submit(self._read, chunk) for chunk in chunks]))
+
+    def _read(self, indices: list[int]) -> list[tuple[np.ndarray, int, int]]:
+        return [_for_dali(self.images, index) for index in indices]
+
+    def _take(self) -> list[torch.Tensor] | None:
+        try:
+            return self._outputs()
+        except RuntimeError as error:
+            indices = np.concatenate([read.index for read, _ in self._decoding]).tolist()
+            raise ImageError(self._explain(indices, str(error))) from error
+
+    def _outputs(self) -> list[torch.Tensor] | None:
+        """The oldest batch's outputs, where DALI put them, or None after the last one.
+
+        They are ordered on the current stream, and so is the return of their memory.
+        """
+        stream = None if self.resources.gpu is None else torch.cuda.current_stream(self.resources.gpu)
+        try:
+            outputs = self._pipeline.share_outputs(cuda_stream=stream)
+        except StopIteration:
+            return None
+        tensors = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        self._pipeline.release_outputs()
+        return tensors
+
+    def _empty(self) -> None:
+        """After an epoch, finished or not: nothing under way, ready for the next."""
+        self._waiting = iter(())
+        for _, jobs in self._reading:
+            for job in jobs:
+                job.cancel()
+        self._reading.clear()
+        with contextlib.suppress(RuntimeError):  # of a pipeline that has failed for good
+            self._pipeline.schedule_run()  # meets the end
+            while self._outputs() is not None:
+                pass
+            self._pipeline.reset()
+        self._decoding.clear()
+        self._running = False
+
+    def _build(self, inputs: Sequence[Input], graph: Callable[..., list[types.DataNode]], batch_size: int) -> Pipeline:
+        """
+        Raises:
+            UserError: DALI cannot use the GPU, because the driver or the GPU is too old for it, say.
+        """
+        gpu = self.resources.gpu
+        pipeline = Pipeline(
+            batch_size=batch_size,
+            num_threads=self.resources.threads,
+            device_id=None if gpu is None else gpu.index,
+            prefetch_queue_depth=self.resources.prefetch,
+        )
+        with pipeline:
+            encoded, *others = fn.external_source(
+                source=self._next,
+                num_outputs=len(inputs),
+                dtype=[kind.dtype for kind in inputs],
+                ndim=[kind.ndim for kind in inputs],
+                batch=True,
+                no_copy=True,
+            )
+            pipeline.set_outputs(*graph(_decode(encoded, self.resources), *others))
+        try:
+            pipeline.build()
+        except RuntimeError as error:
+            raise UserError(f"DALI does not run here; use --data.loader torchvision. It says: {error}") from error
+        return pipeline
+
+    def _explain(self, indices: list[int], message: str) -> str:
+        """Why DALI failed with these images under way: it does not say at which."""
+        faults = []
+        for index in indices:
+            try:
+                self.images.read(index)
+            except ImageError as error:
+                faults.append(str(error))
+        if faults:
+            return f"{len(faults)} of the next {len(indices)} images cannot be decoded, the first: {faults[0]}"
+        names = ", ".join(self.images.name(index) for index in indices[:3])
+        return (
+            f"DALI failed with the images {names}, ... ({len(indices)} in all), which PIL can read; "
+            f"--data.loader torchvision does not need it. DALI said: {message}"
+        )
+
+
+def _for_dali(images: ImageSet, index: int) -> tuple[np.ndarray, int, int]:
+    """(bytes that DALI decodes as PIL does, height, width) of an image.
+
+    Raises:
+        ImageError: it cannot be read or is no image; names it.
+    """
+    data = images.encoded(index)
+    try:
+        with open_image(io.BytesIO(data)) as image:
+            if image.format not in _FORMATS or image.mode not in _MODES:
+                buffer = io.BytesIO()
+                to_rgb(image).save(buffer, "PPM")
+                data = buffer.getvalue()
+            width, height = image.size
+    except Exception as error:  # PIL's plugins raise whatever their parsers run into
+        raise images.fault(index, error) from error
+    return np.frombuffer(data, np.uint8), height, width
+
+
+def _collect(index: np.ndarray, jobs: list[Future]) -> Read:
+    found = [image for job in jobs for image in job.result()]
+    return Read(index, [data for data, _, _ in found], np.array([size for _, *size in found], dtype=np.int64))
+
+
+def _decode(encoded: types.DataNode, resources: Resources) -> types.DataNode:
+    """RGB as PIL's convert("RGB") gives it, EXIF's orientation left alone."""
+    options = {"output_type": types.RGB, "adjust_orientation": False}
+    if resources.gpu is None:
+        return fn.decoders.image(encoded, device="cpu", **options)
+    return fn.decoders.image(
+        encoded,
+        device="mixed",
+        jpeg_fancy_upsampling=True,  # as libjpeg
+        device_memory_padding=resources.decoder_mib * 2**20,
+        host_memory_padding=resources.decoder_mib * 2**19,
+        **options,
+    )

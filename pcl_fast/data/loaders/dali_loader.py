@@ -1,0 +1,153 @@
+"""Loaders built on DALI: an image is decoded once, on the GPU where there is one, and both views are made there.
+
+DALI does what changes an image's shape (decode, crop, resize, flip), the photometric kernels do the rest. Neither has
+any random state: every number comes with the batch (see draws.py), so that a run can go on at any step of an epoch, and
+makes the same batches with any number of threads.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from nvidia.dali import fn, types
+
+from pcl_fast.config import DataConfig
+from pcl_fast.data.batch import Batch
+from pcl_fast.data.loaders.dali_decoder import Decoder, Input, Read
+from pcl_fast.data.loaders.order import EpochOrder
+from pcl_fast.data.loaders.resources import Resources
+from pcl_fast.data.sources.images import ImageSet
+from pcl_fast.data.views.draws import RECIPES, Views, draw_views
+from pcl_fast.data.views.finish import Finisher
+
+_CORNER = _EXTENT = Input(types.INT32)
+_EDGES = Input(types.FLOAT)
+_MATRIX = Input(types.FLOAT, 2)
+
+
+class TrainingLoader:
+    """Pairs of views in a new order every epoch."""
+
+    def __init__(self, images: ImageSet, config: DataConfig, order: EpochOrder, resources: Resources):
+        self.images, self.config, self.order = images, config, order
+        self.finisher = Finisher(resources.threads)
+        self.steps = order.steps
+        self._recipe = RECIPES[config.views]
+        inputs = [_CORNER, _EXTENT, _EDGES, _EDGES] + [_MATRIX] * (self._recipe.distortion is not None)
+
+        def graph(decoded: types.DataNode, *given: types.DataNode) -> list[types.DataNode]:
+            query, key = given[: len(inputs)], given[len(inputs) :]
+            return [_view(decoded, *query, size=config.size), _view(decoded, *key, size=config.size)]
+
+        self._decoder = Decoder(images, inputs * 2, graph, order.batch_size, resources)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from step `first_step` on; those before it cost nothing."""
+        drawn: deque[list[Views]] = deque()
+
+        def describe(read: Read) -> tuple[np.ndarray, ...]:
+            drawn.append([self._draw(read, epoch, view) for view in (0, 1)])
+            return tuple(array for views in drawn[-1] for array in _geometry(views))
+
+        for index, crops in self._decoder.run(self.order.batches(epoch, first_step), describe):
+            query, key = (self.finisher(crop, views) for crop, views in zip(crops, drawn.popleft(), strict=True))
+            yield Batch(query, key, torch.from_numpy(index))
+
+    def _draw(self, read: Read, epoch: int, view: int) -> Views:
+        return draw_views(
+            self._recipe,
+            self.config.min_crop_area,
+            read.sizes,
+            seed=self.order.seed,
+            epoch=epoch,
+            view=view,
+            index=read.index,
+        )
+
+
+class ClusteringLoader:
+    """The clustering view of a range of images, in order; the last batch is smaller."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        config: DataConfig,
+        shard: range,
+        resources: Resources,
+        *,
+        batch_size: int,
+    ):
+        self.config, self.shard, self.batch_size = config, shard, batch_size
+        self._decoder = Decoder(
+            images, [_EDGES, _EDGES], partial(_centre_crop, size=config.size), batch_size, resources
+        )
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        indices = np.arange(self.shard.start, self.shard.stop)
+        batches = (indices[at : at + self.batch_size] for at in range(0, len(indices), self.batch_size))
+        crops = partial(centre_crops, resize=self.config.resize, size=self.config.size)
+        for _, (view,) in self._decoder.run(batches, lambda read: crops(read.sizes)):
+            yield view
+
+
+def _geometry(views: Views) -> tuple[np.ndarray, ...]:
+    """What `_view` wants: corner, extent, begin and end, and the matrix if there is one.
+
+    A flip is a resize from the right edge to the left one.
+    """
+    height, width = views.window[:, 2], views.window[:, 3]
+    nothing = np.zeros_like(width)
+    arrays = [
+        views.window[:, :2].astype(np.int32),
+        views.window[:, 2:].astype(np.int32),
+        np.stack([nothing, np.where(views.flip, width, nothing)], axis=1).astype(np.float32),
+        np.stack([height, np.where(views.flip, nothing, width)], axis=1).astype(np.float32),
+    ]
+    if views.matrix is not None:
+        arrays.append(views.matrix)
+    return tuple(np.ascontiguousarray(array) for array in arrays)
+
+
+def centre_crops(sizes: np.ndarray, resize: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the clustering view: where in the image the crop begins and ends, float32 [n, 2] each, rounded as torchvision
+    rounds the resized image's size and the crop's corner.
+    """
+    resized = resize * sizes // sizes.min(axis=1, keepdims=True)
+    corner = np.rint((resized - size) / 2)
+    scale = sizes / resized
+    return (corner * scale).astype(np.float32), ((corner + size) * scale).astype(np.float32)
+
+
+def _view(
+    decoded: types.DataNode,
+    corner: types.DataNode,
+    extent: types.DataNode,
+    begin: types.DataNode,
+    end: types.DataNode,
+    matrix: types.DataNode | None = None,
+    *,
+    size: int,
+) -> types.DataNode:
+    if matrix is not None:
+        decoded = fn.warp_affine(
+            decoded, matrix=matrix, inverse_map=True, fill_value=0, interp_type=types.INTERP_LINEAR
+        )
+    # Resizing the region of interest alone would save this copy, but would look beyond the crop's edges.
+    return _resize(fn.slice(decoded, corner, extent, axes=[0, 1]), begin, end, size)
+
+
+def _centre_crop(
+    decoded: types.DataNode, begin: types.DataNode, end: types.DataNode, *, size: int
+) -> list[types.DataNode]:
+    # Only what the crop keeps is resized; its edges are made with what lies beyond, as if all were resized first.
+    return [_resize(decoded, begin, end, size)]
+
+
+def _resize(image: types.DataNode, begin: types.DataNode, end: types.DataNode, size: int) -> types.DataNode:
+    return fn.resize(
+        image, size=[size, size], roi_start=begin, roi_end=end, interp_type=types.INTERP_LINEAR, antialias=True
+    )

@@ -1,0 +1,113 @@
+"""Choosing and building the loaders of a run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterable, Iterator
+from importlib.metadata import version
+from types import ModuleType
+from typing import Protocol
+
+import torch
+
+from pcl_fast.config import DataConfig
+from pcl_fast.data.batch import Batch
+from pcl_fast.data.loaders.cache import cached
+from pcl_fast.data.loaders.order import EpochOrder
+from pcl_fast.data.loaders.resources import Resources, pick_resources
+from pcl_fast.data.sources.images import ImageSet
+from pcl_fast.distributed import World, shard_bounds
+from pcl_fast.errors import MissingPackageError
+
+
+class TrainingLoader(Protocol):
+    """steps: batches per epoch and rank."""
+
+    steps: int
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from step `first_step` on; those before it cost nothing."""
+
+
+def training_loader(
+    images: ImageSet,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    world: World,
+) -> TrainingLoader:
+    """Shuffled pairs of views, see EpochOrder and draw_views.
+
+    Args:
+        batch_size: images per rank and step.
+        seed: of order and views, the same on all ranks.
+
+    Raises:
+        MissingPackageError: config.loader is dali, which cannot be imported.
+        UserError: DALI does not run on this machine.
+    """
+    resources = pick_resources(config, world.device)
+    order = EpochOrder(len(images), batch_size=batch_size, seed=seed, world=world)
+    return _implementation(config).TrainingLoader(images, config, order, resources)
+
+
+def clustering_loader(images: ImageSet, config: DataConfig, *, batch_size: int, world: World) -> Iterable[torch.Tensor]:
+    """This rank's shard of the clustering view in the data set's order, uint8 [N, H, W, 3] as in Batch; the last batch
+    is smaller. With config.cache it is decoded once only.
+
+    Raises:
+        MissingPackageError: config.loader is dali, which cannot be imported.
+        UserError: DALI does not run on this machine, or config.cache cannot be written or has no room.
+    """
+    resources = pick_resources(config, world.device)
+    shard = range(*shard_bounds(len(images), world.rank, world.size))
+    loader = _implementation(config).ClusteringLoader(images, config, shard, resources, batch_size=batch_size)
+    if config.cache is None:
+        return loader
+    made_by = _maker(config, resources)
+    return cached(loader, images, config, world, made_by=made_by, batch_size=batch_size, gpu=resources.gpu)
+
+
+def describe_loader(config: DataConfig, world: World) -> str:
+    """Which loader, and what it uses of the machine: one line for the log."""
+    loader, resources = pick_loader(config.loader), pick_resources(config, world.device)
+    ahead = f"{resources.prefetch} batches ahead"
+    cache = "" if config.cache is None else f"; clustering view cached in {config.cache}"
+    if loader == "torchvision":
+        return f"images: torchvision, {resources.workers} processes, {ahead} of each{cache}"
+    where = "CPU" if resources.gpu is None else f"GPU with {resources.decoder_mib} MiB a thread"
+    return f"images: dali, {resources.threads} threads, {ahead}, decoding on the {where}{cache}"
+
+
+def _maker(config: DataConfig, resources: Resources) -> str:
+    """The loader as far as it determines a view's bytes: GPUs have different decoders."""
+    pillow = f"Pillow {version('pillow')}"
+    if pick_loader(config.loader) == "torchvision":
+        return f"torchvision {version('torchvision')}, {pillow}"
+    where = "the CPU" if resources.gpu is None else torch.cuda.get_device_name(resources.gpu)
+    return f"DALI {importlib.import_module('nvidia.dali').__version__} on {where}, {pillow}"
+
+
+def _implementation(config: DataConfig) -> ModuleType:
+    return importlib.import_module(f"pcl_fast.data.loaders.{pick_loader(config.loader)}_loader")
+
+
+def pick_loader(loader: str) -> str:
+    """ "dali" or "torchvision": what is asked for; for "auto" dali where it can be imported.
+
+    Raises:
+        MissingPackageError: dali is asked for and cannot be imported.
+    """
+    if loader == "torchvision":
+        return loader
+    try:
+        importlib.import_module("nvidia.dali")
+    except ImportError as error:
+        if loader == "dali":
+            raise MissingPackageError(
+                f"--data.loader dali wants NVIDIA DALI ({error}): pip install nvidia-dali-cuda130 (nvidia-dali-cuda120 "
+                "for Volta), or use --data.loader torchvision"
+            ) from error
+        return "torchvision"
+    return "dali"

@@ -1,0 +1,133 @@
+"""Loaders built on PIL, torchvision and worker processes: they run everywhere, and show what DALI must make."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from pcl_fast.config import DataConfig
+from pcl_fast.data.batch import Batch
+from pcl_fast.data.loaders.order import EpochOrder
+from pcl_fast.data.loaders.resources import Resources
+from pcl_fast.data.sources.images import ImageSet
+from pcl_fast.data.views.draws import RECIPES, draw_views
+from pcl_fast.data.views.pil import clustering_view, training_view
+
+
+class TrainingLoader:
+    """Pairs of views in a new order every epoch."""
+
+    def __init__(self, images: ImageSet, config: DataConfig, order: EpochOrder, resources: Resources):
+        self.order, self.resources = order, resources
+        self.steps = order.steps
+        self._batches = _EpochBatches(order)
+        self._loader = DataLoader(
+            _Pairs(images, config, order.seed), batch_sampler=self._batches, **_workers(resources, resources.prefetch)
+        )
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch from step `first_step` on; those before it cost nothing."""
+        self._batches.epoch, self._batches.first_step = epoch, first_step
+        for query, key, index in self._loader:
+            yield Batch(_moved(query, self.resources), _moved(key, self.resources), index)
+
+
+class ClusteringLoader:
+    """The clustering view of a range of images, in order; the last batch is smaller."""
+
+    def __init__(
+        self,
+        images: ImageSet,
+        config: DataConfig,
+        shard: range,
+        resources: Resources,
+        *,
+        batch_size: int,
+    ):
+        self.resources = resources
+        # Two ahead: batches are large here, and lie in shared memory.
+        self._loader = DataLoader(_InOrder(images, config, shard), batch_size=batch_size, **_workers(resources, 2))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for view in self._loader:
+            yield _moved(view, self.resources)
+
+
+class _Pairs(Dataset):
+    """Item (epoch, index): the two views of an image, uint8 [size, size, 3]."""
+
+    def __init__(self, images: ImageSet, config: DataConfig, seed: int):
+        self.images, self.config, self.seed = images, config, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        epoch, index = key
+        image = self.images.read(index)
+        return self._view(image, epoch, index, 0), self._view(image, epoch, index, 1), index
+
+    def _view(self, image, epoch: int, index: int, view: int) -> torch.Tensor:
+        views = draw_views(
+            RECIPES[self.config.views],
+            self.config.min_crop_area,
+            np.array([[image.height, image.width]]),
+            seed=self.seed,
+            epoch=epoch,
+            view=view,
+            index=np.array([index]),
+        )
+        return training_view(image, views, 0, self.config.size)
+
+
+class _InOrder(Dataset):
+    """Clustering views, uint8 [size, size, 3], of a range of images."""
+
+    def __init__(self, images: ImageSet, config: DataConfig, shard: range):
+        self.images, self.config, self.shard = images, config, shard
+
+    def __len__(self) -> int:
+        return len(self.shard)
+
+    def __getitem__(self, position: int) -> torch.Tensor:
+        return clustering_view(self.images.read(self.shard[position]), self.config.resize, self.config.size)
+
+
+class _EpochBatches:
+    """Lists of (epoch, index), one per step."""
+
+    def __init__(self, order: EpochOrder):
+        self.order, self.epoch, self.first_step = order, 0, 0
+
+    def __len__(self) -> int:
+        return self.order.steps - self.first_step
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch
+        for indices in self.order.batches(epoch, self.first_step):
+            yield [(epoch, index) for index in indices.tolist()]
+
+
+def _moved(view: torch.Tensor, resources: Resources) -> torch.Tensor:
+    return view if resources.gpu is None else view.to(resources.gpu, non_blocking=True)
+
+
+def _workers(resources: Resources, prefetch: int) -> dict:
+    pin = resources.gpu is not None
+    if resources.workers == 0:
+        return {"num_workers": 0, "pin_memory": pin}
+    return {
+        "num_workers": resources.workers,
+        "pin_memory": pin,
+        "persistent_workers": True,
+        "prefetch_factor": prefetch,
+        "worker_init_fn": _leave_process_group,
+    }
+
+
+def _leave_process_group(worker: int) -> None:
+    """torchrun and terminals signal the trainer's whole process group; a worker that died of it would bring the trainer
+    down before it has saved. (Ignoring the signals instead would keep workers from being ended at exit.)
+    """
+    os.setpgid(0, 0)

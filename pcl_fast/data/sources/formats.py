@@ -1,0 +1,28 @@
+"""The forms in which a data set may lie on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pcl_fast.data.sources.folder import find_images
+from pcl_fast.data.sources.images import ImageSet
+from pcl_fast.data.sources.shards import find_shards
+
+
+def open_set(root: Path, format: str, *, strict: bool = True) -> ImageSet:
+    """The images in a folder.
+
+    Args:
+        root: the folder.
+        format: "folder" (of class folders, or of images) or "webdataset" (of tar shards).
+        strict: refuse a folder with empty image files or broken links.
+
+    Raises:
+        ImageError: the folder cannot be used as that.
+        ValueError: there is no such format.
+    """
+    if format == "folder":
+        return find_images(root, strict=strict)
+    if format == "webdataset":
+        return find_shards(root)
+    raise ValueError(f"--data.format must be folder or webdataset, got {format!r}")

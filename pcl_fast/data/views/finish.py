@@ -1,0 +1,40 @@
+"""The last stage of the DALI loader: colours and blur."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+
+from pcl_fast.data.views.draws import Views
+from pcl_fast.kernels import photometric, photometric_plain
+
+
+class Finisher:
+    """Colours and blurs crops."""
+
+    def __init__(self, threads: int):
+        """threads: that work side by side on a CPU."""
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="finish", initializer=_one_core_each)
+
+    @torch.inference_mode(False)  # the threads are not in that mode, and could not write to its tensors
+    def __call__(self, images: torch.Tensor, views: Views) -> torch.Tensor:
+        """uint8 [n, h, w, 3] -> the same on the same device, with the colours and the blur of `views`."""
+        draws = (_beside(images, array) for array in (views.ops, views.factors, views.sigma))
+        if images.is_cuda:
+            return photometric.photometric(images, *draws)
+        return photometric_plain.photometric(images, *draws, pool=self._pool)
+
+
+def _beside(images: torch.Tensor, array: np.ndarray) -> torch.Tensor:
+    """The array on the images' device, without waiting for it."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else tensor
+
+
+def _one_core_each() -> None:
+    """Images are the parallel work; PyTorch's own threads, once more per thread, would only wait for each other."""
+    torch.get_num_threads()  # sets the number for this thread at its first call, after which it stays as it is
+    threadpool_limits(1, user_api="openmp")

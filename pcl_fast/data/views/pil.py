@@ -1,0 +1,53 @@
+"""The views made with PIL and torchvision: the reference for what DALI and the kernels make."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from PIL import Image, ImageFilter
+from torchvision.transforms.v2 import functional as F
+
+from pcl_fast.data.views.draws import Views
+from pcl_fast.kernels.photometric_plain import Op
+
+_ADJUST = {
+    Op.BRIGHTNESS: F.adjust_brightness,
+    Op.CONTRAST: F.adjust_contrast,
+    Op.SATURATION: F.adjust_saturation,
+    Op.HUE: F.adjust_hue,
+    Op.GRAYSCALE: lambda image, _: F.rgb_to_grayscale(image, num_output_channels=3),
+}
+
+
+def training_view(image: Image.Image, views: Views, row: int, size: int) -> torch.Tensor:
+    """One random view of an RGB image: uint8 [size, size, 3].
+
+    Args:
+        views, row: the draws, and which of them.
+        size: side of the view, in pixels.
+    """
+    if views.matrix is not None:
+        image = image.transform(
+            image.size, Image.Transform.AFFINE, views.matrix[row].ravel().tolist(), Image.Resampling.BILINEAR
+        )
+    top, left, height, width = views.window[row].tolist()
+    image = F.resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    for op, factor in zip(views.ops[row].tolist(), views.factors[row].tolist(), strict=True):
+        if op != Op.NONE:
+            image = _ADJUST[op](image, factor)
+    if views.sigma[row]:
+        # PIL's, as in the official code; torchvision's own is another filter (23 taps, reflected borders).
+        image = image.filter(ImageFilter.GaussianBlur(float(views.sigma[row])))
+    if views.flip[row]:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return to_bytes(image)
+
+
+def clustering_view(image: Image.Image, resize: int, size: int) -> torch.Tensor:
+    """The centre crop of an RGB image whose shorter side is resized first: uint8 [size, size, 3]."""
+    return to_bytes(F.center_crop(F.resize(image, [resize], antialias=True), [size]))
+
+
+def to_bytes(image: Image.Image) -> torch.Tensor:
+    """RGB image -> uint8 [H, W, 3]. v2.PILToTensor takes four times as long (0.1 ms), which tells for small images."""
+    return torch.from_numpy(np.array(image))

@@ -1,0 +1,115 @@
+"""Joining the ranks of a run, each with a device that it can use."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pcl_fast.distributed.agreement import compare, raise_fault
+from pcl_fast.distributed.gpu import check_gpu, check_no_gpu
+from pcl_fast.distributed.world import World
+
+# One rank may keep the others waiting for long: AMI at ImageNet's size, a slow disk.
+_TIMEOUT = timedelta(hours=2)
+# For all ranks to start Python and import PyTorch, perhaps from a network disk.
+_TIME_TO_START = timedelta(minutes=15)
+
+
+def connect() -> World:
+    """Join the process group that torchrun describes in the environment, or stand alone without torchrun.
+
+    Raises:
+        ValueError: a rank has no GPU that it can use, or they would compute on different kinds of device; on all ranks.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(0, 1, _pick_device(), None)
+    device = _pick_device() if dist.is_initialized() else _join()
+    return World(dist.get_rank(), size, device, dist.group.WORLD)
+
+
+def _pick_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none; looked at before anything uses it.
+
+    Raises:
+        ValueError: more ranks than GPUs on this machine, or a GPU that the installed stack cannot use.
+    """
+    if not torch.cuda.is_available():
+        check_no_gpu()
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"local rank {local_rank} has no GPU, there are {torch.cuda.device_count()} here; "
+            'use --nproc-per-node of at most that, or CUDA_VISIBLE_DEVICES="" to train on the CPU'
+        )
+    device = torch.device("cuda", local_rank)
+    check_gpu(device)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _join() -> torch.device:
+    """Initialise the process group when all ranks have found devices of one kind; returns this rank's.
+
+    They tell each other by the store: one that is missing would keep the others waiting in the first collective, and
+    on another machine no launcher would end them.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=_TIME_TO_START))
+    device, fault = None, None
+    try:
+        device = _pick_device()
+    except ValueError as error:
+        fault = error
+    told = _exchange((fault, _kind_of(device) if device else ""), dist.PrefixStore("devices", store), rank, size)
+    raise_fault([(host, fault) for host, (fault, _) in told], rank)
+    advice = 'give all of them the same, or set CUDA_VISIBLE_DEVICES="" on all of them'
+    compare("the device that they train on", [(host, kind) for host, (_, kind) in told], advice)
+    store.set_timeout(_TIMEOUT)
+    cuda = device.type == "cuda"
+    # Of high priority: sums are to travel while k-means searches, not after it has filled the GPU.
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if cuda else None
+    if options is not None:
+        options._timeout = _TIMEOUT  # else it warns of two
+    dist.init_process_group(
+        "nccl" if cuda else "gloo",
+        timeout=_TIMEOUT,
+        pg_options=options,
+        store=dist.PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+    )
+    return device
+
+
+def _kind_of(device: torch.device) -> str:
+    """What ranks must have in common to work together: bits differ between versions, and types between GPUs."""
+    kind = "the CPU"
+    if device.type == "cuda":
+        half = "float16" if torch.cuda.get_device_capability(device) < (8, 0) else "bfloat16"
+        kind = f"a GPU that computes in {half}"
+    return f"{kind}, PyTorch {torch.__version__}"
+
+
+def _exchange(item: Any, store: dist.Store, rank: int, size: int) -> list[tuple[str, Any]]:
+    """(host, item) of every rank, before there is a process group.
+
+    Raises:
+        ValueError: a rank is not there in time.
+    """
+    store.set(str(rank), pickle.dumps((socket.gethostname(), item)))
+    try:
+        return [pickle.loads(store.get(str(other))) for other in range(size)]
+    except dist.DistStoreError as error:
+        raise ValueError("not all ranks have started in time; the other machines' output says why") from error
+
+
+def disconnect(world: World) -> None:
+    if world.group is not None:
+        dist.destroy_process_group()

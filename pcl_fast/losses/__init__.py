@@ -1,0 +1,12 @@
+"""The losses, as users call them."""
+
+from pcl_fast.losses.contrast import ContrastResult, ProtoNCEResult, info_nce, proto_nce, protonce, sample_negatives
+
+__all__ = [
+    "ContrastResult",
+    "ProtoNCEResult",
+    "info_nce",
+    "proto_nce",
+    "protonce",
+    "sample_negatives",
+]

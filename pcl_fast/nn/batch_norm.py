@@ -1,0 +1,85 @@
+"""Batch norm among ranks: shuffled batches, parts of a batch with statistics of their own, and their average.
+
+Why a key's batch is shuffled: were a key normalised with the same images as its query, the statistics of the batch
+would tell which belong together, without a look at what they show (He et al. 2020, section 3.3).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """Batch norm that treats the batch as `splits` equal parts, one after another, each with its own statistics, as
+    `splits` ranks would. The running statistics take the parts' mean.
+
+    Its state is that of nn.BatchNorm2d, and in eval mode it is one.
+    """
+
+    splits: int = 1
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """
+        Raises:
+            ValueError: in training, the batch does not divide into `splits` parts.
+        """
+        if not self.training:
+            return super().forward(x)
+        if len(x) % self.splits:
+            raise ValueError(f"a batch of {len(x)} does not divide into {self.splits} parts")
+        means = self.running_mean.repeat(self.splits, 1)
+        variances = self.running_var.repeat(self.splits, 1)
+        parts = [
+            F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
+            for part, mean, variance in zip(x.chunk(self.splits), means, variances, strict=True)
+        ]
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
+        self.num_batches_tracked.add_(1)
+        return torch.cat(parts)
+
+
+def split_batch_norm(module: nn.Module, splits: int) -> None:
+    """Make every nn.BatchNorm2d in the module a SplitBatchNorm, parameters and buffers staying as they are."""
+    for part in module.modules():
+        if type(part) is nn.BatchNorm2d:
+            part.__class__ = SplitBatchNorm
+            part.splits = splits
+
+
+def fold_batch_norm(encoder: nn.Module) -> nn.Module:
+    """A copy of an encoder in eval mode, in which batch norm has become part of the convolutions before it.
+
+    With running statistics batch norm is y = a x + b for each channel, and so are weights and bias of a convolution:
+    the same features, but for rounding, without a pass over every activation.
+    """
+    encoder = copy.deepcopy(encoder).eval()
+    for module in encoder.modules():
+        children = list(module.named_children())
+        for (name, conv), (after, norm) in itertools.pairwise(children):
+            # In a ResNet what is registered behind a convolution is what its output goes to.
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(module, name, fuse_conv_bn_eval(conv, norm))
+                setattr(module, after, nn.Identity())
+    return encoder.to(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
+def average_statistics(modules: Sequence[nn.Module], group: dist.ProcessGroup | None) -> None:
+    """Make the batch-norm statistics of all ranks their mean, in one all-reduce. Every rank sees other batches."""
+    if group is None:
+        return
+    buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.all_reduce(flat, group=group)
+    flat /= dist.get_world_size(group)
+    for buffer, mean in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))

@@ -1,0 +1,75 @@
+"""The encoder, its momentum twin and the queue of keys."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+from pcl_fast.config import ModelConfig
+from pcl_fast.nn.batch_norm import split_batch_norm
+
+
+class Encoder(nn.Module):
+    """A ResNet and a projection head: images [N, 3, H, W] -> unit features [N, dim] float32."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.backbone, width = _build_backbone(config)
+        if config.head == "mlp":
+            self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.dim))
+        else:
+            self.head = nn.Linear(width, config.dim)
+        if config.bn_splits > 1:
+            split_batch_norm(self, config.bn_splits)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        # In float32 even under autocast: half precision would leave |q| off by 1e-3, times 1/tau in every logit.
+        return F.normalize(self.head(self.backbone(images)).float(), dim=1)
+
+
+def _build_backbone(config: ModelConfig) -> tuple[nn.Module, int]:
+    """(backbone with pooled features as output, their number)."""
+    if depth := re.fullmatch(r"cifar_resnet(\d+)", config.arch):
+        return _cifar_resnet(int(depth[1]))
+    names = [name for name in torchvision.models.list_models(torchvision.models) if "resne" in name]
+    if config.arch not in names:
+        raise ValueError(
+            f"--model.arch {config.arch} is no ResNet; choose from {', '.join(names)}, or cifar_resnet8, 14, 20, ..."
+        )
+    backbone = torchvision.models.get_model(config.arch)
+    width = backbone.fc.in_features
+    backbone.fc = nn.Identity()
+    if config.small_stem:
+        backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
+        backbone.maxpool = nn.Identity()
+    return backbone, width
+
+
+def _cifar_resnet(depth: int) -> tuple[nn.Module, int]:
+    """The 6n+2-layer ResNet for 32 px images of He et al. 2016, section 4.2: widths 16, 32, 64."""
+    if depth < 8 or depth % 6 != 2:
+        raise ValueError(f"--model.arch cifar_resnet{depth}: the depth must be 6n+2 (8, 14, 20, ...)")
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
+    width_in = 16
+    for width in (16, 32, 64):
+        for _ in range((depth - 2) // 6):
+            layers.append(_basic_block(width_in, width))
+            width_in = width
+    backbone = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    for module in backbone.modules():
+        if isinstance(module, nn.Conv2d):  # as torchvision's ResNets do
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return backbone, width_in
+
+
+def _basic_block(width_in: int, width: int) -> BasicBlock:
+    """Two 3x3 convolutions; where the width grows the side is halved and the shortcut becomes a 1x1 convolution."""
+    if width_in == width:
+        return BasicBlock(width, width)
+    shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride=2, bias=False), nn.BatchNorm2d(width))
+    return BasicBlock(width_in, width, stride=2, downsample=shortcut)

@@ -1,0 +1,99 @@
+"""report.png: a run at a glance, drawn from its metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import ScalarFormatter
+
+from pcl_fast.run.metrics import read_rows
+
+Rows = list[dict[str, Any]]
+
+
+def write_report(folder: Path) -> Path:
+    """Draw folder/report.png; returns its path."""
+    rows: dict[str, Rows] = {kind: [] for kind in ("epoch", "clustering", "evaluation")}
+    for row in read_rows(folder):
+        rows.setdefault(row["kind"], []).append(row)
+    panels: list[tuple[str, Callable[[Axes, dict[str, Rows]], None]]] = [
+        ("loss", _losses),
+        ("accuracy against the negatives, %", _accuracies),
+        ("learning rate", _learning_rate),
+        ("momentum features", _evaluation),
+        ("images per cluster, last clustering", _cluster_sizes),
+        ("seconds per epoch", _seconds),
+    ]
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    for axes, (title, draw) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        draw(axes, rows)
+        axes.set_title(title)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(str(folder))
+    path = folder / "report.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _lines(axes: Axes, rows: Rows, names: dict[str, str]) -> None:
+    for name, label in names.items():
+        points = [(row["epoch"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker=".", label=label)
+    axes.set_xlabel("epochs")
+
+
+def _losses(axes: Axes, rows: dict[str, Rows]) -> None:
+    _lines(axes, rows["epoch"], {"loss": "total", "instance_loss": "InfoNCE", "prototype_loss": "ProtoNCE"})
+
+
+def _accuracies(axes: Axes, rows: dict[str, Rows]) -> None:
+    _lines(axes, rows["epoch"], {"instance_accuracy": "instance", "prototype_accuracy": "prototype"})
+    axes.set_ylim(0, 100)
+
+
+def _learning_rate(axes: Axes, rows: dict[str, Rows]) -> None:
+    _lines(axes, rows["epoch"], {"lr": "learning rate"})
+    axes.set_ylim(bottom=0)
+
+
+def _evaluation(axes: Axes, rows: dict[str, Rows]) -> None:
+    if not rows["evaluation"]:
+        axes.text(0.5, 0.5, "no labels, no evaluation", ha="center", transform=axes.transAxes)
+        return
+    flat = [{**row, **{f"ami {k}": value for k, value in row["ami"].items()}} for row in rows["evaluation"]]
+    granularities = sorted({k for row in rows["evaluation"] for k in row["ami"]}, key=int)
+    _lines(axes, flat, {"knn": "kNN accuracy", **{f"ami {k}": f"AMI, {k} clusters" for k in granularities}})
+    axes.set_ylim(0, 1)
+
+
+def _cluster_sizes(axes: Axes, rows: dict[str, Rows]) -> None:
+    last = {row["k"]: row["size_deciles"] for row in rows["clustering"]}
+    for k, deciles in sorted(last.items()):
+        axes.plot(range(0, 101, 10), deciles, marker=".", label=f"{k} clusters")
+    axes.set_xlabel("percentile")
+    if last:
+        axes.set_yscale("symlog", linthresh=1)
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+
+
+def _seconds(axes: Axes, rows: dict[str, Rows]) -> None:
+    others = {name for row in rows["epoch"] for name in row["seconds"]} - {"training", "waiting for data"}
+    names = ["training", *sorted(others)]
+    epochs = [row["epoch"] for row in rows["epoch"]]
+    bottom = [0.0] * len(epochs)
+    for name in names:
+        seconds = [row["seconds"].get(name, 0.0) for row in rows["epoch"]]
+        axes.bar(epochs, seconds, bottom=bottom, width=1.0, label=name)
+        bottom = [below + value for below, value in zip(bottom, seconds, strict=True)]
+    waiting = [row["seconds"].get("waiting for data", 0.0) for row in rows["epoch"]]
+    axes.plot(epochs, waiting, color="black", lw=1, label="of training: waiting for data")
+    axes.set_ylim(top=1.6 * max(bottom, default=1))  # room for the legend
+    axes.set_xlabel("epochs")

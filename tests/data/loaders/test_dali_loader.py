@@ -1,0 +1,238 @@
+"""What DALI makes, against PIL and torchvision on the same images and with the same draws."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import io
+import multiprocessing
+
+import numpy as np
+import pytest
+import torch
+from photos import piece, write_pieces
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+pytest.importorskip("nvidia.dali", exc_type=ImportError)
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+
+from pcl_fast.config import DataConfig
+from pcl_fast.data import clustering_loader, find_images, training_loader
+from pcl_fast.data.loaders import dali_decoder, dali_loader
+from pcl_fast.data.loaders.dali_loader import centre_crops
+from pcl_fast.data.loaders.resources import Resources
+from pcl_fast.data.sources.images import to_rgb
+from pcl_fast.distributed import World
+from pcl_fast.errors import ImageError, UserError
+
+WORLD = World(0, 1, torch.device("cpu"), None)
+# Where DALI runs: with a GPU there too, held to the same reference.
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def config(kind: str, **changes) -> DataConfig:
+    workers = 2 if kind == "dali" else 0
+    return dataclasses.replace(DataConfig(size=96, resize=112, workers=workers), loader=kind, **changes)
+
+
+def world_of(device: str) -> World:
+    return World(0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device), None)
+
+
+def signed(views: torch.Tensor) -> np.ndarray:
+    """Bytes whose differences can be taken."""
+    return views.cpu().numpy().astype(int)
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pieces")
+    write_pieces(folder, 24)
+    return find_images(folder)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("views", "limit", "most"), [("v1", 0.6, 4), ("v2", 0.6, 4), ("digits", 0.8, 8)])
+def test_training_views_are_the_torchvision_loader_s(pieces, views, limit, most, device):
+    """Same images and draws. What is left is the resize (DALI's edges, PIL's rounding between its two passes), which
+    contrast and saturation make up to 1.4 times larger each; and where a distorted image ends, of which DALI makes a
+    soft edge. A GPU decodes JPEGs not quite as libjpeg does: twice the limits.
+    """
+    slack = 2 if device == "cuda" else 1
+    loaders = [
+        training_loader(pieces, config(kind, views=views), batch_size=8, seed=1, world=world)
+        for kind, world in (("dali", world_of(device)), ("torchvision", WORLD))
+    ]
+    compared = 0
+    for ours, theirs in zip(*(loader.epoch(0) for loader in loaders), strict=True):
+        assert torch.equal(ours.index, theirs.index)
+        for a, b in ((ours.query_view, theirs.query_view), (ours.key_view, theirs.key_view)):
+            difference = np.abs(signed(a) - signed(b))
+            assert difference.mean() < limit * slack
+            assert np.quantile(difference, 0.99) <= most * slack + 0.01
+            compared += len(a)
+    assert compared == 48
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_clustering_view_is_the_torchvision_loader_s(pieces, device):
+    slack = 2 if device == "cuda" else 1
+    ours, theirs = (
+        signed(torch.cat(list(clustering_loader(pieces, config(kind), batch_size=10, world=world))))
+        for kind, world in (("dali", world_of(device)), ("torchvision", WORLD))
+    )
+    assert len(ours) == len(theirs) == 24
+    difference = np.abs(ours - theirs)
+    assert difference.mean() < 0.3 * slack
+    assert np.quantile(difference[:, 2:-2, 2:-2], 1 if slack == 1 else 0.999) < 2.01 * slack
+
+
+@pytest.mark.parametrize("size", [(375, 500), (500, 375), (100, 333), (77, 41), (256, 256), (2000, 31)], ids=str)
+def test_centre_crops_are_placed_as_torchvision_s(size):
+    """A picture of its own coordinates tells where the crop came from."""
+    begin, end = centre_crops(np.array([size]), 40, 32)
+    image = F.resize(Image.new("RGB", size[::-1]), [40])
+    coordinates = torch.from_numpy(np.indices((image.height, image.width)))
+    crop = F.center_crop(coordinates, [32])
+    scale = np.array(size) / (image.height, image.width)
+    np.testing.assert_allclose(begin[0], crop[:, 0, 0].numpy() * scale, rtol=1e-6)
+    np.testing.assert_allclose(end[0], (crop[:, -1, -1].numpy() + 1) * scale, rtol=1e-6)
+
+
+def saved(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def sixteen_bits(grey: np.ndarray) -> bytes:
+    return saved(Image.fromarray(grey.astype(np.uint16) * 257), "PNG")
+
+
+def turned() -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    return exif
+
+
+SQUARE = piece(0, 48, 48)
+FILES = {
+    "jpg": saved(SQUARE, "JPEG", quality=90),
+    "progressive.jpg": saved(SQUARE, "JPEG", progressive=True),
+    "full_colour.jpg": saved(SQUARE, "JPEG", subsampling=0),
+    "turned.jpg": saved(SQUARE, "JPEG", exif=turned()),
+    "grey.jpg": saved(SQUARE.convert("L"), "JPEG"),
+    "cmyk.jpg": saved(SQUARE.convert("CMYK"), "JPEG"),
+    "png": saved(SQUARE, "PNG"),
+    "named.jpg": saved(SQUARE, "PNG"),
+    "grey.png": saved(SQUARE.convert("L"), "PNG"),
+    "bits.png": saved(SQUARE.convert("1"), "PNG"),
+    "palette.png": saved(SQUARE.convert("P"), "PNG"),
+    "transparent_palette.png": saved(SQUARE.convert("P"), "PNG", transparency=3),
+    "alpha.png": saved(Image.merge("RGBA", [*SQUARE.split(), SQUARE.convert("L")]), "PNG"),
+    "grey_alpha.png": saved(SQUARE.convert("LA"), "PNG"),
+    "16bit.png": sixteen_bits(np.array(SQUARE.convert("L"))),
+    "webp": saved(SQUARE, "WEBP"),
+    "alpha.webp": saved(Image.merge("RGBA", [*SQUARE.split(), SQUARE.convert("L")]), "WEBP", lossless=True),
+    "gif": saved(SQUARE.convert("P"), "GIF"),
+    "tif": saved(SQUARE, "TIFF"),
+    "bmp": saved(SQUARE, "BMP"),
+}
+
+
+def test_every_kind_of_file_is_decoded_as_pil_does(tmp_path):
+    for name, data in FILES.items():
+        (tmp_path / (name if "." in name else f"x.{name}")).write_bytes(data)
+    images = find_images(tmp_path)
+    loader = clustering_loader(images, config("dali", size=48, resize=48), batch_size=7, world=WORLD)
+    decoded = torch.cat(list(loader)).numpy()
+    assert len(decoded) == len(FILES)
+    for index, ours in enumerate(decoded):
+        expected = np.array(images.read(index))
+        assert np.array_equal(ours, expected), images.name(index)
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    grey = np.arange(256).reshape(16, 16)
+    with Image.open(io.BytesIO(sixteen_bits(grey))) as image:
+        assert image.mode == "I;16"
+        assert np.array_equal(np.array(to_rgb(image))[:, :, 0], grey)
+    fine = Image.fromarray(np.array([[0, 128, 129, 385, 386, 65535]], dtype=np.uint16))
+    assert np.array(to_rgb(fine))[0, :, 0].tolist() == [0, 0, 1, 1, 2, 255]
+
+
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
+def test_a_gpu_s_batches_live_as_long_as_they_are_used(pieces):
+    """Kept while later ones are made, and while the GPU is late; an epoch that was left early before."""
+    training = training_loader(pieces, config("dali"), batch_size=4, seed=1, world=world_of("cuda"))
+    expected = [batch.query_view.cpu() for batch in training.epoch(0)]
+    early = training.epoch(1)
+    next(early)
+    early.close()
+    kept = []
+    for batch in training.epoch(0):
+        torch.cuda._sleep(10**8)
+        kept.append(batch.query_view.clone())
+        kept.append(batch.query_view)
+    for number, view in enumerate(kept):
+        assert torch.equal(view.cpu(), expected[number // 2])
+
+
+def test_a_loader_makes_one_epoch_at_a_time(pieces):
+    training = training_loader(pieces, config("dali"), batch_size=8, seed=1, world=WORLD)
+    first = training.epoch(0)
+    next(first)
+    with pytest.raises(RuntimeError, match="one epoch at a time"):
+        next(training.epoch(1))
+    assert len(list(first)) == 2
+    assert len(list(training.epoch(1))) == 3
+
+
+def test_with_a_gpu_everything_but_the_bytes_is_on_it():
+    """The graph alone; to run it takes a GPU."""
+    resources = Resources(4, 2, torch.device("cuda", 0), 16)
+    with Pipeline(batch_size=8, num_threads=4, device_id=0):
+        encoded, corner, extent, begin, end, matrix = fn.external_source(
+            source=lambda: None,
+            num_outputs=6,
+            dtype=[types.UINT8, types.INT32, types.INT32, types.FLOAT, types.FLOAT, types.FLOAT],
+            ndim=[1, 1, 1, 1, 1, 2],
+        )
+        decoded = dali_decoder._decode(encoded, resources)
+        views = [
+            dali_loader._view(decoded, corner, extent, begin, end, matrix, size=64),
+            *dali_loader._centre_crop(decoded, begin, end, size=64),
+        ]
+    assert encoded.device == corner.device == "cpu"
+    assert {node.device for node in (decoded, *views)} == {"gpu"}
+
+
+def test_dali_that_does_not_run_says_what_to_do(pieces, monkeypatch):
+    def refuse(self):
+        raise RuntimeError("this driver is too old")
+
+    monkeypatch.setattr(Pipeline, "build", refuse)
+    with pytest.raises(UserError, match=r"use --data.loader torchvision. It says: this driver is too old"):
+        training_loader(pieces, config("dali"), batch_size=8, seed=1, world=WORLD)
+
+
+def test_a_forked_process_collects_no_pipeline(pieces):
+    """It would wait for the pipeline's threads, for ever."""
+    list(training_loader(pieces, config("dali"), batch_size=8, seed=1, world=WORLD).epoch(0))
+    child = multiprocessing.get_context("fork").Process(target=gc.collect)
+    child.start()
+    child.join(20)
+    hangs = child.is_alive()
+    child.kill()
+    assert not hangs
+    assert child.exitcode == 0
+
+
+def test_a_wrong_pipeline_is_told_from_a_broken_image(pieces, monkeypatch):
+    """What PIL can read and DALI cannot is said to be so."""
+    monkeypatch.setattr(dali_decoder, "_for_dali", lambda images, index: (np.zeros(9, np.uint8), 90, 90))
+    training = training_loader(pieces, config("dali"), batch_size=8, seed=1, world=WORLD)
+    with pytest.raises(ImageError, match=r"which PIL can read; --data.loader torchvision"):
+        next(training.epoch(0))
