@@ -6,6 +6,7 @@ code; MoCo's are those of He et al. 2020 and Chen et al. 2020.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -111,8 +112,11 @@ class ClusterConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """SGD and its schedule."""
+    """The optimiser and its schedule."""
 
+    optimizer: Literal["sgd", "lars"] = "sgd"
+    """lars: SGD that adapts the learning rate of every layer to the size of its weights (You et al. 2017), for large
+    batches."""
     batch_size: int = 256
     """Images per step over all ranks together."""
     lr: float = 0.03
@@ -121,8 +125,13 @@ class OptimConfig:
     """Take lr for a batch of 256 and scale it with the batch size: lr * batch_size / 256 (Goyal et al. 2017)."""
     momentum: float = 0.9
     weight_decay: float = 1e-4
+    trust: float = 0.001
+    """LARS's trust coefficient: an update's size, over that of the weights and per unit of learning rate."""
+    warmup_epochs: int = 0
+    """Epochs in which the learning rate grows linearly, at every step, up to what the schedule says."""
     schedule: Literal["step", "cosine"] = "step"
-    """step: times 0.1 at each milestone; cosine: half a cosine down to zero. Both change once per epoch."""
+    """step: times 0.1 at each milestone; cosine: half a cosine down to zero. Both change once per epoch
+    (after warm-up)."""
     milestones: tuple[int, ...] = (120, 160)
     """Epochs at which schedule=step drops the learning rate."""
 
@@ -255,6 +264,15 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: names the flag, its value and what to use instead.
     """
+    finite = {
+        "--optim.lr": config.optim.lr,
+        "--optim.momentum": config.optim.momentum,
+        "--optim.weight-decay": config.optim.weight_decay,
+        "--optim.trust": config.optim.trust,
+    }
+    for flag, value in finite.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{flag} must be a finite number, got {value}")
     positive = {
         "--epochs": config.epochs,
         "--log-every": config.log_every,
@@ -265,6 +283,7 @@ def validate(config: Config) -> None:
         "--loss.temperature": config.loss.temperature,
         "--optim.batch-size": config.optim.batch_size,
         "--optim.lr": config.optim.lr,
+        "--optim.trust": config.optim.trust,
         "--cluster.iterations": config.cluster.iterations,
         "--cluster.redo": config.cluster.redo,
         "--cluster.warm-iterations": config.cluster.warm_iterations,
@@ -282,6 +301,8 @@ def validate(config: Config) -> None:
         "--data.workers": config.data.workers or 0,
         "--checkpoint.every-minutes": config.checkpoint.every_minutes,
         "--cluster.warmup-epochs": config.cluster.warmup_epochs,
+        "--optim.warmup-epochs": config.optim.warmup_epochs,
+        "--optim.weight-decay": config.optim.weight_decay,
         "--evaluation.every": config.evaluation.every,
         "--checkpoint.keep-every": config.checkpoint.keep_every,
     }
@@ -292,6 +313,8 @@ def validate(config: Config) -> None:
         raise ValueError(f"--loss.num-negatives must be positive or None for all, got {config.loss.num_negatives}")
     if not 0 <= config.model.momentum <= 1:
         raise ValueError(f"--model.momentum is a share between 0 and 1, got {config.model.momentum}")
+    if not 0 <= config.optim.momentum < 1:
+        raise ValueError(f"--optim.momentum is a share in [0, 1), got {config.optim.momentum}")
     if not 0 < config.data.min_crop_area <= 1:
         raise ValueError(f"--data.min-crop-area is a share of the image in (0, 1], got {config.data.min_crop_area}")
     if config.data.resize < config.data.size:

@@ -5,7 +5,6 @@ Nothing in here waits for the device.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from pcl_fast.clustering import PrototypeSet
-from pcl_fast.config import Config, OptimConfig
+from pcl_fast.config import Config
 from pcl_fast.data import Batch, normalise
 from pcl_fast.distributed import World, all_gather_rows
 from pcl_fast.losses import ProtoNCEResult, protonce
@@ -22,6 +21,7 @@ from pcl_fast.nn.encoder import Encoder
 from pcl_fast.nn.momentum import MomentumTwin
 from pcl_fast.nn.queue import KeyQueue
 from pcl_fast.nn.shuffle import BatchShuffle
+from pcl_fast.optim import learning_rate
 from pcl_fast.seeds import Purpose, mix_seeds
 
 
@@ -204,14 +204,6 @@ class Learner:
 
     def _buffers(self) -> list[torch.Tensor]:
         return [*self.encoder.buffers(), *self.twin.key.buffers()]
-
-
-def learning_rate(optim: OptimConfig, epoch: int, epochs: int) -> float:
-    """The learning rate of an epoch (from 0) out of `epochs`."""
-    first = optim.lr * optim.batch_size / 256 if optim.scale_lr else optim.lr
-    if optim.schedule == "cosine":
-        return first * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
-    return first * 0.1 ** sum(epoch >= milestone for milestone in optim.milestones)
 
 
 def encoder_dtype(device: torch.device) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -98,7 +99,16 @@ def test_a_field_that_is_newer_than_the_run_counts_as_its_default():
     ("group", "field", "value", "message"),
     [
         ("optim", "lr", 0.0, "--optim.lr must be positive, got 0.0"),
+        ("optim", "lr", math.inf, "--optim.lr must be a finite number, got inf"),
         ("optim", "batch_size", 0, "--optim.batch-size"),
+        ("optim", "momentum", 1.0, r"--optim.momentum is a share in \[0, 1\), got 1.0"),
+        ("optim", "momentum", -0.1, "--optim.momentum is a share"),
+        ("optim", "momentum", math.nan, "--optim.momentum must be a finite number"),
+        ("optim", "weight_decay", -1e-4, "--optim.weight-decay must not be negative, got -0.0001"),
+        ("optim", "weight_decay", math.nan, "--optim.weight-decay must be a finite number, got nan"),
+        ("optim", "trust", 0.0, "--optim.trust must be positive, got 0.0"),
+        ("optim", "trust", math.inf, "--optim.trust must be a finite number, got inf"),
+        ("optim", "warmup_epochs", -1, "--optim.warmup-epochs must not be negative, got -1"),
         ("loss", "temperature", -1.0, "--loss.temperature"),
         ("loss", "num_negatives", 0, "--loss.num-negatives"),
         ("model", "momentum", 1.5, "--model.momentum.*1.5"),

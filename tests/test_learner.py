@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import pytest
 import torch
 from ranks import run_ranks
 
 from pcl_fast.clustering import PrototypeSet
-from pcl_fast.config import PRESETS, OptimConfig
+from pcl_fast.config import PRESETS
 from pcl_fast.data import Batch, normalise
 from pcl_fast.distributed import shard_bounds
-from pcl_fast.learner import Learner, learning_rate
+from pcl_fast.learner import Learner
+from pcl_fast.optim import learning_rate
 
 replace = dataclasses.replace
 DEMO = PRESETS["demo"][1]
@@ -258,21 +258,6 @@ def test_initial_weights_depend_on_the_seed_alone(alone):
     assert not all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize(
-    ("optim", "expected"),
-    [
-        (OptimConfig(lr=0.03), {0: 0.03, 119: 0.03, 120: 0.003, 159: 0.003, 160: 0.0003, 199: 0.0003}),
-        (
-            OptimConfig(lr=0.03, schedule="cosine"),
-            {0: 0.03, 50: 0.015 * (1 + math.sqrt(0.5)), 100: 0.015, 199: 0.015 * (1 - math.cos(math.pi / 200))},
-        ),
-    ],
-)
-def test_learning_rate_schedules(optim, expected):
-    for epoch, value in expected.items():
-        assert learning_rate(optim, epoch, 200) == pytest.approx(value)
-
-
 def test_every_epoch_trains_at_its_own_learning_rate(alone):
     learner, resumed = Learner(small_config(), alone), Learner(small_config(), alone)
     for epoch in (0, 7, 23):
@@ -282,10 +267,3 @@ def test_every_epoch_trains_at_its_own_learning_rate(alone):
     resumed.load(learner.state(), learner.rank_state())
     resumed.begin_epoch(11)
     assert resumed.optimizer.param_groups[0]["lr"].item() == pytest.approx(learning_rate(DEMO.optim, 11, DEMO.epochs))
-
-
-@pytest.mark.parametrize(("batch_size", "factor"), [(256, 1), (1024, 4), (100, 100 / 256)])
-def test_the_learning_rate_scales_with_the_batch_when_asked_to(batch_size, factor):
-    optim = OptimConfig(lr=0.03, batch_size=batch_size)
-    assert learning_rate(optim, 130, 200) == pytest.approx(0.003)
-    assert learning_rate(replace(optim, scale_lr=True), 130, 200) == pytest.approx(0.003 * factor)
