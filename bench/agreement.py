@@ -43,7 +43,7 @@ def check_agreement() -> None:
     for number in range(2):
         views, index = random_views(), torch.arange(_ROWS) + number * _ROWS
         expected = theirs.step((*(normalise(view, torch.float32).contiguous() for view in views), index), granularities)
-        found = own.step(Batch(*views, index), granularities, number)["loss"].item()
+        found = own.step(Batch(tuple(views), index), granularities, number)["loss"].item()
         if abs(found / expected - 1) > 1e-4:
             raise AssertionError(f"step {number}: the official loss is {expected}, ours {found}")
     pairs = (own.encoder, theirs.module.query_encoder), (own.twin.key, theirs.module.key_encoder)

@@ -28,7 +28,7 @@ import pytest
 import recipe
 import torch
 
-from pcl_fast.config import Config
+from pcl_fast.config import Config, view_of
 from pcl_fast.data import Batch, clustering_loader, training_loader
 from pcl_fast.distributed import World
 
@@ -57,7 +57,8 @@ def world_of(loader: str) -> World:
 def training_stream(loader: str, *, step: bool = False) -> Iterator[Batch]:
     optional_loader(loader)
     config, world = config_of(loader, step=step), world_of(loader)
-    batches = training_loader(recipe.folder()[0], config.data, batch_size=BATCH, seed=0, world=world)
+    views = (view_of(config.data),) * 2
+    batches = training_loader(recipe.folder()[0], config.data, views=views, batch_size=BATCH, seed=0, world=world)
     return itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
 
 

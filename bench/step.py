@@ -40,7 +40,7 @@ import torch.distributed as dist
 from agreement import check_agreement
 from torch.utils.flop_counter import FlopCounterMode
 
-from pcl_fast.config import Config
+from pcl_fast.config import Config, view_of
 from pcl_fast.data import Batch, normalise, training_loader
 from pcl_fast.data.loaders.loader import pick_loader
 from pcl_fast.data.loaders.resources import pick_resources
@@ -125,10 +125,8 @@ class Runner(NamedTuple):
 def batch_at_hand(case: Case) -> Batch:
     generator = torch.Generator(DEVICE).manual_seed(0)
     shape = (case.batch, case.config.data.size, case.config.data.size, 3)
-    query_view, key_view = (
-        torch.randint(256, shape, dtype=torch.uint8, generator=generator, device=DEVICE) for _ in range(2)
-    )
-    return Batch(query_view, key_view, torch.arange(case.batch))
+    views = (torch.randint(256, shape, dtype=torch.uint8, generator=generator, device=DEVICE) for _ in range(2))
+    return Batch(tuple(views), torch.arange(case.batch))
 
 
 def our_batches(case: Case) -> tuple[Iterator[Batch], int]:
@@ -137,7 +135,8 @@ def our_batches(case: Case) -> tuple[Iterator[Batch], int]:
         return itertools.repeat(batch_at_hand(case)), 0
     config, images = case.config.data, recipe.folder()[0]
     long = images.subset(list(range(len(images))) * (EPOCH // len(images)))
-    loader = training_loader(long, config, batch_size=case.batch, seed=0, world=recipe.WORLD)
+    views = (view_of(config),) * 2
+    loader = training_loader(long, config, views=views, batch_size=case.batch, seed=0, world=recipe.WORLD)
     resources = pick_resources(config, DEVICE)
     # DALI has two stages, torchvision as many as workers.
     ready = resources.prefetch * (2 if pick_loader(config.loader) == "dali" else resources.workers)
@@ -151,7 +150,7 @@ def official_views(case: Case) -> tuple[Iterator[official_step.Views], int]:
         images, size = recipe.folder()[0], case.config.data.size
         return official_step.loader(images, size, case.batch, pin=device.CUDA), official_step.AHEAD
     batch = batch_at_hand(case)
-    views = [normalise(view, torch.float32).contiguous().cpu() for view in batch[:2]]
+    views = [normalise(view, torch.float32).contiguous().cpu() for view in batch.views]
     return itertools.repeat((*(view.pin_memory() if device.CUDA else view for view in views), batch.index)), 0
 
 
@@ -169,9 +168,9 @@ def encoder_only(case: Case) -> Runner:
     upstream = torch.randn(case.batch, config.model.dim, device=DEVICE)
     batches, ahead = our_batches(case)
     if case.loader == "off":
-        views = itertools.repeat([normalise(view, dtype) for view in next(batches)[:2]])
+        views = itertools.repeat([normalise(view, dtype) for view in next(batches).views])
     else:
-        views = ([normalise(view, dtype) for view in batch[:2]] for batch in batches)
+        views = ([normalise(view, dtype) for view in batch.views] for batch in batches)
 
     def step() -> None:
         query_view, key_view = next(views)

@@ -13,6 +13,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from pcl_fast.augmentations import AUGMENTATIONS, View
+
+# A string, of which the command line takes and lists these.
+_Augmentation = tyro.extras.literal_type_from_choices(AUGMENTATIONS)
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -25,8 +30,8 @@ class DataConfig:
     """webdataset: tar files of name.jpg (png, webp, ...) and, if there are labels, name.cls."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     """What decodes and crops; auto is DALI wherever it can be imported."""
-    views: Literal["v1", "v2", "digits"] = "v1"
-    """Augmentation recipe: the paper's v1, the paper's v2 (adds blur), or one for handwritten digits."""
+    views: _Augmentation = "v1"
+    """Augmentation: the paper's v1, the paper's v2 (adds blur), or one for handwritten digits."""
     size: int = 224
     """Side of the crops, in pixels."""
     resize: int = 256
@@ -218,6 +223,12 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "moco_v2": ("MoCo v2: PCL v2's encoder without prototypes.", _MOCO_V2),
 }
 
+
+def view_of(data: DataConfig) -> View:
+    """Return the augmentation that `data.views` names, with the run's size and least crop."""
+    return replace(AUGMENTATIONS[data.views], size=data.size, min_area=data.min_crop_area)
+
+
 # What may differ between a run and its continuation: where things lie, what computes them and what is printed, not
 # what is learned. (Which images there are is compared apart.)
 _NOT_RECIPE = (
@@ -315,6 +326,8 @@ def validate(config: Config) -> None:
         raise ValueError(f"--model.momentum is a share between 0 and 1, got {config.model.momentum}")
     if not 0 <= config.optim.momentum < 1:
         raise ValueError(f"--optim.momentum is a share in [0, 1), got {config.optim.momentum}")
+    if config.data.views not in AUGMENTATIONS:
+        raise ValueError(f"--data.views must be one of {', '.join(AUGMENTATIONS)}, got {config.data.views}")
     if not 0 < config.data.min_crop_area <= 1:
         raise ValueError(f"--data.min-crop-area is a share of the image in (0, 1], got {config.data.min_crop_area}")
     if config.data.resize < config.data.size:

@@ -102,12 +102,12 @@ class Learner:
         seed = self._seed(Purpose.NEGATIVES, number)
         order = self.shuffle.order(self._seed(Purpose.SHUFFLE, number))
         if self.world.device.type == "cpu":
-            return StepInputs(batch.query_view, batch.key_view, batch.index, order, seed)
+            return StepInputs(*batch.views, batch.index, order, seed)
         # In one copy, and without waiting for it.
         parts = [torch.tensor([seed]), batch.index, *([] if order is None else [order])]
         together = torch.cat(parts).pin_memory().to(self.world.device, non_blocking=True)
         seed, index, *order = together.split([len(part) for part in parts])
-        return StepInputs(batch.query_view, batch.key_view, index, order[0] if order else None, seed.squeeze(0))
+        return StepInputs(*batch.views, index, order[0] if order else None, seed.squeeze(0))
 
     def compute(self, inputs: StepInputs, prototypes: Sequence[PrototypeSet]) -> dict[str, torch.Tensor]:
         """`step` after its inputs are there: on the device from end to end, so that a CUDA graph can hold it."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pcl_fast.clustering import FeatureShard, PrototypeSet, cluster, obstacle, pick_backend
-from pcl_fast.config import Config, to_dict
+from pcl_fast.config import Config, to_dict, view_of
 from pcl_fast.data import Batch, ImageSet, TrainingLoader, clustering_loader, describe_loader, training_loader
 from pcl_fast.distributed import World, gather_objects, shard_bounds, together
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
@@ -73,7 +73,8 @@ class Trainer:
         config, images, world = self.config, self.images, self.world
         pick_backend(config.cluster.backend, world.device, self.shard.features.dtype, config.model.dim)
         rows = config.optim.batch_size // world.size
-        training = training_loader(images, config.data, batch_size=rows, seed=config.seed, world=world)
+        views = (view_of(config.data),) * 2
+        training = training_loader(images, config.data, views=views, batch_size=rows, seed=config.seed, world=world)
         return training, clustering_loader(images, config.data, batch_size=_CLUSTERING_BATCH, world=world)
 
     def fit(self) -> bool:

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import tyro
 
-from pcl_fast.config import PRESETS, recipe_differences, to_dict, validate
+from pcl_fast.augmentations import AUGMENTATIONS, View
+from pcl_fast.config import PRESETS, recipe_differences, to_dict, validate, view_of
 
 replace = dataclasses.replace
 
@@ -63,6 +64,27 @@ def test_command_line_takes_preset_first_and_any_field():
     assert (config.cluster.ks, config.optim.lr, config.loss.num_negatives) == ((10, 20), 0.1, None)
     assert (config.model.head, config.data.workers, config.preset) == ("mlp", 3, "pcl_v2")
     assert parse("pcl_v2", "--cluster.ks").cluster.ks == ()
+
+
+def test_an_augmentation_is_one_entry(monkeypatch, capsys):
+    """The command line lists those that there are, a recipe holds the name alone, and the run's size goes with it."""
+    with pytest.raises(SystemExit):
+        parse("pcl_v2", "--help")
+    assert f"{{{','.join(AUGMENTATIONS)}}}" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parse("pcl_v2", "--data.views", "v9")
+    message = capsys.readouterr().err
+    assert all(name in message for name in ("--data.views", *AUGMENTATIONS))
+    assert parse("pcl_v1", "--data.views", "digits").data.views == "digits"
+
+    config = preset("pcl_v1")
+    config = replace(config, data=replace(config.data, views="v9", size=96, min_crop_area=0.08))
+    with pytest.raises(ValueError, match=f"--data.views must be one of {', '.join(AUGMENTATIONS)}, got v9"):
+        validate(config)
+    monkeypatch.setitem(AUGMENTATIONS, "v9", View(grey_share=0.7))
+    validate(config)
+    assert view_of(config.data) == View(size=96, min_area=0.08, grey_share=0.7)
+    assert to_dict(config)["data"]["views"] == "v9"
 
 
 @pytest.mark.parametrize("name", PRESETS)

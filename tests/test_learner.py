@@ -31,7 +31,13 @@ def small_config(**changes):
 def batch(seed: int = 0, rows: int = 6) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     views = torch.randint(0, 256, (2, rows, 12, 12, 3), generator=generator, dtype=torch.uint8)
-    return Batch(views[0], views[1], torch.arange(rows))
+    return Batch(tuple(views), torch.arange(rows))
+
+
+def rows_of(whole: Batch, rows: slice, roll: int = 0) -> Batch:
+    """Some rows of a batch that has been rolled."""
+    views = tuple(view.roll(roll, 0)[rows] for view in whole.views)
+    return Batch(views, whole.index.roll(roll, 0)[rows])
 
 
 def weights(learner: Learner) -> list[torch.Tensor]:
@@ -143,7 +149,7 @@ def one_step(world, config, whole: Batch, poisoned: bool):
     rows = slice(0, 3) if world.rank == 0 else slice(3, 6)
     learner.twin.key.eval()
     before = weights(learner)
-    learner.step(Batch(*(part[rows] for part in whole)), [], 0)
+    learner.step(rows_of(whole, rows), [], 0)
     momentum = [state["momentum_buffer"].clone() for state in learner.optimizer.state.values()]
     return before, weights(learner), momentum, learner.queue.keys.clone()
 
@@ -156,7 +162,7 @@ def test_ranks_take_the_same_step_and_queue_all_keys_in_order(alone):
     for mine, theirs in zip([*one, *momentum, queue], [*other, *other_momentum, other_queue], strict=True):
         assert torch.equal(mine, theirs)
     assert not all(torch.equal(a, b) for a, b in zip(before, one, strict=True))
-    keys = Learner(config, alone).twin.key.eval()(normalise(whole.key_view, torch.float32))
+    keys = Learner(config, alone).twin.key.eval()(normalise(whole.views[1], torch.float32))
     torch.testing.assert_close(queue[:6], keys, rtol=1e-5, atol=1e-6)
 
 
@@ -170,7 +176,7 @@ def steps_of(world, config, whole: Batch, number_of_steps: int):
     learner = Learner(config, world)
     rows = slice(*shard_bounds(len(whole.index), world.rank, world.size))
     for number in range(number_of_steps):
-        learner.step(Batch(*(part.roll(number, 0)[rows] for part in whole)), [], number)
+        learner.step(rows_of(whole, rows, number), [], number)
     learner.end_epoch()
     statistics = [buffer for buffer in learner._buffers() if buffer.is_floating_point()]
     return weights(learner), statistics, learner.queue.keys
@@ -219,7 +225,7 @@ def test_what_differs_between_steps_is_in_their_inputs(alone):
 def test_a_captured_step_goes_on_as_the_step_itself(alone):
     world = replace(alone, device=torch.device("cuda", 0))
     learner, captured = Learner(small_config(), world), Learner(small_config(), world)
-    batches = [Batch(*(view.cuda() for view in batch(number)[:2]), batch(number).index) for number in range(4)]
+    batches = [Batch(tuple(view.cuda() for view in batch(number).views), batch(number).index) for number in range(4)]
     for each in (learner, captured):  # the first steps allocate what stays, which cannot be captured
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -242,7 +248,7 @@ def test_a_captured_step_goes_on_as_the_step_itself(alone):
 def test_features_are_the_momentum_encoder_s_in_eval_mode(alone):
     learner = Learner(small_config(), alone)
     learner.step(batch(), [], 0)
-    images = batch(rows=4).query_view
+    images = batch(rows=4).views[0]
     found = learner.feature_encoder()(images)
     assert learner.twin.key.training
     expected = learner.twin.key.eval()(normalise(images, torch.float32))

@@ -48,7 +48,7 @@ def test_the_encoder_alone_has_the_step_s_gradient(alone, monkeypatch):
 
     learner.encoder.register_forward_hook(keep_upstream)
     views = agreement.random_views()
-    learner.step(Batch(*views, torch.arange(len(views[0]))), agreement.random_granularities(config.model.dim), 0)
+    learner.step(Batch(tuple(views), torch.arange(len(views[0]))), agreement.random_granularities(config.model.dim), 0)
     encoder_only(normalise(views[0], torch.float32)).backward(seen["upstream"][0])
     for found, expected in zip(encoder_only.parameters(), seen["gradients"], strict=True):
         assert expected.abs().max() > 0

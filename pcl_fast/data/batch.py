@@ -15,14 +15,14 @@ STD = (58.395, 57.12, 57.375)
 
 
 class Batch(NamedTuple):
-    """Two views of each of N images, finished but for `normalise`: bytes, which are quick to move.
+    """The views of N images, finished but for `normalise`: bytes, which are quick to move.
 
-    query_view, key_view: uint8 [N, H, W, 3] on the encoder's device.
+    views: a tensor for every View that the loader was given, in its order: uint8 [N, size, size, 3] with the View's
+        size, on the encoder's device.
     index: int64 [N], positions in the data set, on the CPU.
     """
 
-    query_view: torch.Tensor
-    key_view: torch.Tensor
+    views: tuple[torch.Tensor, ...]
     index: torch.Tensor
 
 

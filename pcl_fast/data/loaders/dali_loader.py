@@ -1,4 +1,4 @@
-"""Loaders built on DALI: an image is decoded once, on the GPU where there is one, and both views are made there.
+"""Loaders built on DALI: an image is decoded once, on the GPU where there is one, and all views are made there.
 
 DALI does what changes an image's shape (decode, crop, resize, flip), the photometric kernels do the rest. Neither has
 any random state: every number comes with the batch (see draws.py), so that a run can go on at any step of an epoch, and
@@ -8,20 +8,22 @@ makes the same batches with any number of threads.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain, islice
 
 import numpy as np
 import torch
 from nvidia.dali import fn, types
 
+from pcl_fast.augmentations import View
 from pcl_fast.config import DataConfig
 from pcl_fast.data.batch import Batch
 from pcl_fast.data.loaders.dali_decoder import Decoder, Input, Read
 from pcl_fast.data.loaders.order import EpochOrder
 from pcl_fast.data.loaders.resources import Resources
 from pcl_fast.data.sources.images import ImageSet
-from pcl_fast.data.views.draws import RECIPES, Views, draw_views
+from pcl_fast.data.views.draws import Draws, draw_views
 from pcl_fast.data.views.finish import Finisher
 
 _CORNER = _EXTENT = Input(types.INT32)
@@ -30,43 +32,36 @@ _MATRIX = Input(types.FLOAT, 2)
 
 
 class TrainingLoader:
-    """Pairs of views in a new order every epoch."""
+    """The views of all images, in a new order every epoch."""
 
-    def __init__(self, images: ImageSet, config: DataConfig, order: EpochOrder, resources: Resources):
-        self.images, self.config, self.order = images, config, order
+    def __init__(self, images: ImageSet, views: Sequence[View], order: EpochOrder, resources: Resources):
+        self.images, self.views, self.order = images, views, order
         self.finisher = Finisher(resources.threads)
         self.steps = order.steps
-        self._recipe = RECIPES[config.views]
-        inputs = [_CORNER, _EXTENT, _EDGES, _EDGES] + [_MATRIX] * (self._recipe.distortion is not None)
+        inputs = [_inputs(view) for view in views]
 
         def graph(decoded: types.DataNode, *given: types.DataNode) -> list[types.DataNode]:
-            query, key = given[: len(inputs)], given[len(inputs) :]
-            return [_view(decoded, *query, size=config.size), _view(decoded, *key, size=config.size)]
+            nodes = iter(given)
+            own = (islice(nodes, len(kinds)) for kinds in inputs)
+            return [_view(decoded, *geometry, size=view.size) for view, geometry in zip(views, own, strict=True)]
 
-        self._decoder = Decoder(images, inputs * 2, graph, order.batch_size, resources)
+        self._decoder = Decoder(images, list(chain.from_iterable(inputs)), graph, order.batch_size, resources)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step `first_step` on; those before it cost nothing."""
-        drawn: deque[list[Views]] = deque()
+        drawn: deque[list[Draws]] = deque()
 
         def describe(read: Read) -> tuple[np.ndarray, ...]:
-            drawn.append([self._draw(read, epoch, view) for view in (0, 1)])
-            return tuple(array for views in drawn[-1] for array in _geometry(views))
+            drawn.append([self._draw(read, epoch, number) for number in range(len(self.views))])
+            return tuple(array for draws in drawn[-1] for array in _geometry(draws))
 
         for index, crops in self._decoder.run(self.order.batches(epoch, first_step), describe):
-            query, key = (self.finisher(crop, views) for crop, views in zip(crops, drawn.popleft(), strict=True))
-            yield Batch(query, key, torch.from_numpy(index))
+            views = (self.finisher(crop, draws) for crop, draws in zip(crops, drawn.popleft(), strict=True))
+            yield Batch(tuple(views), torch.from_numpy(index))
 
-    def _draw(self, read: Read, epoch: int, view: int) -> Views:
-        return draw_views(
-            self._recipe,
-            self.config.min_crop_area,
-            read.sizes,
-            seed=self.order.seed,
-            epoch=epoch,
-            view=view,
-            index=read.index,
-        )
+    def _draw(self, read: Read, epoch: int, number: int) -> Draws:
+        view, seed = self.views[number], self.order.seed
+        return draw_views(view, read.sizes, seed=seed, epoch=epoch, number=number, index=read.index)
 
 
 class ClusteringLoader:
@@ -94,21 +89,26 @@ class ClusteringLoader:
             yield view
 
 
-def _geometry(views: Views) -> tuple[np.ndarray, ...]:
+def _inputs(view: View) -> list[Input]:
+    """What the graph is given of every view, see `_geometry`."""
+    return [_CORNER, _EXTENT, _EDGES, _EDGES, *([] if view.distortion is None else [_MATRIX])]
+
+
+def _geometry(draws: Draws) -> tuple[np.ndarray, ...]:
     """What `_view` wants: corner, extent, begin and end, and the matrix if there is one.
 
     A flip is a resize from the right edge to the left one.
     """
-    height, width = views.window[:, 2], views.window[:, 3]
+    height, width = draws.window[:, 2], draws.window[:, 3]
     nothing = np.zeros_like(width)
     arrays = [
-        views.window[:, :2].astype(np.int32),
-        views.window[:, 2:].astype(np.int32),
-        np.stack([nothing, np.where(views.flip, width, nothing)], axis=1).astype(np.float32),
-        np.stack([height, np.where(views.flip, nothing, width)], axis=1).astype(np.float32),
+        draws.window[:, :2].astype(np.int32),
+        draws.window[:, 2:].astype(np.int32),
+        np.stack([nothing, np.where(draws.flip, width, nothing)], axis=1).astype(np.float32),
+        np.stack([height, np.where(draws.flip, nothing, width)], axis=1).astype(np.float32),
     ]
-    if views.matrix is not None:
-        arrays.append(views.matrix)
+    if draws.matrix is not None:
+        arrays.append(draws.matrix)
     return tuple(np.ascontiguousarray(array) for array in arrays)
 
 

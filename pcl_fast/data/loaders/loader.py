@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from types import ModuleType
 from typing import Protocol
 
 import torch
 
+from pcl_fast.augmentations import View
 from pcl_fast.config import DataConfig
 from pcl_fast.data.batch import Batch
 from pcl_fast.data.loaders.cache import cached
@@ -18,6 +19,7 @@ from pcl_fast.data.loaders.resources import Resources, pick_resources
 from pcl_fast.data.sources.images import ImageSet
 from pcl_fast.distributed import World, shard_bounds
 from pcl_fast.errors import MissingPackageError
+from pcl_fast.kernels.photometric_plain import MAX_SIGMA
 
 
 class TrainingLoader(Protocol):
@@ -33,23 +35,31 @@ def training_loader(
     images: ImageSet,
     config: DataConfig,
     *,
+    views: Sequence[View],
     batch_size: int,
     seed: int,
     world: World,
 ) -> TrainingLoader:
-    """Shuffled pairs of views, see EpochOrder and draw_views.
+    """Build the loader of shuffled images and their random views, see EpochOrder and draw_views.
 
     Args:
+        images: the data set, the same on all ranks.
+        config: says which loader, and what it may use of the machine.
+        views: what Batch.views will hold, made of every image from one decoding. They may differ in everything.
         batch_size: images per rank and step.
         seed: of order and views, the same on all ranks.
 
     Raises:
+        ValueError: a view's blur is wider than the kernels can make it.
         MissingPackageError: config.loader is dali, which cannot be imported.
         UserError: DALI does not run on this machine.
     """
+    for view in views:
+        if view.sigma[1] > MAX_SIGMA:
+            raise ValueError(f"a view's blur can have a sigma of at most {MAX_SIGMA} pixels, got {view.sigma[1]}")
     resources = pick_resources(config, world.device)
     order = EpochOrder(len(images), batch_size=batch_size, seed=seed, world=world)
-    return _implementation(config).TrainingLoader(images, config, order, resources)
+    return _implementation(config).TrainingLoader(images, views, order, resources)
 
 
 def clustering_loader(images: ImageSet, config: DataConfig, *, batch_size: int, world: World) -> Iterable[torch.Tensor]:

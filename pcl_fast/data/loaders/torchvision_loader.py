@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from pcl_fast.augmentations import View
 from pcl_fast.config import DataConfig
 from pcl_fast.data.batch import Batch
 from pcl_fast.data.loaders.order import EpochOrder
 from pcl_fast.data.loaders.resources import Resources
 from pcl_fast.data.sources.images import ImageSet
-from pcl_fast.data.views.draws import RECIPES, draw_views
+from pcl_fast.data.views.draws import draw_views
 from pcl_fast.data.views.pil import clustering_view, training_view
 
 
 class TrainingLoader:
-    """Pairs of views in a new order every epoch."""
+    """The views of all images, in a new order every epoch."""
 
-    def __init__(self, images: ImageSet, config: DataConfig, order: EpochOrder, resources: Resources):
+    def __init__(self, images: ImageSet, views: Sequence[View], order: EpochOrder, resources: Resources):
         self.order, self.resources = order, resources
         self.steps = order.steps
         self._batches = _EpochBatches(order)
         self._loader = DataLoader(
-            _Pairs(images, config, order.seed), batch_sampler=self._batches, **_workers(resources, resources.prefetch)
+            _Shuffled(images, views, order.seed), batch_sampler=self._batches, **_workers(resources, resources.prefetch)
         )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step `first_step` on; those before it cost nothing."""
         self._batches.epoch, self._batches.first_step = epoch, first_step
-        for query, key, index in self._loader:
-            yield Batch(_moved(query, self.resources), _moved(key, self.resources), index)
+        for views, index in self._loader:
+            yield Batch(tuple(_moved(view, self.resources) for view in views), index)
 
 
 class ClusteringLoader:
@@ -57,28 +59,21 @@ class ClusteringLoader:
             yield _moved(view, self.resources)
 
 
-class _Pairs(Dataset):
-    """Item (epoch, index): the two views of an image, uint8 [size, size, 3]."""
+class _Shuffled(Dataset):
+    """Item (epoch, index) is (the views of an image, uint8 [size, size, 3] each; index)."""
 
-    def __init__(self, images: ImageSet, config: DataConfig, seed: int):
-        self.images, self.config, self.seed = images, config, seed
+    def __init__(self, images: ImageSet, views: Sequence[View], seed: int):
+        self.images, self.views, self.seed = images, views, seed
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[list[torch.Tensor], int]:
         epoch, index = key
         image = self.images.read(index)
-        return self._view(image, epoch, index, 0), self._view(image, epoch, index, 1), index
+        return [self._view(image, view, epoch, number, index) for number, view in enumerate(self.views)], index
 
-    def _view(self, image, epoch: int, index: int, view: int) -> torch.Tensor:
-        views = draw_views(
-            RECIPES[self.config.views],
-            self.config.min_crop_area,
-            np.array([[image.height, image.width]]),
-            seed=self.seed,
-            epoch=epoch,
-            view=view,
-            index=np.array([index]),
-        )
-        return training_view(image, views, 0, self.config.size)
+    def _view(self, image: Image.Image, view: View, epoch: int, number: int, index: int) -> torch.Tensor:
+        sizes = np.array([[image.height, image.width]])
+        draws = draw_views(view, sizes, seed=self.seed, epoch=epoch, number=number, index=np.array([index]))
+        return training_view(image, draws, 0, view.size)
 
 
 class _InOrder(Dataset):

@@ -1,65 +1,22 @@
-"""The recipes of the training views, and their random numbers: what is done to which image, and by how much.
+"""The random numbers of the training views: what is done to which image, and by how much.
 
 Both loaders take their numbers from here and differ only in who carries them out. Every number is a hash of seed,
-epoch, image and view, so that the views are the same for any number of ranks, workers and threads, whichever loader
-makes them, and after any interruption: a loader has no random state that a checkpoint would have to hold.
+epoch, image and the view's place among those of its image, so that the views are the same for any number of ranks,
+workers and threads, whichever loader makes them, and after any interruption: a loader has no random state that a
+checkpoint would have to hold.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
+from pcl_fast.augmentations import Distortion, View
 from pcl_fast.kernels.photometric_plain import Op
 from pcl_fast.seeds import Purpose, mix_seeds
-
-
-@dataclass(frozen=True)
-class Distortion:
-    """A random affine map about the image's centre, as torchvision's RandomAffine draws it."""
-
-    degrees: float
-    translate: float
-    """As a share of height and width."""
-    scale: tuple[float, float]
-    shear: float
-    """Of the x axis, in degrees."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One random view: crop (or distortion), resize, colour, blur and flip, with torchvision's distributions."""
-
-    jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Strengths of brightness, contrast, saturation and hue, which come in a random order."""
-    jitter_share: float = 0.0
-    """Of the views that are jittered."""
-    grey_share: float = 0.0
-    grey_first: bool = False
-    """Grey before the jitter, or after it."""
-    blur_share: float = 0.0
-    sigma: tuple[float, float] = (0.1, 2.0)
-    """Bounds of the blur's standard deviation, in pixels of the view."""
-    flip_share: float = 0.0
-    distortion: Distortion | None = None
-    """Instead of a random resized crop."""
-
-
-# v1 and v2 are the paper's (and MoCo's). digits is for grey handwriting that fills its image, where colour means
-# nothing and a flip or a crop changes the class.
-RECIPES = {
-    "v1": Recipe(jitter=(0.4, 0.4, 0.4, 0.4), jitter_share=1.0, grey_share=0.2, grey_first=True, flip_share=0.5),
-    "v2": Recipe(jitter=(0.4, 0.4, 0.4, 0.1), jitter_share=0.8, grey_share=0.2, blur_share=0.5, flip_share=0.5),
-    "digits": Recipe(
-        blur_share=0.5,
-        sigma=(0.1, 1.1),
-        distortion=Distortion(degrees=20, translate=0.1, scale=(0.9, 1.3), shear=20),
-    ),
-}
 
 _RATIO = (3 / 4, 4 / 3)  # width to height of a crop
 _ATTEMPTS = 10  # to place a crop within the image, before torchvision gives up and takes the centre
@@ -74,8 +31,8 @@ _COUNT = _FACTORS.stop
 _ORDERS = np.array(list(itertools.permutations((Op.BRIGHTNESS, Op.CONTRAST, Op.SATURATION, Op.HUE))), dtype=np.int32)
 
 
-class Views(NamedTuple):
-    """What makes one view of each of n images, in this order.
+class Draws(NamedTuple):
+    """The random numbers that make one view of each of n images, in the order of their use.
 
     window: int64 [n, 4], the crop's top, left, height and width.
     matrix: float32 [n, 2, 3] or None: from a pixel of the distorted image to one of the image, both counted from the
@@ -93,26 +50,26 @@ class Views(NamedTuple):
     sigma: np.ndarray
 
 
-def draw_views(
-    recipe: Recipe, min_area: float, sizes: np.ndarray, *, seed: int, epoch: int, view: int, index: np.ndarray
-) -> Views:
+def draw_views(view: View, sizes: np.ndarray, *, seed: int, epoch: int, number: int, index: np.ndarray) -> Draws:
     """Draw one view per image.
 
     Args:
-        min_area: a crop covers at least this share of its image.
+        view: what is drawn.
         sizes: int64 [n, 2], heights and widths of the images.
-        view: 0 for the query's, 1 for the key's.
+        seed: of the run.
+        epoch: in which the views are seen.
+        number: the view's place among those of its image; views of other places are drawn independently.
         index: int64 [n], positions in the data set.
     """
-    uniform = uniforms(mix_seeds(seed, Purpose.VIEWS, epoch, view), index, _COUNT)
-    if recipe.distortion is None:
-        window, matrix = _crops(uniform, sizes, min_area), None
+    uniform = uniforms(mix_seeds(seed, Purpose.VIEWS, epoch, number), index, _COUNT)
+    if view.distortion is None:
+        window, matrix = _crops(uniform, sizes, view.min_area), None
     else:
         window = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
-        matrix = _distortions(uniform[:, _DISTORTION], sizes, recipe.distortion)
-    ops, factors = _colours(uniform, recipe)
-    sigma = np.where(uniform[:, _BLUR] < recipe.blur_share, _between(uniform[:, _SIGMA], *recipe.sigma), 0.0)
-    return Views(window, matrix, uniform[:, _FLIP] < recipe.flip_share, ops, factors, sigma.astype(np.float32))
+        matrix = _distortions(uniform[:, _DISTORTION], sizes, view.distortion)
+    ops, factors = _colours(uniform, view)
+    sigma = np.where(uniform[:, _BLUR] < view.blur_share, _between(uniform[:, _SIGMA], *view.sigma), 0.0)
+    return Draws(window, matrix, uniform[:, _FLIP] < view.flip_share, ops, factors, sigma.astype(np.float32))
 
 
 def uniforms(seed: int, index: np.ndarray, count: int) -> np.ndarray:
@@ -177,17 +134,17 @@ def _distortions(uniform: np.ndarray, sizes: np.ndarray, distortion: Distortion)
     return np.concatenate([inverse, offset[:, :, None]], axis=2).astype(np.float32)
 
 
-def _colours(uniform: np.ndarray, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
-    """ops and factors of Views: four slots for the jitter, one for grey before or after them."""
+def _colours(uniform: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
+    """ops and factors of Draws: four slots for the jitter, one for grey before or after them."""
     order = _ORDERS[np.floor(uniform[:, _ORDER] * math.factorial(4)).astype(np.int64)]
-    strength = np.array(recipe.jitter)
+    strength = np.array(view.jitter)
     middle = np.array([1.0, 1.0, 1.0, 0.0])  # the factors that change nothing
     amount = _between(uniform[:, _FACTORS], middle - strength, middle + strength)
     factors = np.take_along_axis(amount, order - Op.BRIGHTNESS, axis=1)
-    jitter = np.where(uniform[:, [_JITTER]] < recipe.jitter_share, order, Op.NONE)
-    grey = np.where(uniform[:, [_GREY]] < recipe.grey_share, Op.GRAYSCALE, Op.NONE)
+    jitter = np.where(uniform[:, [_JITTER]] < view.jitter_share, order, Op.NONE)
+    grey = np.where(uniform[:, [_GREY]] < view.grey_share, Op.GRAYSCALE, Op.NONE)
     nothing = np.zeros_like(factors[:, :1])
-    if recipe.grey_first:
+    if view.grey_first:
         ops, factors = np.concatenate([grey, jitter], axis=1), np.concatenate([nothing, factors], axis=1)
     else:
         ops, factors = np.concatenate([jitter, grey], axis=1), np.concatenate([factors, nothing], axis=1)

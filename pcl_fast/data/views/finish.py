@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from threadpoolctl import threadpool_limits
 
-from pcl_fast.data.views.draws import Views
+from pcl_fast.data.views.draws import Draws
 from pcl_fast.kernels import photometric, photometric_plain
 
 
@@ -20,12 +20,12 @@ class Finisher:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="finish", initializer=_one_core_each)
 
     @torch.inference_mode(False)  # the threads are not in that mode, and could not write to its tensors
-    def __call__(self, images: torch.Tensor, views: Views) -> torch.Tensor:
-        """uint8 [n, h, w, 3] -> the same on the same device, with the colours and the blur of `views`."""
-        draws = (_beside(images, array) for array in (views.ops, views.factors, views.sigma))
+    def __call__(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """uint8 [n, h, w, 3] -> the same on the same device, with the colours and the blur of `draws`."""
+        slots = (_beside(images, array) for array in (draws.ops, draws.factors, draws.sigma))
         if images.is_cuda:
-            return photometric.photometric(images, *draws)
-        return photometric_plain.photometric(images, *draws, pool=self._pool)
+            return photometric.photometric(images, *slots)
+        return photometric_plain.photometric(images, *slots, pool=self._pool)
 
 
 def _beside(images: torch.Tensor, array: np.ndarray) -> torch.Tensor:

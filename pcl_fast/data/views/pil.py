@@ -7,7 +7,7 @@ import torch
 from PIL import Image, ImageFilter
 from torchvision.transforms.v2 import functional as F
 
-from pcl_fast.data.views.draws import Views
+from pcl_fast.data.views.draws import Draws
 from pcl_fast.kernels.photometric_plain import Op
 
 _ADJUST = {
@@ -19,26 +19,26 @@ _ADJUST = {
 }
 
 
-def training_view(image: Image.Image, views: Views, row: int, size: int) -> torch.Tensor:
+def training_view(image: Image.Image, draws: Draws, row: int, size: int) -> torch.Tensor:
     """One random view of an RGB image: uint8 [size, size, 3].
 
     Args:
-        views, row: the draws, and which of them.
+        draws, row: the random numbers, and which of them.
         size: side of the view, in pixels.
     """
-    if views.matrix is not None:
+    if draws.matrix is not None:
         image = image.transform(
-            image.size, Image.Transform.AFFINE, views.matrix[row].ravel().tolist(), Image.Resampling.BILINEAR
+            image.size, Image.Transform.AFFINE, draws.matrix[row].ravel().tolist(), Image.Resampling.BILINEAR
         )
-    top, left, height, width = views.window[row].tolist()
+    top, left, height, width = draws.window[row].tolist()
     image = F.resized_crop(image, top, left, height, width, [size, size], antialias=True)
-    for op, factor in zip(views.ops[row].tolist(), views.factors[row].tolist(), strict=True):
+    for op, factor in zip(draws.ops[row].tolist(), draws.factors[row].tolist(), strict=True):
         if op != Op.NONE:
             image = _ADJUST[op](image, factor)
-    if views.sigma[row]:
+    if draws.sigma[row]:
         # PIL's, as in the official code; torchvision's own is another filter (23 taps, reflected borders).
-        image = image.filter(ImageFilter.GaussianBlur(float(views.sigma[row])))
-    if views.flip[row]:
+        image = image.filter(ImageFilter.GaussianBlur(float(draws.sigma[row])))
+    if draws.flip[row]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return to_bytes(image)
 

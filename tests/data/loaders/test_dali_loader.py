@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import io
 import multiprocessing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,8 +18,9 @@ pytest.importorskip("nvidia.dali", exc_type=ImportError)
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 
-from pcl_fast.config import DataConfig
-from pcl_fast.data import clustering_loader, find_images, training_loader
+from pcl_fast.augmentations import AUGMENTATIONS, View
+from pcl_fast.config import DataConfig, view_of
+from pcl_fast.data import ImageSet, TrainingLoader, clustering_loader, find_images, training_loader
 from pcl_fast.data.loaders import dali_decoder, dali_loader
 from pcl_fast.data.loaders.dali_loader import centre_crops
 from pcl_fast.data.loaders.resources import Resources
@@ -34,11 +35,16 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 def config(kind: str, **changes) -> DataConfig:
     workers = 2 if kind == "dali" else 0
-    return dataclasses.replace(DataConfig(size=96, resize=112, workers=workers), loader=kind, **changes)
+    return replace(DataConfig(size=96, resize=112, workers=workers), loader=kind, **changes)
 
 
 def world_of(device: str) -> World:
     return World(0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device), None)
+
+
+def pairs(images: ImageSet, config: DataConfig, batch_size: int = 8, world: World = WORLD) -> TrainingLoader:
+    views = (view_of(config),) * 2
+    return training_loader(images, config, views=views, batch_size=batch_size, seed=1, world=world)
 
 
 def signed(views: torch.Tensor) -> np.ndarray:
@@ -60,20 +66,36 @@ def test_training_views_are_the_torchvision_loader_s(pieces, views, limit, most,
     contrast and saturation make up to 1.4 times larger each; and where a distorted image ends, of which DALI makes a
     soft edge. A GPU decodes JPEGs not quite as libjpeg does: twice the limits.
     """
+    compare(pieces, device, [view_of(config("dali", views=views))] * 2, [limit] * 2, [most] * 2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_several_different_views_are_the_torchvision_loader_s(pieces, device):
+    """Two large views and a distorted one, of different colours and blurs, and six small ones, in one batch."""
+    large = replace(AUGMENTATIONS["v2"], size=96)
+    always, seldom = replace(large, blur_share=1.0), replace(large, blur_share=0.1, size=80)
+    distorted, small = replace(AUGMENTATIONS["digits"], size=64), replace(large, size=40, min_area=0.05)
+    views = [always, distorted, seldom, *[small] * 6]
+    compare(pieces, device, views, [0.6, 0.8, 0.6, *[0.6] * 6], [4, 8, 4, *[4] * 6])
+
+
+def compare(images: ImageSet, device: str, views: list[View], limits: list[float], most: list[float]) -> None:
+    """An epoch of both loaders: mean differences below the limits, and only a hundredth of the bytes beyond `most`."""
     slack = 2 if device == "cuda" else 1
     loaders = [
-        training_loader(pieces, config(kind, views=views), batch_size=8, seed=1, world=world)
+        training_loader(images, config(kind), views=views, batch_size=8, seed=1, world=world)
         for kind, world in (("dali", world_of(device)), ("torchvision", WORLD))
     ]
     compared = 0
     for ours, theirs in zip(*(loader.epoch(0) for loader in loaders), strict=True):
         assert torch.equal(ours.index, theirs.index)
-        for a, b in ((ours.query_view, theirs.query_view), (ours.key_view, theirs.key_view)):
+        assert len(ours.views) == len(theirs.views) == len(views)
+        for number, (a, b) in enumerate(zip(ours.views, theirs.views, strict=True)):
             difference = np.abs(signed(a) - signed(b))
-            assert difference.mean() < limit * slack
-            assert np.quantile(difference, 0.99) <= most * slack + 0.01
+            assert difference.mean() < limits[number] * slack, number
+            assert np.quantile(difference, 0.99) <= most[number] * slack + 0.01, number
             compared += len(a)
-    assert compared == 48
+    assert compared == 24 * len(views)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -166,22 +188,22 @@ def test_sixteen_bits_are_scaled_not_clipped():
 @pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
 def test_a_gpu_s_batches_live_as_long_as_they_are_used(pieces):
     """Kept while later ones are made, and while the GPU is late; an epoch that was left early before."""
-    training = training_loader(pieces, config("dali"), batch_size=4, seed=1, world=world_of("cuda"))
-    expected = [batch.query_view.cpu() for batch in training.epoch(0)]
+    training = pairs(pieces, config("dali"), batch_size=4, world=world_of("cuda"))
+    expected = [batch.views[0].cpu() for batch in training.epoch(0)]
     early = training.epoch(1)
     next(early)
     early.close()
     kept = []
     for batch in training.epoch(0):
         torch.cuda._sleep(10**8)
-        kept.append(batch.query_view.clone())
-        kept.append(batch.query_view)
+        kept.append(batch.views[0].clone())
+        kept.append(batch.views[0])
     for number, view in enumerate(kept):
         assert torch.equal(view.cpu(), expected[number // 2])
 
 
 def test_a_loader_makes_one_epoch_at_a_time(pieces):
-    training = training_loader(pieces, config("dali"), batch_size=8, seed=1, world=WORLD)
+    training = pairs(pieces, config("dali"))
     first = training.epoch(0)
     next(first)
     with pytest.raises(RuntimeError, match="one epoch at a time"):
@@ -215,12 +237,12 @@ def test_dali_that_does_not_run_says_what_to_do(pieces, monkeypatch):
 
     monkeypatch.setattr(Pipeline, "build", refuse)
     with pytest.raises(UserError, match=r"use --data.loader torchvision. It says: this driver is too old"):
-        training_loader(pieces, config("dali"), batch_size=8, seed=1, world=WORLD)
+        pairs(pieces, config("dali"))
 
 
 def test_a_forked_process_collects_no_pipeline(pieces):
     """It would wait for the pipeline's threads, for ever."""
-    list(training_loader(pieces, config("dali"), batch_size=8, seed=1, world=WORLD).epoch(0))
+    list(pairs(pieces, config("dali")).epoch(0))
     child = multiprocessing.get_context("fork").Process(target=gc.collect)
     child.start()
     child.join(20)
@@ -233,6 +255,6 @@ def test_a_forked_process_collects_no_pipeline(pieces):
 def test_a_wrong_pipeline_is_told_from_a_broken_image(pieces, monkeypatch):
     """What PIL can read and DALI cannot is said to be so."""
     monkeypatch.setattr(dali_decoder, "_for_dali", lambda images, index: (np.zeros(9, np.uint8), 90, 90))
-    training = training_loader(pieces, config("dali"), batch_size=8, seed=1, world=WORLD)
+    training = pairs(pieces, config("dali"))
     with pytest.raises(ImageError, match=r"which PIL can read; --data.loader torchvision"):
         next(training.epoch(0))

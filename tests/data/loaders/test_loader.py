@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
+from dataclasses import replace
 
 import pytest
 import torch
 
-from pcl_fast.config import DataConfig
-from pcl_fast.data import TrainingLoader, clustering_loader, find_images, training_loader
+from pcl_fast.augmentations import AUGMENTATIONS, View
+from pcl_fast.config import DataConfig, view_of
+from pcl_fast.data import Batch, TrainingLoader, clustering_loader, find_images, training_loader
 from pcl_fast.data.loaders.loader import pick_loader
 from pcl_fast.distributed import World
 from pcl_fast.errors import ImageError, MissingPackageError
 
 KINDS = ("dali", "torchvision") if importlib.util.find_spec("nvidia.dali") else ("torchvision",)
 CONFIG = DataConfig(size=16, resize=20, workers=0)
+V1, V2, DIGITS = (replace(AUGMENTATIONS[name], size=24) for name in ("v1", "v2", "digits"))
+# As multi-crop has them, with one between that is distorted.
+SEVERAL = [V2, V2, DIGITS, *[replace(V2, size=8, min_area=0.05)] * 2]
 
 
 def rank_of(rank: int, size: int) -> World:
     return World(rank, size, torch.device("cpu"), None)
 
 
-def loader(folder, world, kind, batch_size=5, seed=3, **changes) -> TrainingLoader:
-    config = dataclasses.replace(CONFIG, loader=kind, **changes)
-    return training_loader(folder, config, batch_size=batch_size, seed=seed, world=world)
+def loader(folder, world, kind, batch_size=5, seed=3, views=None, **changes) -> TrainingLoader:
+    """Of two views of the configuration's, or of those given."""
+    config = replace(CONFIG, loader=kind, **changes)
+    views = (view_of(config),) * 2 if views is None else views
+    return training_loader(folder, config, views=views, batch_size=batch_size, seed=seed, world=world)
 
 
-def equal(one, other) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+def equal(one: Batch, other: Batch) -> bool:
+    pairs = zip((*one.views, one.index), (*other.views, other.index), strict=True)
+    return all(torch.equal(*pair) for pair in pairs)
 
 
 @pytest.fixture
@@ -56,8 +63,8 @@ def test_the_global_batch_does_not_depend_on_the_number_of_ranks(folder, kind):
         index = torch.cat([half.index for half in halves])
         assert sorted(whole.index.tolist()) == sorted(index.tolist())
         assert torch.equal(
-            whole.query_view[whole.index.argsort()],
-            torch.cat([half.query_view for half in halves])[index.argsort()],
+            whole.views[0][whole.index.argsort()],
+            torch.cat([half.views[0] for half in halves])[index.argsort()],
         )
 
 
@@ -69,7 +76,9 @@ def test_epochs_are_shuffled_differently(folder, kind):
     assert first != sorted(first)
 
 
-@pytest.mark.parametrize("views", ["v1", "v2", "digits"])
+@pytest.mark.parametrize(
+    "views", [[V1, V1], [V2, V2], [DIGITS, DIGITS], SEVERAL], ids=["v1", "v2", "digits", "several"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_views_do_not_depend_on_workers_or_on_where_the_epoch_began(folder, kind, views):
     whole = list(loader(folder, rank_of(0, 1), kind, views=views).epoch(2))
@@ -79,8 +88,35 @@ def test_views_do_not_depend_on_workers_or_on_where_the_epoch_began(folder, kind
     for one, other in zip([*whole, *whole[4:]], [*with_workers, *resumed], strict=True):
         assert equal(one, other)
     again = next(iter(loader(folder, rank_of(0, 1), kind, views=views).epoch(3)))
-    assert not torch.equal(again.query_view, whole[0].query_view)
-    assert not torch.equal(whole[0].query_view, whole[0].key_view)
+    assert not torch.equal(again.views[0], whole[0].views[0])
+    assert not torch.equal(*whole[0].views[:2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_come_in_their_order_each_of_its_own_kind(folder, kind):
+    """View number v of an image depends on v and on what is asked for there, not on the views beside it."""
+    found = next(loader(folder, rank_of(0, 1), kind, views=SEVERAL).epoch(1))
+    assert [list(view.shape) for view in found.views] == [[5, view.size, view.size, 3] for view in SEVERAL]
+    for number, view in enumerate(SEVERAL):
+        alike = next(loader(folder, rank_of(0, 1), kind, views=[view] * len(SEVERAL)).epoch(1))
+        assert torch.equal(alike.index, found.index)
+        assert torch.equal(alike.views[number], found.views[number])
+        assert not any(torch.equal(alike.views[number], other) for other in alike.views[:number])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_image_is_decoded_once_for_all_its_views(folder, kind, monkeypatch):
+    read = []
+    load = type(folder).load
+    monkeypatch.setattr(type(folder), "load", lambda self, index: read.append(index) or load(self, index))
+    batches = list(loader(folder, rank_of(0, 1), kind, views=SEVERAL).epoch(0))
+    assert sorted(read) == sorted(index for batch in batches for index in batch.index.tolist())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_blur_that_kernels_cannot_make_is_refused(folder, kind):
+    with pytest.raises(ValueError, match=r"sigma of at most 2.44 pixels, got 3.0"):
+        loader(folder, rank_of(0, 1), kind, views=[View(sigma=(0.1, 3.0))])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -104,12 +140,12 @@ def test_workers_serve_epoch_after_epoch(folder, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_are_bytes(folder, kind):
-    config = dataclasses.replace(CONFIG, loader=kind, views="v2")
+    config = replace(CONFIG, loader=kind, views="v2")
     world = rank_of(0, 1)
-    training = training_loader(folder, config, batch_size=5, seed=0, world=world)
+    training = training_loader(folder, config, views=[view_of(config)] * 2, batch_size=5, seed=0, world=world)
     batch = next(training.epoch(0))
     clustering = next(iter(clustering_loader(folder, config, batch_size=5, world=world)))
-    for view in (batch.query_view, batch.key_view, clustering):
+    for view in (*batch.views, clustering):
         assert view.shape == (5, 16, 16, 3)
         assert view.dtype == torch.uint8
         assert view.is_contiguous()
@@ -120,7 +156,7 @@ def test_batches_are_bytes(folder, kind):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_clustering_view_is_in_order_and_complete(folder, kind, ranks):
     """53 images divide neither among 2 nor among 4 ranks."""
-    config = dataclasses.replace(CONFIG, loader=kind)
+    config = replace(CONFIG, loader=kind)
     shards = [
         torch.cat(list(clustering_loader(folder, config, batch_size=4, world=rank_of(rank, ranks))))
         for rank in range(ranks)
@@ -141,7 +177,7 @@ def test_an_image_broken_in_its_middle_is_named_when_met(tmp_path, image_folder,
         list(training.epoch(0))
     clustering = clustering_loader(
         find_images(tmp_path),
-        dataclasses.replace(CONFIG, loader=kind, workers=workers),
+        replace(CONFIG, loader=kind, workers=workers),
         batch_size=2,
         world=rank_of(0, 1),
     )

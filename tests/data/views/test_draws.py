@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,15 +12,17 @@ from pcl_fast.kernels.photometric_plain import Op
 from scipy import stats
 from torchvision import transforms
 
-from pcl_fast.data.views.draws import RECIPES, Views, draw_views, uniforms
+from pcl_fast.augmentations import AUGMENTATIONS
+from pcl_fast.data.views.draws import Draws, draw_views, uniforms
 
 DRAWS = 6000
 JITTER = (Op.BRIGHTNESS, Op.CONTRAST, Op.SATURATION, Op.HUE)
 
 
-def draw(recipe: str, size=(375, 500), draws: int = DRAWS, seed: int = 0, view: int = 0) -> Views:
-    sizes = np.tile(np.array([size]), (draws, 1))
-    return draw_views(RECIPES[recipe], 0.2, sizes, seed=seed, epoch=1, view=view, index=np.arange(draws))
+def draw(name: str, size=(375, 500), images: int = DRAWS, number: int = 0, **changes) -> Draws:
+    """One view of each of so many images of one size."""
+    view, sizes = dataclasses.replace(AUGMENTATIONS[name], **changes), np.tile(np.array([size]), (images, 1))
+    return draw_views(view, sizes, seed=0, epoch=1, number=number, index=np.arange(images))
 
 
 def alike(ours, theirs) -> None:
@@ -31,8 +34,8 @@ def share(of: np.ndarray) -> float:
     return float(np.mean(of))
 
 
-def factors_of(views: Views, op: Op) -> np.ndarray:
-    return views.factors[views.ops == op]
+def factors_of(draws: Draws, op: Op) -> np.ndarray:
+    return draws.factors[draws.ops == op]
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (40, 400), (300, 60), (3, 3)], ids=str)
@@ -51,33 +54,33 @@ def test_crops_are_distributed_as_torchvision_s(size):
     assert (window[:, 2:] > 0).all()
 
 
-@pytest.mark.parametrize(("recipe", "hue"), [("v1", 0.4), ("v2", 0.1)])
-def test_jitter_is_distributed_as_torchvision_s(recipe, hue):
+@pytest.mark.parametrize(("name", "hue"), [("v1", 0.4), ("v2", 0.1)])
+def test_jitter_is_distributed_as_torchvision_s(name, hue):
     torch.manual_seed(0)
     bounds = [[0.6, 1.4]] * 3 + [[-hue, hue]]
     theirs = [transforms.ColorJitter.get_params(*bounds)[1:] for _ in range(2000)]
-    views = draw(recipe)
+    draws = draw(name)
     for op, factors in zip(JITTER, zip(*theirs, strict=True), strict=True):
-        alike(factors_of(views, op), [float(factor) for factor in factors])
+        alike(factors_of(draws, op), [float(factor) for factor in factors])
 
 
 def test_the_jitter_s_order_is_uniform():
-    views = draw("v1")
-    orders = views.ops[:, 1:]
+    draws = draw("v1")
+    orders = draws.ops[:, 1:]
     assert (np.sort(orders, axis=1) == np.array(JITTER)).all()
     _, counts = np.unique(orders, axis=0, return_counts=True)
     assert len(counts) == 24
     assert stats.chisquare(counts).pvalue > 0.01
 
 
-@pytest.mark.parametrize(("recipe", "jitter", "blur"), [("v1", 1.0, 0.0), ("v2", 0.8, 0.5), ("digits", 0.0, 0.5)])
-def test_shares_are_the_recipe_s(recipe, jitter, blur):
-    views = draw(recipe)
+@pytest.mark.parametrize(("name", "jitter", "blur"), [("v1", 1.0, 0.0), ("v2", 0.8, 0.5), ("digits", 0.0, 0.5)])
+def test_shares_are_the_augmentation_s(name, jitter, blur):
+    draws = draw(name)
     close = {"abs": 3 * math.sqrt(0.25 / DRAWS)}
-    assert share((views.ops == Op.HUE).any(axis=1)) == pytest.approx(jitter, **close)
-    assert share((views.ops == Op.GRAYSCALE).any(axis=1)) == pytest.approx(0 if recipe == "digits" else 0.2, **close)
-    assert share(views.sigma > 0) == pytest.approx(blur, **close)
-    assert share(views.flip) == pytest.approx(0 if recipe == "digits" else 0.5, **close)
+    assert share((draws.ops == Op.HUE).any(axis=1)) == pytest.approx(jitter, **close)
+    assert share((draws.ops == Op.GRAYSCALE).any(axis=1)) == pytest.approx(0 if name == "digits" else 0.2, **close)
+    assert share(draws.sigma > 0) == pytest.approx(blur, **close)
+    assert share(draws.flip) == pytest.approx(0 if name == "digits" else 0.5, **close)
 
 
 def test_grey_comes_before_the_jitter_in_v1_and_after_it_in_v2():
@@ -94,32 +97,58 @@ def test_blur_is_as_wide_as_the_paper_s():
 
 def test_what_is_drawn_is_independent():
     """Of each other, of the other view, of the neighbouring image and epoch."""
-    views, other = draw("v2"), draw("v2", view=1)
-    jittered = (views.ops == Op.HUE).any(axis=1)
+    draws, other = draw("v2"), draw("v2", number=1)
+    jittered = (draws.ops == Op.HUE).any(axis=1)
     columns = {
-        "top": views.window[:, 0], "left": views.window[:, 1], "height": views.window[:, 2], "flip": views.flip,
-        "sigma": views.sigma, "grey": views.ops[:, 4], "jitter": jittered, "other": other.window[:, 1],
-        "next": np.roll(views.window[:, 1], 1), "other flip": other.flip, "next flip": np.roll(views.flip, 1),
+        "top": draws.window[:, 0], "left": draws.window[:, 1], "height": draws.window[:, 2], "flip": draws.flip,
+        "sigma": draws.sigma, "grey": draws.ops[:, 4], "jitter": jittered, "other": other.window[:, 1],
+        "next": np.roll(draws.window[:, 1], 1), "other flip": other.flip, "next flip": np.roll(draws.flip, 1),
     }  # fmt: skip
     for one, a in columns.items():
         for two, b in columns.items():
             related = {one, two} <= {"top", "left", "height"} or one == two  # all follow from the area
             assert related or abs(np.corrcoef(a, b)[0, 1]) < 5 / math.sqrt(DRAWS), (one, two)
-    brightness, contrast = (views.factors[jittered][views.ops[jittered] == op] for op in JITTER[:2])
+    brightness, contrast = (draws.factors[jittered][draws.ops[jittered] == op] for op in JITTER[:2])
     assert abs(np.corrcoef(brightness, contrast)[0, 1]) < 5 / math.sqrt(DRAWS)
 
 
 def test_views_depend_on_seed_epoch_view_and_image_alone():
-    sizes = np.array([[375, 500], [300, 200], [64, 64]])
-    together = draw_views(RECIPES["v2"], 0.2, sizes, seed=1, epoch=2, view=1, index=np.array([7, 8, 9]))
-    alone = draw_views(RECIPES["v2"], 0.2, sizes[1:2], seed=1, epoch=2, view=1, index=np.array([8]))
+    view, sizes = AUGMENTATIONS["v2"], np.array([[375, 500], [300, 200], [64, 64]])
+    together = draw_views(view, sizes, seed=1, epoch=2, number=1, index=np.array([7, 8, 9]))
+    alone = draw_views(view, sizes[1:2], seed=1, epoch=2, number=1, index=np.array([8]))
     for many, one in zip(together, alone, strict=True):
         assert many is one is None or np.array_equal(many[1:2], one)
-    for change in ({"seed": 2}, {"epoch": 3}, {"view": 0}):
-        keys = {"seed": 1, "epoch": 2, "view": 1, **change}
-        assert not np.array_equal(
-            draw_views(RECIPES["v2"], 0.2, sizes, **keys, index=np.array([7, 8, 9])).window, together.window
-        )
+    for change in ({"seed": 2}, {"epoch": 3}, {"number": 0}):
+        keys = {"seed": 1, "epoch": 2, "number": 1, **change}
+        other = draw_views(view, sizes, **keys, index=np.array([7, 8, 9]))
+        assert not np.array_equal(other.window, together.window)
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "ops", "hue", "sigma"),
+    [
+        ("v1", [21, 6, 38, 29], [5, 1, 4, 2, 3], -0.30635616183280945, 0),
+        ("v2", [21, 6, 38, 29], [1, 4, 2, 3, 5], -0.07658904045820236, 0.25720271468162537),
+        ("digits", [0, 0, 64, 64], [0, 0, 0, 0, 0], 0, 0.1827382743358612),
+    ],
+)
+def test_numbers_stay_what_they_are(name, window, ops, hue, sigma):
+    """A run that goes on under a later version sees the views that it would have seen."""
+    sizes, index = np.array([[300, 200], [64, 64]]), np.array([1281166, 0])
+    draws = draw_views(AUGMENTATIONS[name], sizes, seed=5, epoch=3, number=1, index=index)
+    assert draws.window[1].tolist() == window
+    assert draws.ops[1].tolist() == ops
+    assert draws.flip.tolist() == [name != "digits", False]
+    assert draws.factors[1][draws.ops[1] == Op.HUE] == pytest.approx(hue)
+    assert draws.sigma == pytest.approx([sigma, 0])
+
+
+def test_a_view_of_its_own_least_area():
+    """Multi-crop's small views: no crop reaches below the bound, and all of the range is drawn."""
+    window = draw("v2", (400, 400), min_area=0.05).window
+    area = window[:, 2] * window[:, 3] / 400**2
+    assert 0.0495 < area.min() < 0.055
+    assert area.max() > 0.8
 
 
 def test_uniform_numbers_are_uniform():
@@ -136,8 +165,8 @@ def test_distortions_are_torchvision_s():
     from torchvision.transforms.functional import _get_inverse_affine_matrix
 
     height, width = 28, 36
-    distortion = RECIPES["digits"].distortion
-    views = draw("digits", (height, width), 50)
+    distortion = AUGMENTATIONS["digits"].distortion
+    draws = draw("digits", (height, width), 50)
     uniform = uniforms_of_digits(50)
     for row in range(50):
         angle = (2 * uniform[row, 0] - 1) * distortion.degrees
@@ -145,7 +174,7 @@ def test_distortions_are_torchvision_s():
         scale = 0.9 + 0.4 * uniform[row, 3]
         shear = (2 * uniform[row, 4] - 1) * distortion.shear
         expected = _get_inverse_affine_matrix([width / 2, height / 2], angle, shift, scale, [shear, 0.0])
-        np.testing.assert_allclose(views.matrix[row].ravel(), expected, rtol=1e-5, atol=1e-4)
+        np.testing.assert_allclose(draws.matrix[row].ravel(), expected, rtol=1e-5, atol=1e-4)
 
 
 def uniforms_of_digits(draws: int) -> np.ndarray:

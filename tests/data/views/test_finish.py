@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
 from pcl_fast.data import normalise
-from pcl_fast.data.views.draws import Views
+from pcl_fast.data.views.draws import Draws
 from pcl_fast.data.views.finish import Finisher
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -38,8 +38,8 @@ def test_each_image_gets_its_own_colours(device):
     images = crops(device)
     nothing = np.zeros(5, dtype=np.float32)
     ops = np.array([[Op.NONE, Op.GRAYSCALE][i % 2] for i in range(5)], dtype=np.int32)[:, None]
-    views = Views(np.zeros((5, 4)), None, nothing > 0, ops, nothing[:, None], nothing)
-    result = Finisher(2)(images, views).cpu()
+    draws = Draws(np.zeros((5, 4)), None, nothing > 0, ops, nothing[:, None], nothing)
+    result = Finisher(2)(images, draws).cpu()
     for number, image in enumerate(images.cpu()):
         picture = Image.fromarray(image.numpy())
         expected = picture.convert("L").convert("RGB") if number % 2 else picture

@@ -11,15 +11,16 @@ from PIL import Image, ImageFilter
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from pcl_fast.data.views.draws import RECIPES, Views, draw_views
+from pcl_fast.augmentations import AUGMENTATIONS
+from pcl_fast.data.views.draws import Draws, draw_views
 from pcl_fast.data.views.pil import clustering_view, training_view
 
 PHOTO = piece(0, 80, 60)
 
 
-def views(window=(0, 0, 60, 80), matrix=None, flip=False, ops=(), sigma=0.0) -> Views:
+def draws(window=(0, 0, 60, 80), matrix=None, flip=False, ops=(), sigma=0.0) -> Draws:
     """One image's; ops are (op, factor)."""
-    return Views(
+    return Draws(
         np.array([window]),
         matrix,
         np.array([flip]),
@@ -29,7 +30,7 @@ def views(window=(0, 0, 60, 80), matrix=None, flip=False, ops=(), sigma=0.0) -> 
     )
 
 
-def view_of(drawn: Views, size: int = 40) -> np.ndarray:
+def made(drawn: Draws, size: int = 40) -> np.ndarray:
     return training_view(PHOTO, drawn, 0, size).numpy()
 
 
@@ -48,21 +49,21 @@ RESIZED = F.resize(PHOTO, [40, 40])
     ],
 )
 def test_each_operation_is_torchvision_s(op, factor, expected):
-    assert np.array_equal(view_of(views(ops=[(op, float(np.float32(factor)))])), np.array(expected(RESIZED)))
+    assert np.array_equal(made(draws(ops=[(op, float(np.float32(factor)))])), np.array(expected(RESIZED)))
 
 
 def test_operations_come_in_order_then_blur_then_flip():
     image = F.adjust_contrast(F.adjust_brightness(RESIZED, 1.5), 0.5)
     image = image.filter(ImageFilter.GaussianBlur(1.5)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    drawn = views(flip=True, ops=[(Op.BRIGHTNESS, 1.5), (Op.CONTRAST, 0.5)], sigma=1.5)
-    assert np.array_equal(view_of(drawn), np.array(image))
-    other = views(flip=True, ops=[(Op.CONTRAST, 0.5), (Op.BRIGHTNESS, 1.5)], sigma=1.5)
-    assert not np.array_equal(view_of(other), np.array(image))
+    drawn = draws(flip=True, ops=[(Op.BRIGHTNESS, 1.5), (Op.CONTRAST, 0.5)], sigma=1.5)
+    assert np.array_equal(made(drawn), np.array(image))
+    other = draws(flip=True, ops=[(Op.CONTRAST, 0.5), (Op.BRIGHTNESS, 1.5)], sigma=1.5)
+    assert not np.array_equal(made(other), np.array(image))
 
 
 def test_crop_is_torchvision_s():
     expected = F.resized_crop(PHOTO, 7, 11, 40, 50, [40, 40], antialias=True)
-    assert np.array_equal(view_of(views(window=(7, 11, 40, 50))), np.array(expected))
+    assert np.array_equal(made(draws(window=(7, 11, 40, 50))), np.array(expected))
 
 
 def test_distortion_is_torchvision_s():
@@ -71,15 +72,15 @@ def test_distortion_is_torchvision_s():
     from torchvision.transforms.functional import _get_inverse_affine_matrix
 
     matrix = np.array(_get_inverse_affine_matrix([40, 30], 15.0, [4, -3], 1.2, [10.0, 0.0])).reshape(1, 2, 3)
-    assert np.array_equal(view_of(views(matrix=matrix)), np.array(F.resize(expected, [40, 40])))
+    assert np.array_equal(made(draws(matrix=matrix)), np.array(F.resize(expected, [40, 40])))
 
 
-@pytest.mark.parametrize("recipe", ["v1", "v2", "digits"])
+@pytest.mark.parametrize("name", ["v1", "v2", "digits"])
 @pytest.mark.parametrize("size", [8, 28, 224])
-def test_views_are_bytes_of_the_right_size_and_differ(recipe, size):
+def test_views_are_bytes_of_the_right_size_and_differ(name, size):
     first, second = (
-        draw_views(RECIPES[recipe], 0.2, np.array([[60, 80]]), seed=0, epoch=0, view=view, index=np.array([0]))
-        for view in (0, 1)
+        draw_views(AUGMENTATIONS[name], np.array([[60, 80]]), seed=0, epoch=0, number=number, index=np.array([0]))
+        for number in (0, 1)
     )
     first, second = (training_view(PHOTO, drawn, 0, size) for drawn in (first, second))
     assert first.dtype == torch.uint8
