@@ -27,7 +27,7 @@ class Distortion:
 class View:
     """One random view of an image, with torchvision's distributions.
 
-    Its steps come in this order: crop (or distortion), resize and flip, jitter and grey, blur.
+    Its steps come in this order: crop (or distortion), resize and flip, jitter and grey, blur, solarise.
     """
 
     size: int = 224
@@ -46,6 +46,8 @@ class View:
     """Share of the views that are blurred."""
     sigma: tuple[float, float] = (0.1, 2.0)
     """Bounds of the blur's standard deviation, in pixels of the view; at most 2.44."""
+    solarise_share: float = 0.0
+    """Share of the views in which bytes x from 128 on become 255 - x."""
     flip_share: float = 0.0
     """Share of the views that are mirrored left to right."""
     distortion: Distortion | None = None

@@ -26,7 +26,8 @@ _AREA, _ASPECT = slice(0, _ATTEMPTS), slice(_ATTEMPTS, 2 * _ATTEMPTS)
 _TOP, _LEFT, _JITTER, _ORDER, _GREY, _BLUR, _SIGMA, _FLIP = range(2 * _ATTEMPTS, 2 * _ATTEMPTS + 8)
 _FACTORS = slice(_FLIP + 1, _FLIP + 5)
 _DISTORTION = slice(0, 5)
-_COUNT = _FACTORS.stop
+_SOLARISE = _FACTORS.stop
+_COUNT = _SOLARISE + 1  # what comes to be drawn one day goes to the end, so that no other number moves
 
 _ORDERS = np.array(list(itertools.permutations((Op.BRIGHTNESS, Op.CONTRAST, Op.SATURATION, Op.HUE))), dtype=np.int32)
 
@@ -40,6 +41,7 @@ class Draws(NamedTuple):
     flip: bool [n], left to right.
     ops, factors: int32 and float32 [n, 5]; see kernels/photometric.py.
     sigma: float32 [n], of the blur in pixels; 0 without.
+    solarise: bool [n].
     """
 
     window: np.ndarray
@@ -48,6 +50,7 @@ class Draws(NamedTuple):
     ops: np.ndarray
     factors: np.ndarray
     sigma: np.ndarray
+    solarise: np.ndarray
 
 
 def draw_views(view: View, sizes: np.ndarray, *, seed: int, epoch: int, number: int, index: np.ndarray) -> Draws:
@@ -69,7 +72,8 @@ def draw_views(view: View, sizes: np.ndarray, *, seed: int, epoch: int, number: 
         matrix = _distortions(uniform[:, _DISTORTION], sizes, view.distortion)
     ops, factors = _colours(uniform, view)
     sigma = np.where(uniform[:, _BLUR] < view.blur_share, _between(uniform[:, _SIGMA], *view.sigma), 0.0)
-    return Draws(window, matrix, uniform[:, _FLIP] < view.flip_share, ops, factors, sigma.astype(np.float32))
+    flip, solarise = uniform[:, _FLIP] < view.flip_share, uniform[:, _SOLARISE] < view.solarise_share
+    return Draws(window, matrix, flip, ops, factors, sigma.astype(np.float32), solarise)
 
 
 def uniforms(seed: int, index: np.ndarray, count: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The last stage of the DALI loader: colours and blur."""
+"""The last stage of the DALI loader: colours, blur and solarise."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pcl_fast.kernels import photometric, photometric_plain
 
 
 class Finisher:
-    """Colours and blurs crops."""
+    """Colours, blurs and solarises crops."""
 
     def __init__(self, threads: int):
         """threads: that work side by side on a CPU."""
@@ -21,11 +21,21 @@ class Finisher:
 
     @torch.inference_mode(False)  # the threads are not in that mode, and could not write to its tensors
     def __call__(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """uint8 [n, h, w, 3] -> the same on the same device, with the colours and the blur of `draws`."""
+        """Return what `draws` makes of crops that are flipped already: uint8 [n, h, w, 3], as `images`."""
         slots = (_beside(images, array) for array in (draws.ops, draws.factors, draws.sigma))
         if images.is_cuda:
-            return photometric.photometric(images, *slots)
-        return photometric_plain.photometric(images, *slots, pool=self._pool)
+            views = photometric.photometric(images, *slots)
+        else:
+            views = photometric_plain.photometric(images, *slots, pool=self._pool)
+        if draws.solarise.any():
+            _solarise(views, draws.solarise)
+        return views
+
+
+def _solarise(views: torch.Tensor, chosen: np.ndarray) -> None:
+    """Replace x by the lesser of x and 255 - x in the chosen views, in place: only from 128 on does that change x."""
+    inverting = _beside(views, np.where(chosen, 255, 0).astype(np.uint8))
+    torch.minimum(views, views ^ inverting[:, None, None, None], out=views)
 
 
 def _beside(images: torch.Tensor, array: np.ndarray) -> torch.Tensor:

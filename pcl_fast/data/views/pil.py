@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as F
 
 from pcl_fast.data.views.draws import Draws
@@ -38,6 +38,8 @@ def training_view(image: Image.Image, draws: Draws, row: int, size: int) -> torc
     if draws.sigma[row]:
         # PIL's, as in the official code; torchvision's own is another filter (23 taps, reflected borders).
         image = image.filter(ImageFilter.GaussianBlur(float(draws.sigma[row])))
+    if draws.solarise[row]:
+        image = ImageOps.solarize(image, threshold=128)
     if draws.flip[row]:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return to_bytes(image)

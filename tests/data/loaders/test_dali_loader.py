@@ -71,9 +71,10 @@ def test_training_views_are_the_torchvision_loader_s(pieces, views, limit, most,
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_several_different_views_are_the_torchvision_loader_s(pieces, device):
-    """Two large views and a distorted one, of different colours and blurs, and six small ones, in one batch."""
+    """Two large views of different blurs, one of them solarised at times, a distorted one and six small ones."""
     large = replace(AUGMENTATIONS["v2"], size=96)
-    always, seldom = replace(large, blur_share=1.0), replace(large, blur_share=0.1, size=80)
+    always = replace(large, blur_share=1.0)
+    seldom = replace(large, blur_share=0.1, solarise_share=0.2, size=80)
     distorted, small = replace(AUGMENTATIONS["digits"], size=64), replace(large, size=40, min_area=0.05)
     views = [always, distorted, seldom, *[small] * 6]
     compare(pieces, device, views, [0.6, 0.8, 0.6, *[0.6] * 6], [4, 8, 4, *[4] * 6])

@@ -18,8 +18,8 @@ from pcl_fast.errors import ImageError, MissingPackageError
 KINDS = ("dali", "torchvision") if importlib.util.find_spec("nvidia.dali") else ("torchvision",)
 CONFIG = DataConfig(size=16, resize=20, workers=0)
 V1, V2, DIGITS = (replace(AUGMENTATIONS[name], size=24) for name in ("v1", "v2", "digits"))
-# As multi-crop has them, with one between that is distorted.
-SEVERAL = [V2, V2, DIGITS, *[replace(V2, size=8, min_area=0.05)] * 2]
+# As BYOL and multi-crop have them, with one between that is distorted.
+SEVERAL = [V2, replace(V2, blur_share=0.1, solarise_share=0.5), DIGITS, *[replace(V2, size=8, min_area=0.05)] * 2]
 
 
 def rank_of(rank: int, size: int) -> World:

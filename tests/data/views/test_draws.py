@@ -83,6 +83,15 @@ def test_shares_are_the_augmentation_s(name, jitter, blur):
     assert share(draws.flip) == pytest.approx(0 if name == "digits" else 0.5, **close)
 
 
+def test_the_chosen_share_is_solarised_and_no_other_number_moves():
+    draws, before = draw("v2", solarise_share=0.3), draw("v2")
+    assert share(draws.solarise) == pytest.approx(0.3, abs=3 * math.sqrt(0.21 / DRAWS))
+    assert not before.solarise.any()
+    for ours, theirs in zip(draws[:-1], before[:-1], strict=True):
+        assert ours is theirs is None or np.array_equal(ours, theirs)
+    assert draw("v2", solarise_share=1.0).solarise.all()
+
+
 def test_grey_comes_before_the_jitter_in_v1_and_after_it_in_v2():
     assert set(draw("v1").ops[:, 0]) == {Op.NONE, Op.GRAYSCALE}
     assert set(draw("v2").ops[:, 4]) == {Op.NONE, Op.GRAYSCALE}
@@ -97,11 +106,12 @@ def test_blur_is_as_wide_as_the_paper_s():
 
 def test_what_is_drawn_is_independent():
     """Of each other, of the other view, of the neighbouring image and epoch."""
-    draws, other = draw("v2"), draw("v2", number=1)
+    draws, other = draw("v2", solarise_share=0.5), draw("v2", number=1)
     jittered = (draws.ops == Op.HUE).any(axis=1)
     columns = {
         "top": draws.window[:, 0], "left": draws.window[:, 1], "height": draws.window[:, 2], "flip": draws.flip,
-        "sigma": draws.sigma, "grey": draws.ops[:, 4], "jitter": jittered, "other": other.window[:, 1],
+        "sigma": draws.sigma, "grey": draws.ops[:, 4], "jitter": jittered, "solarise": draws.solarise,
+        "other": other.window[:, 1],
         "next": np.roll(draws.window[:, 1], 1), "other flip": other.flip, "next flip": np.roll(draws.flip, 1),
     }  # fmt: skip
     for one, a in columns.items():

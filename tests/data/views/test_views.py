@@ -7,7 +7,7 @@ import pytest
 import torch
 from pcl_fast.kernels.photometric_plain import Op
 from photos import piece
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
@@ -18,7 +18,7 @@ from pcl_fast.data.views.pil import clustering_view, training_view
 PHOTO = piece(0, 80, 60)
 
 
-def draws(window=(0, 0, 60, 80), matrix=None, flip=False, ops=(), sigma=0.0) -> Draws:
+def draws(window=(0, 0, 60, 80), matrix=None, flip=False, ops=(), sigma=0.0, solarise=False) -> Draws:
     """One image's; ops are (op, factor)."""
     return Draws(
         np.array([window]),
@@ -27,6 +27,7 @@ def draws(window=(0, 0, 60, 80), matrix=None, flip=False, ops=(), sigma=0.0) -> 
         np.array([[op for op, _ in ops]], dtype=np.int32),
         np.array([[factor for _, factor in ops]], dtype=np.float32),
         np.array([sigma], dtype=np.float32),
+        np.array([solarise]),
     )
 
 
@@ -52,12 +53,13 @@ def test_each_operation_is_torchvision_s(op, factor, expected):
     assert np.array_equal(made(draws(ops=[(op, float(np.float32(factor)))])), np.array(expected(RESIZED)))
 
 
-def test_operations_come_in_order_then_blur_then_flip():
+def test_operations_come_in_order_then_blur_then_solarise_then_flip():
     image = F.adjust_contrast(F.adjust_brightness(RESIZED, 1.5), 0.5)
-    image = image.filter(ImageFilter.GaussianBlur(1.5)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    drawn = draws(flip=True, ops=[(Op.BRIGHTNESS, 1.5), (Op.CONTRAST, 0.5)], sigma=1.5)
+    image = ImageOps.solarize(image.filter(ImageFilter.GaussianBlur(1.5)), 128)
+    image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    drawn = draws(flip=True, ops=[(Op.BRIGHTNESS, 1.5), (Op.CONTRAST, 0.5)], sigma=1.5, solarise=True)
     assert np.array_equal(made(drawn), np.array(image))
-    other = draws(flip=True, ops=[(Op.CONTRAST, 0.5), (Op.BRIGHTNESS, 1.5)], sigma=1.5)
+    other = draws(flip=True, ops=[(Op.CONTRAST, 0.5), (Op.BRIGHTNESS, 1.5)], sigma=1.5, solarise=True)
     assert not np.array_equal(made(other), np.array(image))
 
 
