@@ -31,6 +31,12 @@ _CHUNK = 8
 # (CMYK, 16-bit grey, GIF, ...) is rare, and PIL's.
 _FORMATS, _MODES = ("JPEG", "PNG", "WEBP"), ("RGB", "L", "P", "RGBA")
 
+# What CUDA's errors are called by DALI (the first three, behind the operator that met them) and by PyTorch.
+_CUDA_ERRORS = (
+    "CUDA runtime API error", "CUDA driver API error", "CUDA allocation failed",
+    "CUDA error", "CUDA driver error", "CUDA out of memory", "cudaError",
+)  # fmt: skip
+
 
 # A pipeline is no forked process's to collect: it would wait for threads that only the parent has.
 os.register_at_fork(after_in_child=gc.freeze)
@@ -86,6 +92,7 @@ class Decoder:
 
         Raises:
             ImageError: images cannot be read or decoded; names them.
+            RuntimeError: an epoch is under way already, or CUDA failed, here or in work that was launched before.
         """
         if self._running:
             raise RuntimeError("a loader makes one epoch at a time; close the iterator that is under way")
@@ -121,6 +128,8 @@ class Decoder:
         try:
             return self._outputs()
         except RuntimeError as error:
+            if is_cuda_error(error):
+                raise
             indices = np.concatenate([read.index for read, _ in self._decoding]).tolist()
             raise ImageError(self._explain(indices, str(error))) from error
 
@@ -196,6 +205,15 @@ class Decoder:
             f"DALI failed with the images {names}, ... ({len(indices)} in all), which PIL can read; "
             f"--data.loader torchvision does not need it. DALI said: {message}"
         )
+
+
+def is_cuda_error(error: RuntimeError) -> bool:
+    """Tell whether CUDA raised this, through DALI or through PyTorch, so that no image is to blame.
+
+    A kernel's failure is reported by whatever call comes next, and the loader's are among these.
+    """
+    accelerator_error = getattr(torch, "AcceleratorError", ())  # which PyTorch 2.5 does not have yet
+    return isinstance(error, accelerator_error) or any(mark in str(error) for mark in _CUDA_ERRORS)
 
 
 def _for_dali(images: ImageSet, index: int) -> tuple[np.ndarray, int, int]:

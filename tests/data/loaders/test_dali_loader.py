@@ -22,6 +22,7 @@ from pcl_fast.augmentations import AUGMENTATIONS, View
 from pcl_fast.config import DataConfig, view_of
 from pcl_fast.data import ImageSet, TrainingLoader, clustering_loader, find_images, training_loader
 from pcl_fast.data.loaders import dali_decoder, dali_loader
+from pcl_fast.data.loaders.dali_decoder import is_cuda_error
 from pcl_fast.data.loaders.dali_loader import centre_crops
 from pcl_fast.data.loaders.resources import Resources
 from pcl_fast.data.sources.images import to_rgb
@@ -259,3 +260,51 @@ def test_a_wrong_pipeline_is_told_from_a_broken_image(pieces, monkeypatch):
     training = pairs(pieces, config("dali"))
     with pytest.raises(ImageError, match=r"which PIL can read; --data.loader torchvision"):
         next(training.epoch(0))
+
+
+ILLEGAL_ADDRESS = """Critical error in pipeline:
+Error in MIXED operator `nvidia.dali.fn.decoders.image`,
+encountered:
+
+CUDA runtime API error cudaErrorIllegalAddress (700):
+an illegal memory access was encountered"""
+CUDA_ERRORS = [
+    RuntimeError(ILLEGAL_ADDRESS),
+    RuntimeError("[/opt/dali/dali/core/mm/cuda_vm_resource.cc:45] CUDA driver API error CUDA_ERROR_OUT_OF_MEMORY (2):"),
+    RuntimeError("CUDA allocation failed"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    *([torch.AcceleratorError("unspecified launch failure")] if hasattr(torch, "AcceleratorError") else []),
+]
+OTHER_ERRORS = [
+    RuntimeError("Critical error in pipeline:\nnvJPEG error (3): Bad jpeg"),
+    RuntimeError("Failed to decode a JPEG on a CUDA device"),
+]
+
+
+def raised_while_awaiting(images: ImageSet, error: RuntimeError, monkeypatch) -> RuntimeError:
+    """What a loader raises when DALI raises `error` instead of the second batch."""
+    batches = pairs(images, config("dali")).epoch(0)
+    next(batches)
+
+    def fail(self, **options):
+        raise error
+
+    monkeypatch.setattr(Pipeline, "share_outputs", fail)
+    with pytest.raises(RuntimeError) as caught:
+        next(batches)
+    return caught.value
+
+
+@pytest.mark.parametrize("error", CUDA_ERRORS, ids=lambda error: str(error)[-20:])
+def test_what_cuda_raises_is_not_the_images_fault(pieces, monkeypatch, error):
+    assert is_cuda_error(error)
+    assert raised_while_awaiting(pieces, error, monkeypatch) is error
+
+
+@pytest.mark.parametrize("error", OTHER_ERRORS, ids=lambda error: str(error)[-20:])
+def test_what_else_dali_raises_is_the_images_fault(pieces, monkeypatch, error):
+    assert not is_cuda_error(error)
+    raised = raised_while_awaiting(pieces, error, monkeypatch)
+    assert isinstance(raised, ImageError)
+    assert raised.__cause__ is error
