@@ -17,12 +17,8 @@ from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
 from pcl_fast.learner import Learner
 from pcl_fast.run.checkpoint import check_same_run, load_same_checkpoint, save_checkpoint
 from pcl_fast.run.metrics import Recorder, StepMetrics, Stopwatch, describe
+from pcl_fast.schedule import CLUSTERING_BATCH, ENCODED_ON_GPU, clusters_before, evaluates_before, rank_batch
 from pcl_fast.seeds import Purpose, mix_seeds
-
-# Images at a time of the pass that fills the feature shard. As many lie in memory decoded but not yet cropped, in each
-# stage of the loader: 2.3 GB for photographs of 12 megapixels. A GPU encodes more at a time: with 64 a V100 reaches
-# 0.88 of its speed with 256 (NVIDIA's figures for inference).
-_CLUSTERING_BATCH, _ENCODED_ON_GPU = 64, 256
 
 
 class _Stopped(BaseException):
@@ -72,10 +68,10 @@ class Trainer:
         """For training and clustering. What cannot be used for k-means is better said now too than at the first one."""
         config, images, world = self.config, self.images, self.world
         pick_backend(config.cluster.backend, world.device, self.shard.features.dtype, config.model.dim)
-        rows = config.optim.batch_size // world.size
+        rows = rank_batch(config, world.size)
         views = (view_of(config.data),) * 2
         training = training_loader(images, config.data, views=views, batch_size=rows, seed=config.seed, world=world)
-        return training, clustering_loader(images, config.data, batch_size=_CLUSTERING_BATCH, world=world)
+        return training, clustering_loader(images, config.data, batch_size=CLUSTERING_BATCH, world=world)
 
     def fit(self) -> bool:
         """Train to the end; False when SIGTERM or SIGINT stopped it early, with everything saved.
@@ -129,9 +125,8 @@ class Trainer:
         """
         if self._signalled:
             raise _Stopped
-        evaluation, last = self.config.evaluation, self.epoch == self.config.epochs
-        clustering = bool(self.config.cluster.ks) and self.epoch >= self.config.cluster.warmup_epochs
-        evaluating = self.labels is not None and evaluation.every and (last or self.epoch % evaluation.every == 0)
+        clustering = clusters_before(self.config, self.epoch)
+        evaluating = self.labels is not None and evaluates_before(self.config, self.epoch)
         if not (clustering or evaluating):
             return
         self._in_expectation = True
@@ -139,7 +134,7 @@ class Trainer:
             features, rate = self.shard.fill(
                 self.learner.feature_encoder(),
                 self.clustering_view,
-                rows=_ENCODED_ON_GPU if self.world.device.type == "cuda" else _CLUSTERING_BATCH,
+                rows=ENCODED_ON_GPU if self.world.device.type == "cuda" else CLUSTERING_BATCH,
             )
         self._row("features", images_per_s=rate * self.world.size)
         if clustering:

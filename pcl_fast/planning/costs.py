@@ -20,8 +20,8 @@ from pcl_fast.planning.job import (
     reduce_seconds,
 )
 from pcl_fast.planning.machines import Machine, Precision
+from pcl_fast.schedule import ENCODED_ON_GPU
 
-FEATURE_BATCH = 256  # of the feature pass
 BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends together
 # Per parameter: SGD reads three float32 and writes two, the momentum encoder reads two and writes one.
 UPDATE_BYTES = 4 * (5 + 3)
@@ -156,19 +156,13 @@ def feature_passes(job: Job) -> tuple[int, int]:
     """(passes, clusterings): a clustering before every epoch after warm-up and after the last epoch; a pass before each
     of these, and for evaluation before every n-th epoch and after the last.
     """
-    epochs, every = job.config.epochs, job.config.evaluation.every
-    clustered = {epoch for epoch in range(epochs + 1) if job.ks and epoch >= job.config.cluster.warmup_epochs}
-    return len(clustered | _evaluated(epochs, every)), len(clustered)
-
-
-def _evaluated(epochs: int, every: int) -> set[int]:
-    return {*range(0, epochs, every), epochs} if every else set()
+    return len(job.clustered | job.evaluated), len(job.clustered)
 
 
 def _features(job: Job, machine: Machine) -> Phase:
     """Passes * images * max(forward pass over all GPUs, loading); with a cache all but the first read instead."""
     passes, _ = feature_passes(job)
-    rate = machine.half.inference.rate(FEATURE_BATCH)
+    rate = machine.half.inference.rate(ENCODED_ON_GPU)
     forward = relative(job, machine.half, machine.bandwidth.value, "forward") / (rate.value * job.world)
     loading = 1 / (job.nodes * job.cores * machine.decoded.value)
     if machine.cache is not None and passes:
@@ -209,10 +203,9 @@ def _clustering(job: Job, machine: Machine) -> Phase:
 def _rest(job: Job, machine: Machine) -> Phase:
     """Evaluations * similarities of the queries, written and read twice + epochs * checkpoint."""
     config = job.config
-    evaluated = _evaluated(config.epochs, config.evaluation.every)
     neighbours = 6 * config.evaluation.queries * job.images / (machine.bandwidth.value * job.world)
     parameters = _counted(job).parameters
     held = 3 * parameters + config.model.dim * (sum(job.ks) + config.model.queue_size) + len(job.ks) * job.images
-    seconds = len(evaluated) * neighbours + config.epochs * 4 * held / DISK.value
-    formula = f"{len(evaluated)} x 6 B x queries x images / bandwidth + epochs x checkpoint / disk"
+    seconds = len(job.evaluated) * neighbours + config.epochs * 4 * held / DISK.value
+    formula = f"{len(job.evaluated)} x 6 B x queries x images / bandwidth + epochs x checkpoint / disk"
     return Phase(REST, seconds, formula, (machine.bandwidth, DISK))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from pcl_fast.config import Config
 from pcl_fast.planning.constants import Constant
+from pcl_fast.schedule import clusters_before, evaluates_before, rank_batch
 
 VIEW_CHANNELS = 3
 
@@ -85,7 +86,7 @@ class Job:
     @property
     def rows(self) -> int:
         """Images per GPU and step."""
-        return self.batch // self.world
+        return rank_batch(self.config, self.world)
 
     @property
     def steps(self) -> int:
@@ -97,14 +98,28 @@ class Job:
         return self.config.cluster.ks
 
     @property
-    def warmup_steps(self) -> int:
-        """Of InfoNCE alone."""
-        epochs = self.config.epochs
-        return self.steps * (min(self.config.cluster.warmup_epochs, epochs) if self.ks else epochs)
+    def clustered(self) -> set[int]:
+        """Epochs with an E-step before them; that after the last epoch counts as one more epoch's."""
+        return {epoch for epoch in range(self.config.epochs + 1) if clusters_before(self.config, epoch)}
+
+    @property
+    def evaluated(self) -> set[int]:
+        """Epochs with an evaluation before them, counted likewise."""
+        return {epoch for epoch in range(self.config.epochs + 1) if evaluates_before(self.config, epoch)}
+
+    @property
+    def prototype_epochs(self) -> int:
+        """Epochs that are trained with prototypes."""
+        return len(self.clustered - {self.config.epochs})
 
     @property
     def prototype_steps(self) -> int:
-        return self.steps * self.config.epochs - self.warmup_steps
+        return self.steps * self.prototype_epochs
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of InfoNCE alone."""
+        return self.steps * self.config.epochs - self.prototype_steps
 
     @property
     def view_bytes(self) -> int:

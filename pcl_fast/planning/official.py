@@ -87,11 +87,6 @@ def plan(job: Job, machine: Machine, records: Records, gpu: str) -> list[Phase]:
     ]
 
 
-def _estep_epochs(job: Job) -> int:
-    """Before every epoch after warm-up."""
-    return max(0, job.config.epochs - job.config.cluster.warmup_epochs) if job.ks else 0
-
-
 def _loss(
     job: Job, machine: Machine, records: Records, gpu: str, prototypes: bool
 ) -> tuple[float, tuple[Constant, ...]]:
@@ -117,7 +112,7 @@ def _exchange(job: Job, machine: Machine, backward: float) -> float:
 
 def _features(job: Job, machine: Machine) -> Phase:
     """Passes * (images * max(forward pass, loading) + the features' all-reduce and copy to the host)."""
-    passes = _estep_epochs(job)
+    passes = job.prototype_epochs
     if not passes:
         return Phase(FEATURES, 0.0, "none")
     rate = machine.single.inference.rate(_FEATURE_BATCHES * job.rows)
@@ -138,7 +133,7 @@ def _clustering(job: Job, machine: Machine, records: Records, gpu: str) -> Phase
     """E-steps * (products / rate of one GPU + features to the GPU in every iteration + loops in Python); or as
     estimated from measured parts for the paper's E-step, by its products.
     """
-    esteps = _estep_epochs(job)
+    esteps = job.prototype_epochs
     if not esteps:
         return Phase(CLUSTERING, 0.0, "none")
     flop = job.search_flop(_ITERATIONS, _REDO)
