@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from measured_steps import measured_steps
 from PIL import Image
 
 from pcl_fast import plan
@@ -15,7 +16,6 @@ from pcl_fast.planning.constants import KINDS
 from pcl_fast.planning.job import FEATURES, PHASES
 from pcl_fast.planning.machines import MACHINES
 from pcl_fast.planning.records import DEFAULT, Records
-from pcl_fast.planning.steps import measured_steps
 
 STEPS = list(measured_steps(Records(DEFAULT)))
 

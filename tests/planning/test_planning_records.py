@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from measured_steps import measured_steps
 
 from pcl_fast.planning.constants import Constant
 from pcl_fast.planning.machines import machine
 from pcl_fast.planning.records import Records
-from pcl_fast.planning.steps import measured_steps
 
 LOSS = {"N": 64, "r": 16384, "columns": 1000}
 
