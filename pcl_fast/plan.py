@@ -9,7 +9,7 @@ with records of its own (--results) is planned by these.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +19,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pcl_fast.config import PRESETS
-from pcl_fast.planning import costs, official
-from pcl_fast.planning.constants import KINDS, Constant
-from pcl_fast.planning.job import Job, Phase
-from pcl_fast.planning.machines import Machine, machine
+from pcl_fast.planning import official, ours
+from pcl_fast.planning.figures import DEFAULT, KINDS, Constant, Records
+from pcl_fast.planning.job import PHASES, Job, Phase
 from pcl_fast.planning.picture import draw
-from pcl_fast.planning.records import DEFAULT, Records
+from pcl_fast.planning.rates import Machine, constant, machine
 
 _IMAGENET = 1_281_167
 _WIDTH = 150  # of the tables in a file or a pipe
@@ -65,29 +64,29 @@ class Options:
     """Where the picture goes."""
 
 
+# Costs are known of PCL, and of MoCo, which is PCL without prototypes. The demo takes minutes, and its encoder is too
+# small for a GPU's rates to mean anything.
+CHOICES = {
+    name: (description, Options(name, config.epochs, config.optim.batch_size, config.cluster.ks))
+    for name, (description, config) in PRESETS.items()
+    if getattr(config, "method", "pcl") == "pcl" and name != "demo"
+}
+
+
 class Plan(NamedTuple):
-    """Phases of ours and of the official way, in the same order."""
+    """What the run is, where it runs, and its phases, ours and the official way's, by their names in job.PHASES."""
 
     job: Job
     machine: Machine
-    ours: list[Phase]
-    official: list[Phase]
-
-
-def _options(preset: str) -> Options:
-    config = PRESETS[preset][1]
-    return Options(preset, config.epochs, config.optim.batch_size, config.cluster.ks)
-
-
-# The demo takes minutes, and its encoder is too small for a GPU's rates to mean anything.
-CHOICES = {name: (description, _options(name)) for name, (description, _) in PRESETS.items() if name != "demo"}
+    ours: dict[str, Phase]
+    official: dict[str, Phase]
 
 
 def main() -> None:
     options = tyro.extras.overridable_config_cli(CHOICES, prog="pcl_fast.plan", description=__doc__)
     try:
         found = plan(options)
-        draw(_bars(found), _title(options, found), options.output)
+        draw({"official": found.official, "ours": found.ours}, _title(options, found), options.output)
     except ValueError as error:
         # The message says what to do; a stack trace would hide it.
         sys.exit(f"pcl_fast.plan: {error}")
@@ -96,10 +95,12 @@ def main() -> None:
 
 
 def plan(options: Options) -> Plan:
-    """
+    """Plan the run by the records and by what is published.
+
     Raises:
         ValueError: an option cannot be, or no record has what is needed.
     """
+    _check(options)
     config = PRESETS[options.preset][1]
     config = replace(
         config,
@@ -107,116 +108,117 @@ def plan(options: Options) -> Plan:
         optim=replace(config.optim, batch_size=options.batch_size),
         cluster=replace(config.cluster, ks=options.ks),
     )
-    for flag, value in {
-        "--gpu-link": options.gpu_link,
-        "--node-link": options.node_link,
-        "--cache": options.cache,
-        "--price": options.price,
-        "--goal": options.goal,
-    }.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{flag} must be positive, got {value}")
-    records = Records(options.results)
-    where = _with_links(machine(options.gpu, records), options)
+    given = {
+        name: constant(name, 1e9 * getattr(options, name), f"assumed: {_flag(name)}")
+        for name in ("gpu_link", "node_link", "cache")
+        if getattr(options, name) is not None
+    }
+    where = replace(machine(options.gpu, Records(options.results)), **given)
     cores = round(where.cores.value * options.gpus) if options.cores is None else options.cores
     job = Job(config, options.images, options.gpus, options.nodes, cores)
-    return Plan(job, where, costs.plan(job, where), official.plan(job, where, records, options.gpu))
+    return Plan(job, where, ours.plan(job, where), official.plan(job, where))
 
 
-def _with_links(known: Machine, options: Options) -> Machine:
-    """With the speeds that the user gave."""
-    given = {"gpu_link": options.gpu_link, "node_link": options.node_link}
-    changes = {
-        name: replace(getattr(known, name), value=1e9 * value, source=f"assumed: --{name.replace('_', '-')}")
-        for name, value in given.items()
-        if value is not None
-    }
-    if options.cache is not None:
-        name = "reading the clustering view's cache, each machine"
-        changes["cache"] = Constant(name, 1e9 * options.cache, "B/s", "assumed: --cache")
-    return replace(known, **changes)
+def _check(options: Options) -> None:
+    """
+    Raises:
+        ValueError: names the flag, its value and what to use instead.
+    """
+    for name, value in vars(options).items():
+        if isinstance(value, (int, float)) and not value > 0:
+            raise ValueError(f"{_flag(name)} must be positive, got {value}")
+    if any(k < 1 for k in options.ks):
+        raise ValueError(f"--ks must be positive numbers of clusters, got {options.ks}")
+    batch, images, world = options.batch_size, options.images, options.gpus * options.nodes
+    if batch % world:
+        raise ValueError(f"--batch-size {batch} does not divide among {world} GPUs; use a multiple of {world}")
+    if batch > images:
+        raise ValueError(f"--batch-size {batch} is larger than the data set, --images {images}")
+    if options.ks and max(options.ks) > images:
+        raise ValueError(f"--ks: cannot make {max(options.ks)} clusters of {images} images; use smaller numbers")
 
 
-def hours(phases: Sequence[Phase]) -> float:
-    return sum(phase.hours for phase in phases)
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
-def blame(phases: Sequence[Phase], goal: float) -> str:
+def hours(phases: Mapping[str, Phase]) -> float:
+    return sum(phase.hours for phase in phases.values())
+
+
+def blame(phases: Mapping[str, Phase], goal: float) -> str:
     """Whether the goal is met, and else which phases take more than a twentieth of the whole, the longest first."""
     total = hours(phases)
     if total <= goal:
         return f"Within the goal of {goal:g} h."
-    longest = sorted((phase for phase in phases if phase.hours > total / 20), key=lambda phase: -phase.hours)
-    shares = ", ".join(f"{phase.name} {phase.hours:.1f} h ({phase.hours / total:.0%})" for phase in longest)
-    return f"Over the goal of {goal:g} h by {total - goal:.1f} h. To blame: {shares}."
+    longest = sorted(phases.items(), key=lambda item: -item[1].hours)
+    shares = [f"{name} {phase.hours:.1f} h ({phase.hours / total:.0%})" for name, phase in longest]
+    blamed = sum(phase.hours > total / 20 for phase in phases.values())
+    return f"Over the goal of {goal:g} h by {total - goal:.1f} h. To blame: {', '.join(shares[:blamed])}."
 
 
 def report(options: Options, found: Plan, console: Console) -> None:
     """Print the table of phases, that of the constants, and what the two come to."""
-    marks = _marks([*found.ours, *found.official])
+    used = [each for phases in (found.ours, found.official) for phase in phases.values() for each in phase.constants]
+    # In the order of first use: m1, p2, a3, ...
+    marks = {each: f"{each.kind[0]}{number}" for number, each in enumerate(dict.fromkeys(used), start=1)}
     console.print(_phase_table(options, found, marks))
     console.print(_constant_table(marks))
     lines = [f"Ours: {blame(found.ours, options.goal)}"]
     if options.price is not None:
-        ours, others = (hours(phases) * found.job.world * options.price for phases in (found.ours, found.official))
-        lines.append(f"At {options.price:g} per GPU and hour: ours {ours:,.0f}, official {others:,.0f}.")
+        own, others = (hours(phases) * found.job.world * options.price for phases in (found.ours, found.official))
+        lines.append(f"At {options.price:g} per GPU and hour: ours {own:,.0f}, official {others:,.0f}.")
     if found.job.world == 1:
         lines.append("The official code does not run on one GPU: its column is what it would take if it did.")
-    lines.append(_confidence(options.gpu, found, marks))
-    lines.append(f"Picture: {options.output}")
+    lines += [_confidence(options.gpu, found, marks), f"Picture: {options.output}"]
     for line in lines:
         console.print(line, highlight=False)
 
 
 def _confidence(gpu: str, found: Plan, marks: dict[Constant, str]) -> str:
-    """What of ours rests on other than measurements, and on how many."""
-    count = {kind: sum(constant.kind == kind for constant in marks) for kind in KINDS}
-    phases = [phase for phase in found.ours if any(constant.kind != "measured" for constant in phase.constants)]
+    """What of ours rests on other than measurements, and how many constants are of which kind."""
+    kinds = [each.kind for each in marks]
+    guessed = [name for name, phase in found.ours.items() if {each.kind for each in phase.constants} - {"measured"}]
     return (
-        f"Of ours not measured on the {gpu.upper()}: {'; '.join(phase.name for phase in phases) or 'nothing'}. Of "
-        f"{len(marks)} constants {', '.join(f'{number} are {kind}' for kind, number in count.items())}."
+        f"Of ours not measured on the {gpu.upper()}: {'; '.join(guessed) or 'nothing'}. Of {len(marks)} constants "
+        f"{', '.join(f'{kinds.count(kind)} are {kind}' for kind in KINDS)}."
     )
 
 
-def _marks(phases: Sequence[Phase]) -> dict[Constant, str]:
-    """constant -> m1, p2, a3, ...: its kind and a number, in the order of first use."""
-    used = dict.fromkeys(constant for phase in phases for constant in phase.constants)
-    return {constant: f"{constant.kind[0]}{number}" for number, constant in enumerate(used, start=1)}
-
-
 def _phase_table(options: Options, found: Plan, marks: dict[Constant, str]) -> Table:
-    table = Table(title=_title(options, found))
-    for name in ("phase", "ours, h", "formula", "official, h", "formula"):
-        table.add_column(name, justify="right" if name.endswith(" h") else "left", overflow="fold")
-    for own, other in zip(found.ours, found.official, strict=True):
-        table.add_row(own.name, f"{own.hours:.2f}", _cited(own, marks), f"{other.hours:.2f}", _cited(other, marks))
+    table = _table(_title(options, found), "phase", "ours, h", "formula", "official, h", "formula")
+    for name in PHASES:
+        cells = [name]
+        for phase in (found.ours[name], found.official[name]):
+            cited = " ".join(marks[each] for each in phase.constants)
+            cells += [f"{phase.hours:.2f}", f"{phase.formula}\n{cited}"]
+        table.add_row(*cells)
     table.add_section()
     table.add_row("sum", f"{hours(found.ours):.2f}", "", f"{hours(found.official):.2f}", "")
     return table
 
 
-def _cited(phase: Phase, marks: dict[Constant, str]) -> str:
-    return f"{phase.formula}\n{' '.join(marks[constant] for constant in phase.constants)}"
-
-
 def _constant_table(marks: dict[Constant, str]) -> Table:
-    table = Table(title="Where the numbers come from (m measured, p published, a assumed: neither)")
-    for name in ("", "constant", "value", "source"):
-        table.add_column(name, justify="right" if name == "value" else "left", overflow="fold")
-    for constant, mark in marks.items():
-        table.add_row(mark, constant.name, str(constant), constant.source)
+    title = "Where the numbers come from (m measured, p published, a assumed: neither)"
+    table = _table(title, "", "constant", "value", "source")
+    for each, mark in marks.items():
+        table.add_row(mark, each.name, str(each), each.source)
     return table
 
 
-def _bars(found: Plan) -> dict[str, list[Phase]]:
-    return {"official": found.official, "ours": found.ours}
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name, justify="right" if name.endswith((" h", "value")) else "left", overflow="fold")
+    return table
 
 
 def _title(options: Options, found: Plan) -> str:
-    machines = f"{found.job.nodes} machines of " if found.job.nodes > 1 else ""
+    job = found.job
+    machines = f"{job.nodes} machines of " if job.nodes > 1 else ""
     return (
-        f"{options.preset}, {options.epochs} epochs of {options.images:,} images on {machines}{found.job.gpus} "
-        f"{found.machine.name}, {found.job.cores} cores, {found.job.rows} images per GPU and step"
+        f"{options.preset}, {options.epochs} epochs of {options.images:,} images on {machines}{job.gpus} "
+        f"{found.machine.name}, {job.cores} cores, {job.rows} images per GPU and step"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -17,16 +18,12 @@ _IMAGES = 64  # counted with: the weights' bytes are divided among as many as sh
 
 
 class Work(NamedTuple):
-    """Of one image: floating point operations (a multiply-add is two) and tensor elements read or written, each
+    """Work on one image: floating point operations (a multiply-add is two) and tensor elements read or written, each
     operation by itself, as without fusion.
     """
 
     flop: float
     elements: float
-
-    def seconds(self, flop_per_s: float, bytes_per_s: float, itemsize: int) -> float:
-        """flop / rate + elements * itemsize / bandwidth: a bound for machines that do one after the other."""
-        return self.flop / flop_per_s + self.elements * itemsize / bytes_per_s
 
 
 class EncoderCount(NamedTuple):
@@ -44,7 +41,7 @@ class EncoderCount(NamedTuple):
 
 @functools.cache
 def count(model: ModelConfig, size: int) -> EncoderCount:
-    """For images [3, size, size].
+    """Count an encoder's work on images [3, size, size].
 
     Raises:
         ValueError: an unknown architecture.
@@ -57,7 +54,7 @@ def count(model: ModelConfig, size: int) -> EncoderCount:
     return EncoderCount(forward, training, sum(parameter.numel() for parameter in encoder.parameters()))
 
 
-def _work(function) -> Work:
+def _work(function: Callable[[], object]) -> Work:
     with FlopCounterMode(display=False) as flop, _Traffic() as traffic:
         function()
     return Work(flop.get_total_flops() / _IMAGES, traffic.elements / _IMAGES)
@@ -66,17 +63,12 @@ def _work(function) -> Work:
 class _Traffic(TorchDispatchMode):
     """Adds up the elements of the operations' inputs and outputs. Views move nothing."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
+    elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
         aliases = [returned.alias_info for returned in function._schema.returns]
         if not any(alias is not None and not alias.is_write for alias in aliases):
-            self.elements += sum(tensor.numel() for tensor in _tensors((args, result)))
+            leaves = tree_leaves((args, result))
+            self.elements += sum(leaf.numel() for leaf in leaves if isinstance(leaf, torch.Tensor))
         return result
-
-
-def _tensors(tree) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

@@ -13,14 +13,12 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pcl_fast.config import ModelConfig
-from pcl_fast.planning.constants import Constant
-from pcl_fast.planning.costs import UPDATE_BYTES
 from pcl_fast.planning.encoder import count
-from pcl_fast.planning.machines import loss_seconds
-from pcl_fast.planning.records import Record, Records
+from pcl_fast.planning.figures import Record, Records
+from pcl_fast.planning.ours import UPDATE_BYTES
 
 _AT_HAND = "batch at hand"
-_CPU_BANDWIDTH = Constant("a CPU's memory, of every thread", 10e9, "B/s", "assumed: what one core of a server copies")
+_CPU_BANDWIDTH = 10e9  # bytes/s of every thread: assumed, what one core of a server copies
 
 
 class MeasuredStep(NamedTuple):
@@ -43,12 +41,11 @@ def with_loader(step: float, loader: float, *, on_cpu: bool) -> float:
 
 def measured_steps(records: Records) -> Iterator[MeasuredStep]:
     """Of all records data.json and step.json."""
-    for record in records:
-        if record.path.stem == "data":
-            yield from _loader_steps(record)
-        elif record.path.stem == "step":
-            machine = {other.path.stem: other for other in records if other.path.parent == record.path.parent}
-            yield from _whole_steps(record, machine)
+    for machine in records.machines.values():
+        if "data" in machine:
+            yield from _loader_steps(machine["data"])
+        if "step" in machine:
+            yield from _whole_steps(machine["step"], machine)
 
 
 def _loader_steps(record: Record) -> Iterator[MeasuredStep]:
@@ -60,8 +57,8 @@ def _loader_steps(record: Record) -> Iterator[MeasuredStep]:
         alone = 1 / providers[_AT_HAND]["images_per_s"]
         for loader, figures in providers.items():
             rate = _views_of_step(record, loader)
-            if rate is not None and not (record.on_cpu and loader == "torchvision"):
-                predicted = with_loader(alone, 1 / rate, on_cpu=record.on_cpu)
+            if rate is not None and not (_on_cpu(record) and loader == "torchvision"):
+                predicted = with_loader(alone, 1 / rate, on_cpu=_on_cpu(record))
                 name = f"{record.path.parent.name}, {group}, {loader}"
                 yield MeasuredStep(name, 1 / figures["images_per_s"], predicted)
 
@@ -99,7 +96,7 @@ def _measured(figures: dict[str, float], encoder: float) -> float:
 
 def _beside_a_loader(added: float, case: dict[str, Any], record: Record, encoder_with_loader: float) -> float:
     """On a CPU all of it; on a GPU what does not fit into the time that the encoder alone waits for the loader."""
-    if record.on_cpu:
+    if _on_cpu(record):
         return added
     same = ("arch", "size", "batch")
     alone = next(
@@ -119,15 +116,29 @@ def _added(case: dict[str, Any], record: Record, machine: dict[str, Record]) -> 
     rows = case["batch"]
     columns = case["queue"] + sum(min(case["negatives"] or k, k) for k in case["ks"])
     loss = 0.0
-    measured = loss_seconds(machine["loss"]) if "loss" in machine else None
+    measured = _loss_by_column(machine["loss"]) if "loss" in machine else None
     if measured is not None:
-        loss = measured[0].value * columns / measured[1] * (rows / 64 if record.on_cpu else max(1.0, rows / 64))
+        loss = measured * columns * (rows / 64 if _on_cpu(record) else max(1.0, rows / 64))
     parameters = case.get("parameters") or count(ModelConfig(arch=case["arch"]), case["size"]).parameters
     return (loss + UPDATE_BYTES * parameters / _bandwidth(record)) / rows
 
 
+def _loss_by_column(record: Record) -> float | None:
+    """Seconds of ours for 64 rows, by the columns, in the precision in which training computes it there."""
+    wanted = 64, "float32" if _on_cpu(record) else "float16"
+    group = next((name for name, case in record.cases.items() if (case.get("N"), case.get("dtype")) == wanted), "")
+    figures = [record.figure(group, provider, "median_ms") for provider in ("triton", "eager")]
+    found = next((figure for figure in figures if figure is not None), None)
+    return None if found is None else found / 1e3 / record.cases[group]["columns"]
+
+
+def _on_cpu(record: Record) -> bool:
+    """Whether encoder and loader share the cores."""
+    return " CPU, " in record.content["machine"]
+
+
 def _bandwidth(record: Record) -> float:
     """Bytes/s: of a GPU as measured, counting bytes read and written; of a CPU by its threads."""
-    if not record.on_cpu:
+    if not _on_cpu(record):
         return 1e9 * record.content["copy_gb_per_s"]
-    return _CPU_BANDWIDTH.value * int(record.content["machine"].partition(" CPU, ")[2].split()[0])
+    return _CPU_BANDWIDTH * int(record.content["machine"].partition(" CPU, ")[2].split()[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 
@@ -12,12 +13,13 @@ from measured_steps import measured_steps
 from PIL import Image
 
 from pcl_fast import plan
-from pcl_fast.planning.constants import KINDS
-from pcl_fast.planning.job import FEATURES, PHASES
+from pcl_fast.planning.figures import DEFAULT, KINDS, Records
+from pcl_fast.planning.job import ENCODER, FEATURES, PHASES
 from pcl_fast.planning.machines import MACHINES
-from pcl_fast.planning.records import DEFAULT, Records
+from pcl_fast.planning.rates import machine
 
-STEPS = list(measured_steps(Records(DEFAULT)))
+RECORDS = Records(DEFAULT)
+STEPS = list(measured_steps(RECORDS))
 
 
 def options(preset: str, **changes) -> plan.Options:
@@ -47,15 +49,15 @@ def test_pcl_takes_5_to_7_days_on_4_v100(preset, cores):
 
 
 def test_training_rates_that_are_no_input():
-    v100 = MACHINES["v100"]
+    v100 = machine("v100", RECORDS)
     # sandeepkumar-skb/pytorch_experiments, torchvision's ResNet-50, batch 128: 110.93 ms mixed, channels last; 342.37
     # ms float32, channels first.
-    half = v100.half.training.per_gpu(1).value * v100.half.inference.share(128, 256).value
+    half = v100.half.training(1).value * v100.half.share(128, 256).value
     assert half == pytest.approx(128 / 0.11093, rel=0.05)
-    assert v100.single.training.per_gpu(1).value == pytest.approx(128 / 0.34237, rel=0.05)
+    assert v100.single.training(1).value == pytest.approx(128 / 0.34237, rel=0.05)
     # Four GPUs by one: NVIDIA's MXNet 3.89 mixed, Oneflow-Inc/DLPerf 3.95 float32.
     for precision, scaling in ((v100.half, 3.89), (v100.single, 3.95)):
-        one, four = (precision.training.per_gpu(gpus).value for gpus in (1, 4))
+        one, four = (precision.training(gpus).value for gpus in (1, 4))
         assert 4 * four / one == pytest.approx(scaling, rel=0.05)
 
 
@@ -93,8 +95,7 @@ def test_slow_links_show():
 
 
 def test_a_cache_of_the_clustering_view_is_as_fast_as_it_was_said_to_be():
-    features = PHASES.index(FEATURES)
-    plain, slow, fast = (plan.plan(options("pcl_v2", cache=rate)).ours[features] for rate in (None, 1.5, 2))
+    plain, slow, fast = (plan.plan(options("pcl_v2", cache=rate)).ours[FEATURES] for rate in (None, 1.5, 2))
     assert fast.seconds < slow.seconds < plain.seconds
     assert "assumed: --cache" in [constant.source for constant in fast.constants]
     assert "assumed: --cache" not in [constant.source for constant in plain.constants]
@@ -117,13 +118,17 @@ def run(monkeypatch, *arguments: str) -> None:
     plan.main()
 
 
+def test_presets_of_methods_without_a_model_of_their_costs_are_not_offered():
+    assert set(plan.CHOICES) == {"pcl_v1", "pcl_v2", "moco_v1", "moco_v2"}
+
+
 @pytest.mark.parametrize("gpu", MACHINES)
 @pytest.mark.parametrize("preset", plan.CHOICES)
 def test_every_line_says_where_its_numbers_come_from(preset, gpu):
     found = plan.plan(options(preset, gpu=gpu, gpus=8))
     for phases in (found.ours, found.official):
-        assert tuple(phase.name for phase in phases) == PHASES
-        for phase in phases:
+        assert tuple(phases) == PHASES
+        for phase in phases.values():
             assert phase.seconds >= 0
             assert phase.constants or not phase.seconds
             assert all(constant.kind in KINDS for constant in phase.constants)
@@ -186,10 +191,7 @@ def test_an_empty_folder_of_records(monkeypatch, tmp_path):
 
 def test_a_gpu_with_records_is_planned_by_them(tmp_path):
     """H200: a step of 64 images at 4000 images/s."""
-    for record in Records(DEFAULT):
-        target = tmp_path / record.path.parent.name / record.path.name
-        target.parent.mkdir(exist_ok=True)
-        target.write_text(record.path.read_text())
+    shutil.copytree(DEFAULT, tmp_path, dirs_exist_ok=True)
     case = {"arch": "resnet50", "size": 224, "batch": 64, "loader": "off", "ranks": 1}
     case["providers"] = {"encoder-only": {"images_per_s": 4000.0}}
     own = tmp_path / "nvidia-h200"
@@ -197,7 +199,7 @@ def test_a_gpu_with_records_is_planned_by_them(tmp_path):
     content = {"machine": "NVIDIA H200", "cases": {"resnet50, 224 px, batch 64, loader off": case}}
     (own / "step.json").write_text(json.dumps(content))
     found = plan.plan(options("moco_v1", gpu="h200", gpus=1, batch_size=64, epochs=1, cores=100, results=tmp_path))
-    encoder = found.ours[0]
+    encoder = found.ours[ENCODER]
     assert encoder.seconds == pytest.approx(1281167 // 64 * 64 / 4000, rel=0.01)
     assert [constant.kind for constant in encoder.constants] == ["measured"]
     assert encoder.constants[0].source == f"measured: {own / 'step.json'}"

@@ -7,9 +7,8 @@ import json
 import pytest
 from measured_steps import measured_steps
 
-from pcl_fast.planning.constants import Constant
-from pcl_fast.planning.machines import machine
-from pcl_fast.planning.records import Records
+from pcl_fast.planning.figures import Constant, Records
+from pcl_fast.planning.rates import machine
 
 LOSS = {"N": 64, "r": 16384, "columns": 1000}
 
@@ -34,10 +33,10 @@ def test_a_figure_is_found_on_the_machine_asked_for_first(tmp_path):
     for slug, rate in (("a-cpu", 1.0), ("nvidia-h200", 2.0)):
         write(tmp_path, slug, slug, "data", {"training views": rates(dali=rate)})
     records = Records(tmp_path)
-    question = ("data", "training views", "dali", "images_per_s")
-    assert records.find(*question)[1] == 1.0
-    assert records.find(*question, first="h200")[1] == 2.0
-    assert records.find(*question, first="h100")[1] == 1.0
+    question = ("training views", "dali", "images_per_s")
+    assert records.find("data", *question).figure(*question) == 1.0
+    assert records.find("data", *question, first="h200").figure(*question) == 2.0
+    assert records.find("data", *question, first="h100").figure(*question) == 1.0
     assert records.of_gpu("h20") == {}
     with pytest.raises(ValueError, match=r'"training views", torchvision: images_per_s; run the benchmarks'):
         records.find("data", "training views", "torchvision", "images_per_s")
@@ -138,6 +137,10 @@ def test_measured_rates_of_a_gpu_replace_published_ones(tmp_path):
     }
     write(tmp_path, "nvidia-a100-sxm4-80gb", "NVIDIA A100-SXM4-80GB", "data", views)
     write(tmp_path, "nvidia-a100-sxm4-80gb", "NVIDIA A100-SXM4-80GB", "loss", loss_record("triton", 0.1))
+    # What the official code does on the host is anybody's.
+    median = {"providers": {"official": {"median_ms": 30.0}}}
+    write(tmp_path, "cpu", "AMD EPYC CPU, 2 threads", "loss", {"sampling alone": median})
+    write(tmp_path, "cpu", "AMD EPYC CPU, 2 threads", "kmeans", {"concentration, N=1281167, K=25000": median})
     estep = {
         "20 iterations, redo 5": {"providers": {"triton": {"tflop_per_s": 200.0}}},
         "5 iterations, redo 1": {"providers": {"official": {"estimated_paper_ms": 5e5}}},
@@ -145,12 +148,13 @@ def test_measured_rates_of_a_gpu_replace_published_ones(tmp_path):
     write(tmp_path, "nvidia-a100-sxm4-80gb", "NVIDIA A100-SXM4-80GB", "estep", estep)
     records = Records(tmp_path)
     known = machine("a100", records)
-    assert (known.clustering.value, known.decoded.value, known.host.pair.value) == (2e14, 200.0, 5.0)
-    assert known.measured_loss[0].value == pytest.approx(1e-4)
-    assert known.measured_official_estep.value == 500.0
-    assert {known.clustering.kind, known.decoded.kind, known.host.view.kind} == {"measured"}
+    assert (known.clustering.value, known.decoded.value, known.pair.value) == (2e14, 200.0, 5.0)
+    assert known.loss.value == pytest.approx(1e-4 / 1000)
+    assert known.official_estep.value == 500.0
+    assert (known.sampling.value, known.loops.value) == (0.03, 0.03)
+    assert {known.clustering.kind, known.decoded.kind, known.view.kind, known.loops.kind} == {"measured"}
     other = machine("h100", records)
     assert other.clustering.kind == "assumed"
-    assert other.host.pair.value == 5.0  # the host's part is anybody's
+    assert other.pair.value == 5.0  # the host's part is anybody's
     with pytest.raises(ValueError, match="choose from v100, a100, h100, h200"):
         machine("tpu", records)

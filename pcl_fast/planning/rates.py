@@ -1,0 +1,132 @@
+"""What a GPU, and its share of the machine around it, can do: machines.py's figures, unless a GPU's own record says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, NamedTuple, get_type_hints
+
+import numpy as np
+
+from pcl_fast.planning.figures import Constant, Record, Records
+from pcl_fast.planning.machines import CLUSTERING, MACHINES, MEASURED, ON_HOST
+
+_SI = {"images_per_s": 1.0, "tflop_per_s": 1e12, "median_ms": 1e-3, "estimated_paper_ms": 1e-3}
+
+
+class Precision(NamedTuple):
+    """How fast a GPU is in one precision: supervised training in images/s of all GPUs of one machine by their number,
+    with `batch` images per GPU and step; a forward pass in images/s by its batch; products in FLOP/s; bytes a number.
+    """
+
+    by_gpus: dict[int, float]
+    batch: int
+    training_source: str
+    by_batch: dict[int, float]
+    forward_source: str
+    peak: float
+    itemsize: int
+
+    def training(self, gpus: int) -> Constant:
+        """Images/s of each GPU, on a straight line between the numbers that were measured; beyond them as the nearest.
+
+        What is lost on the way to 8 GPUs is taken as published. An all-reduce does not explain it: 102 MB of gradients
+        take less than 2 ms, most of it beside the backward pass, but NVIDIA's steps with 8 V100s take 33 ms longer.
+        """
+        each = {number: total / number for number, total in self.by_gpus.items()}
+        name = f"training, {gpus} GPU{'s' * (gpus > 1)} of a machine, batch {self.batch} each"
+        having = "" if gpus in each else f", which has {', '.join(map(str, each))} GPUs"
+        return Constant(name, _between(each, gpus), "images/s per GPU", self.training_source + having)
+
+    def forward(self, batch: int) -> Constant:
+        """Images/s of a forward pass. Seconds of a batch lie on a straight line between the measured ones; a smaller
+        batch than these takes as long as the smallest, and images of a larger one as long as those of the largest.
+        """
+        rows = min(batch, max(self.by_batch))
+        seconds = _between({size: size / rate for size, rate in self.by_batch.items()}, rows)
+        return Constant(f"forward pass, batch {batch}", rows / seconds, "images/s per GPU", self.forward_source)
+
+    def share(self, batch: int, of: int) -> Constant:
+        """The speed of training with `batch` by that with `of`, as of the forward pass."""
+        source = f"assumed: a training step loses as a forward pass does ({self.forward_source})"
+        value = self.forward(batch).value / self.forward(of).value
+        return Constant(f"speed with batch {batch} by that with {of}", value, "", source)
+
+
+def _between(points: dict[int, float], at: int) -> float:
+    return float(np.interp(at, list(points), list(points.values())))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU, and its share of the machine around it: constants, with what tables call them and their units."""
+
+    name: str
+    half: Precision  # mixed precision, channels last
+    single: Precision  # float32; from the A100 on TF32, which PyTorch takes for convolutions
+    vector_peak: Annotated[Constant, "true float32", "FLOP/s"]
+    bandwidth: Annotated[Constant, "the GPU's memory", "B/s"]
+    host_link: Annotated[Constant, "host memory to GPU", "B/s"]
+    gpu_link: Annotated[Constant, "all-reduce within a machine", "B/s per GPU"]
+    node_link: Annotated[Constant, "between machines, of each", "B/s"]
+    cores: Annotated[Constant, "cores per GPU", ""]
+    decoded: Annotated[Constant, "DALI, decoding on the GPU", "images/s per core"]
+    pair: Annotated[Constant, "PIL, two views", "images/s per core"]
+    view: Annotated[Constant, "PIL, one view", "images/s per core"]
+    clustering: Annotated[Constant, "k-means, ours", "FLOP/s per GPU"]
+    sampling: Annotated[Constant, "choosing negatives of 25k, 50k and 100k, official", "s"]
+    loops: Annotated[Constant, "concentration of 1,281,167 images, official", "s"]
+    loss: Annotated[Constant | None, "loss and gradient of 64 rows, by the columns", "s"] = None
+    official_estep: Annotated[Constant | None, "the paper's E-step, official", "s"] = None
+    cache: Annotated[Constant | None, "reading the clustering view's cache, each machine", "B/s"] = None
+    step: tuple[Constant, int] | None = None  # query forward and backward, key forward on one GPU; with which batch
+
+
+_QUANTITIES = {
+    field: hint.__metadata__
+    for field, hint in get_type_hints(Machine, include_extras=True).items()
+    if hasattr(hint, "__metadata__")
+}
+
+
+def constant(field: str, value: float, source: str) -> Constant:
+    """The constant of a field of Machine, with its name and unit."""
+    name, unit = _QUANTITIES[field]
+    return Constant(name, value, unit, source)
+
+
+def machine(gpu: str, records: Records) -> Machine:
+    """What is known of `gpu`: published, and measured where a record's machine has that word in its name.
+
+    Raises:
+        ValueError: nothing is known of it, or no record has what no publication says.
+    """
+    if gpu not in MACHINES:
+        raise ValueError(f"--gpu {gpu}: nothing is known of it; choose from {', '.join(MACHINES)}")
+    published, own = MACHINES[gpu], records.of_gpu(gpu)
+    half, single = (
+        Precision(*published[f"{kind}_training"], *published[f"{kind}_forward"], published[f"{kind}_peak"], itemsize)
+        for kind, itemsize in (("half", 2), ("single", 4))
+    )
+    figures = {field: published[field] for field in _QUANTITIES if field in published}
+    figures["clustering"] = (CLUSTERING[0] * half.peak, CLUSTERING[1])
+    for field, (benchmark, *question, divisor) in MEASURED.items():
+        record = own.get(benchmark)
+        if field in ON_HOST and field not in published:
+            record = records.find(benchmark, *question, first=gpu)
+        value = record and record.figure(*question)
+        if value is not None:
+            by = record.cases[question[0]][divisor] if divisor else 1
+            figures[field] = (_SI[question[-1]] * value / by, record.source)
+    constants = {field: constant(field, *figure) for field, figure in figures.items()}
+    step = _measured_step(own["step"]) if "step" in own else None
+    return Machine(name=published["name"], half=half, single=single, step=step, **constants)
+
+
+def _measured_step(record: Record) -> tuple[Constant, int] | None:
+    """(images/s of the encoder's part of a step, batch): the larger batch that bench/step.py could take."""
+    for batch in (256, 64):
+        rate = record.figure(f"resnet50, 224 px, batch {batch}, loader off", "encoder-only", "images_per_s")
+        if rate is not None:
+            name = f"query forward and backward and key forward, batch {batch}"
+            return Constant(name, rate, "images/s per GPU", record.source), batch
+    return None
