@@ -41,8 +41,9 @@ class Constant:
         return f"{self.value:,.4g} {self.unit}".strip()
 
 
-_REPOSITORY = Path(__file__).resolve().parents[2]
-DEFAULT = _REPOSITORY / "bench" / "results"
+# The repository's records, which a wheel brings along beside this file (pyproject.toml).
+_BROUGHT, _CHECKED_OUT = Path(__file__).with_name("results"), Path(__file__).parents[2] / "bench" / "results"
+DEFAULT = (_BROUGHT if _BROUGHT.is_dir() else _CHECKED_OUT).resolve()
 
 
 class Record(NamedTuple):
@@ -53,8 +54,10 @@ class Record(NamedTuple):
 
     @property
     def source(self) -> str:
+        """The kind, and the file: by its place in the repository if it is one of the repository's."""
         path = self.path.resolve()
-        return f"measured: {path.relative_to(_REPOSITORY) if path.is_relative_to(_REPOSITORY) else path}"
+        ours = path.is_relative_to(DEFAULT)
+        return f"measured: {Path('bench/results') / path.relative_to(DEFAULT) if ours else path}"
 
     @property
     def cases(self) -> dict[str, dict[str, Any]]:
