@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
 from measured_steps import measured_steps
 from PIL import Image
 
@@ -149,6 +150,18 @@ def test_command(monkeypatch, tmp_path, capsys):
     with Image.open(picture) as image:
         assert image.width > 1000
         assert len(image.convert("RGB").getcolors(1 << 24)) > len(PHASES)
+
+
+def test_the_picture_stacks_the_phases_of_either_way(monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    run(monkeypatch, "pcl_v2", "--output", str(tmp_path / "plan.png"))
+    found = plan.plan(options("pcl_v2"))
+    pieces = [bar.patches for bar in drawn[0].axes[0].containers]
+    for row, phases in enumerate((found.official, found.ours)):
+        hours = [phase.hours for phase in phases.values()]
+        assert [piece[row].get_width() for piece in pieces] == pytest.approx(hours)
+        assert [piece[row].get_x() for piece in pieces] == pytest.approx([sum(hours[:n]) for n in range(len(hours))])
 
 
 def test_flags_change_the_recipe(monkeypatch, tmp_path, capsys):

@@ -177,5 +177,8 @@ def test_what_the_exchange_hides():
 def test_a_smaller_encoder_takes_less():
     known = machine("v100", RECORDS)
     config = PRESETS["pcl_v2"][1]
-    small = job(model=replace(config.model, arch="resnet18"))
-    assert named(ours.plan(small, known))[ENCODER] < 0.5 * named(ours.plan(job(), known))[ENCODER]
+    small, large = job(cores=500, model=replace(config.model, arch="resnet18")), job(cores=500)
+    for way in (ours, official):
+        less, more = named(way.plan(small, known)), named(way.plan(large, known))
+        assert less[ENCODER] < 0.5 * more[ENCODER]
+    assert named(ours.plan(small, known))[FEATURES] < 0.5 * named(ours.plan(large, known))[FEATURES]
