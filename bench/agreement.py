@@ -14,6 +14,7 @@ from pcl_fast.config import Config
 from pcl_fast.data import Batch, normalise
 from pcl_fast.distributed import World
 from pcl_fast.learner import Learner
+from pcl_fast.methods import build
 
 _ROWS, _K, _SIZE, _CPU = 8, 16, 32, torch.device("cpu")
 
@@ -26,7 +27,18 @@ def small_recipe() -> Config:
         loss=replace(config.loss, num_negatives=_K - _ROWS),
         # Small, so that rounding does not grow; and a decay that can be seen beside the gradient.
         optim=replace(config.optim, lr=1e-3, weight_decay=0.1),
+        cluster=replace(config.cluster, ks=(_K, _K)),
     )
+
+
+def small_learner(world: World) -> Learner:
+    """Ours, with random prototypes, and all of them as negatives."""
+    config = small_recipe()
+    config = replace(config, loss=replace(config.loss, num_negatives=None))
+    learner = Learner(build(config, world, _K), config, world)
+    learner.method.prototypes.replace(random_granularities(config.model.dim))
+    learner.set_rate(0)
+    return learner
 
 
 def check_agreement() -> None:
@@ -35,23 +47,22 @@ def check_agreement() -> None:
     """
     config = small_recipe()
     theirs = official_step.OfficialStep(config, _CPU)
-    own = Learner(replace(config, loss=replace(config.loss, num_negatives=None)), World(0, 1, _CPU, None))
-    own.begin_epoch(0)
-    theirs.start_from(own.encoder.state_dict(), own.queue.keys)
-    start = flat(own.encoder)
-    granularities = random_granularities(config.model.dim)
+    own = small_learner(World(0, 1, _CPU, None))
+    method, granularities = own.method, own.method.prototypes.sets()
+    theirs.start_from(method.encoder.state_dict(), method.queue.keys)
+    start = flat(method.encoder)
     for number in range(2):
         views, index = random_views(), torch.arange(_ROWS) + number * _ROWS
         expected = theirs.step((*(normalise(view, torch.float32).contiguous() for view in views), index), granularities)
-        found = own.step(Batch(tuple(views), index), granularities, number)["loss"].item()
+        found = own.step(Batch(tuple(views), index), number)["loss"].item()
         if abs(found / expected - 1) > 1e-4:
             raise AssertionError(f"step {number}: the official loss is {expected}, ours {found}")
-    pairs = (own.encoder, theirs.module.query_encoder), (own.twin.key, theirs.module.key_encoder)
+    pairs = (method.encoder, theirs.module.query_encoder), (method.momentum_encoder, theirs.module.key_encoder)
     for name, (found, expected) in zip(("query", "momentum"), (map(flat, pair) for pair in pairs), strict=True):
         apart = torch.linalg.norm(found - expected) / torch.linalg.norm(expected - start)
         if not apart < 0.02:
             raise AssertionError(f"the {name} encoders are {apart:.3f} of their way apart")
-    torch.testing.assert_close(own.queue.keys, theirs.module.queue.T, rtol=0, atol=1e-3)
+    torch.testing.assert_close(method.queue.keys, theirs.module.queue.T, rtol=0, atol=1e-3)
 
 
 def random_granularities(dim: int) -> list[PrototypeSet]:

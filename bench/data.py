@@ -116,11 +116,11 @@ def test_step(benchmark, loader):
     else:
         stream = Waiting(training_stream(loader, step=True))
 
-    learner, prototypes = recipe.ready_learner(config_of(LOADERS[0], step=True))
+    learner = recipe.ready_learner(config_of(LOADERS[0], step=True))
 
     def steps() -> None:
         for number in range(STEPS):
-            learner.step(next(stream), prototypes, number)
+            learner.step(next(stream), number)
 
     for _ in range(2):
         steps()

@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from pcl_fast import learner as learner_module
 from pcl_fast.learner import Learner
+from pcl_fast.methods import base, pcl
 
 STEP = "step"
 STEPS, PROFILED, TOP = (20 if device.CUDA else 8), 3, 18
@@ -62,18 +62,19 @@ class Phases:
     def __init__(self, learner: Learner):
         self.instants: list[tuple[str, Any, Any]] = []
         self.steps: list[dict[str, float]] = []  # seconds
+        method = learner.method
         for phase, owner, name in (
             ("inputs", learner, "inputs"),
-            ("normalise", learner_module, "normalise"),
-            ("shuffle", learner.shuffle, "begin"),
-            ("query forward", learner, "_query"),
-            ("key forward", learner.twin.key, "forward"),
-            ("loss", learner_module, "protonce"),
+            ("normalise", base, "normalise"),
+            ("shuffle", method.shuffle, "begin"),
+            ("query forward", method.encoder, "forward"),
+            ("key forward", method.momentum_encoder, "forward"),
+            ("loss", pcl, "pcl_loss"),
             ("backward", torch.Tensor, "backward"),
             ("optimiser", learner.optimizer, "step"),
-            ("momentum update", learner.twin, "update"),
-            ("queue", learner.queue, "enqueue"),
-            ("metrics", learner_module, "_summary"),
+            ("momentum update", method.average, "update"),
+            ("queue", method.queue, "enqueue"),
+            ("metrics", pcl, "_metrics"),
         ):
             self._time(phase, owner, name)
 
@@ -201,8 +202,8 @@ def main() -> None:
 
     torch.backends.cudnn.benchmark = True
     case = step.Case(arguments.batch, "off")
-    learner, granularities = recipe.ready_learner(case.config)
-    ours = functools.partial(learner.step, step.batch_at_hand(case), granularities, 0)
+    learner = recipe.ready_learner(case.config)
+    ours = functools.partial(learner.step, step.batch_at_hand(case), 0)
     reference = step.encoder_only(case).step
     for _ in range(device.WARM_UP):
         ours(), reference()

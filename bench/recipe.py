@@ -17,6 +17,7 @@ from pcl_fast.config import PRESETS, Config
 from pcl_fast.data import ImageFolder, find_images
 from pcl_fast.distributed import World
 from pcl_fast.learner import Learner
+from pcl_fast.methods import build
 
 WORLD = World(0, 1, torch.device("cuda", 0) if device.CUDA else torch.device("cpu"), None)
 IMAGES = 4096 if device.CUDA else 512
@@ -63,8 +64,9 @@ def random_prototypes(config: Config) -> list[PrototypeSet]:
     ]
 
 
-def ready_learner(config: Config) -> tuple[Learner, list[PrototypeSet]]:
-    """As in the first epoch after an E-step, and its prototypes."""
-    learner = Learner(config, WORLD)
-    learner.begin_epoch(0)
-    return learner, learner.for_loss(random_prototypes(config))
+def ready_learner(config: Config) -> Learner:
+    """As in the first epoch after an E-step."""
+    learner = Learner(build(config, WORLD, IMAGES), config, WORLD)
+    learner.method.prototypes.replace(random_prototypes(config))
+    learner.set_rate(0)
+    return learner

@@ -44,8 +44,8 @@ from pcl_fast.config import Config, view_of
 from pcl_fast.data import Batch, normalise, training_loader
 from pcl_fast.data.loaders.loader import pick_loader
 from pcl_fast.data.loaders.resources import pick_resources
-from pcl_fast.learner import encoder_dtype, precision
 from pcl_fast.nn.encoder import Encoder
+from pcl_fast.nn.precision import autocast, encoder_dtype
 
 DEVICE = recipe.WORLD.device
 BATCHES = (64, 256) if device.CUDA else (64, 32)
@@ -125,8 +125,8 @@ class Runner(NamedTuple):
 def batch_at_hand(case: Case) -> Batch:
     generator = torch.Generator(DEVICE).manual_seed(0)
     shape = (case.batch, case.config.data.size, case.config.data.size, 3)
-    views = (torch.randint(256, shape, dtype=torch.uint8, generator=generator, device=DEVICE) for _ in range(2))
-    return Batch(tuple(views), torch.arange(case.batch))
+    views = tuple(torch.randint(256, shape, dtype=torch.uint8, generator=generator, device=DEVICE) for _ in range(2))
+    return Batch(views, torch.arange(case.batch))
 
 
 def our_batches(case: Case) -> tuple[Iterator[Batch], int]:
@@ -135,8 +135,9 @@ def our_batches(case: Case) -> tuple[Iterator[Batch], int]:
         return itertools.repeat(batch_at_hand(case)), 0
     config, images = case.config.data, recipe.folder()[0]
     long = images.subset(list(range(len(images))) * (EPOCH // len(images)))
-    views = (view_of(config),) * 2
-    loader = training_loader(long, config, views=views, batch_size=case.batch, seed=0, world=recipe.WORLD)
+    loader = training_loader(
+        long, config, views=(view_of(config),) * 2, batch_size=case.batch, seed=0, world=recipe.WORLD
+    )
     resources = pick_resources(config, DEVICE)
     # DALI has two stages, torchvision as many as workers.
     ready = resources.prefetch * (2 if pick_loader(config.loader) == "dali" else resources.workers)
@@ -164,7 +165,6 @@ def encoder_only(case: Case) -> Runner:
     config, dtype = case.config, encoder_dtype(DEVICE)
     encoder = Encoder(config.model).to(DEVICE, memory_format=torch.channels_last)
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
-    autocast, _ = precision(DEVICE)
     upstream = torch.randn(case.batch, config.model.dim, device=DEVICE)
     batches, ahead = our_batches(case)
     if case.loader == "off":
@@ -174,9 +174,9 @@ def encoder_only(case: Case) -> Runner:
 
     def step() -> None:
         query_view, key_view = next(views)
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast(DEVICE):
             key_encoder(key_view)
-        with autocast:
+        with autocast(DEVICE):
             query = encoder(query_view)
         query.backward(upstream)
         encoder.zero_grad(set_to_none=True)
@@ -186,25 +186,23 @@ def encoder_only(case: Case) -> Runner:
 
 def ours(case: Case) -> Runner:
     batches, ahead = our_batches(case)
-    learner, granularities = recipe.ready_learner(case.config)
+    learner = recipe.ready_learner(case.config)
     numbers = itertools.count()
-    return Runner(lambda: learner.step(next(batches), granularities, next(numbers)), ahead)
+    return Runner(lambda: learner.step(next(batches), next(numbers)), ahead)
 
 
 def captured(case: Case) -> Runner:
-    learner, granularities = recipe.ready_learner(case.config)
+    learner = recipe.ready_learner(case.config)
     batch, numbers = batch_at_hand(case), itertools.count()
     inputs = learner.inputs(batch, next(numbers))
-    inputs = inputs._replace(query_view=inputs.query_view.clone(), key_view=inputs.key_view.clone())
+    inputs = inputs._replace(views=tuple(view.clone() for view in inputs.views))
     try:
-        replay, _ = device.capture(lambda: learner.compute(inputs, granularities))
+        replay, _ = device.capture(lambda: learner.compute(inputs, 0))
     except RuntimeError as error:
         pytest.skip(f"the step cannot be captured: {error}")
 
     def step() -> None:
-        for kept, new in zip(inputs, learner.inputs(batch, next(numbers)), strict=True):
-            if kept is not None:
-                kept.copy_(new)
+        inputs.copy_(learner.inputs(batch, next(numbers)))
         replay()
 
     return Runner(step, 0)

@@ -24,6 +24,7 @@ hides from a row the columns that are its own prototype: its positive, wherever 
 # Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
 import triton
 import triton.language as tl
+
 from pcl_fast.kernels.tiles import reciprocal
 
 ROUNDS = tl.constexpr(6)

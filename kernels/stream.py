@@ -3,6 +3,7 @@
 # Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
 import triton
 import triton.language as tl
+
 from pcl_fast.kernels.sampling import per_slot, pick
 from pcl_fast.kernels.tiles import HIDDEN, LOG2E, LOWEST, load_rows, reciprocal, store_rows
 

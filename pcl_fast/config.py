@@ -6,8 +6,9 @@ code; MoCo's are those of He et al. 2020 and Chen et al. 2020.
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -151,6 +152,9 @@ class EvaluationConfig:
     """Neighbours of the weighted kNN classifier."""
     queries: int = 10000
     """Images that are classified, each by all the others; drawn once."""
+    ks: tuple[int, ...] = ()
+    """Numbers of clusters into which the features are clustered to measure AMI, beside the clusterings that training
+    makes itself."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +172,8 @@ class Config:
     """One training run."""
 
     preset: tyro.conf.Suppress[str] = "pcl_v1"
+    method: str = "pcl"
+    """What is learned: a file of pcl_fast/methods/. A preset says which."""
     output: Path = Path("runs/pcl")
     """Folder for config.json, checkpoint.pt, metrics.jsonl, TensorBoard events and report.png."""
     epochs: int = 200
@@ -203,17 +209,30 @@ _PCL_V2 = _derive(
 )
 _MOCO_V1 = _derive(_PCL_V1, "moco_v1", cluster={"ks": ()}, model={"queue_size": 65536}, loss={"temperature": 0.07})
 _MOCO_V2 = _derive(_PCL_V2, "moco_v2", cluster={"ks": ()}, model={"queue_size": 65536})
-_DEMO = _derive(
-    _PCL_V1,
-    "demo",
-    epochs=24,
-    data={"views": "digits", "size": 20, "resize": 20, "workers": 0},
-    model={"arch": "cifar_resnet8", "head": "mlp", "momentum": 0.99, "queue_size": 1024},
-    loss={"num_negatives": None},
-    cluster={"ks": (15, 30, 60), "warmup_epochs": 4, "redo": 1},
-    optim={"batch_size": 64, "lr": 0.06, "weight_decay": 5e-4, "schedule": "cosine"},
-    evaluation={"every": 4, "neighbours": 20},
-)
+
+
+def miniature(config: Config) -> Config:
+    """A preset at the demo's scale: 5,000 digits of 20 px, an encoder of 80,000 parameters, 24 epochs of batches of 64.
+
+    What makes the method is kept (its loss, head, optimiser), what goes with the size of the data is exchanged. All
+    presets get the same views, encoder, epochs, schedule and evaluation.
+    """
+    ks = (15, 30, 60)
+    sgd = {"lr": 0.06, "weight_decay": 5e-4} if config.optim.optimizer == "sgd" else {}
+    return _derive(
+        config,
+        config.preset,
+        epochs=24,
+        data={"views": "digits", "size": 20, "resize": 20, "workers": 0},
+        model={"arch": "cifar_resnet8", "momentum": 0.99, "queue_size": 1024},
+        loss={"num_negatives": None},
+        cluster={"ks": ks if config.cluster.ks else (), "warmup_epochs": 4, "redo": 1},
+        optim={"batch_size": 64, "schedule": "cosine", "warmup_epochs": min(config.optim.warmup_epochs, 2), **sgd},
+        evaluation={"every": 4, "neighbours": 20, "ks": () if config.cluster.ks else ks},
+    )
+
+
+_DEMO = _derive(miniature(_PCL_V1), "demo", model={"head": "mlp"})
 
 PRESETS: dict[str, tuple[str, Config]] = {
     "demo": ("The whole method in five minutes on two CPU cores, on handwritten digits.", _DEMO),
@@ -259,6 +278,23 @@ def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def changed_settings(before: Config, now: Config) -> list[str]:
+    """Names of the fields ("cluster.ks") that differ, in order."""
+    old, new = _flatten(to_dict(before)), _flatten(to_dict(now))
+    return [name for name in sorted(new) if old[name] != new[name]]
+
+
+def setting(config: Config, name: str) -> Any:
+    """The value of a field by its name in `changed_settings`."""
+    return functools.reduce(getattr, name.split("."), config)
+
+
+def model_config(saved: dict[str, Any]) -> ModelConfig:
+    """The encoder's part of a recipe from `to_dict`; a field that did not exist when it was saved has its default."""
+    known = {field.name for field in fields(ModelConfig)}
+    return ModelConfig(**{name: value for name, value in saved["model"].items() if name in known})
 
 
 def recipe_differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -332,5 +368,6 @@ def validate(config: Config) -> None:
         raise ValueError(f"--data.min-crop-area is a share of the image in (0, 1], got {config.data.min_crop_area}")
     if config.data.resize < config.data.size:
         raise ValueError(f"--data.resize {config.data.resize} is smaller than the crop, --data.size {config.data.size}")
-    if any(k < 1 for k in config.cluster.ks):
-        raise ValueError(f"--cluster.ks must be positive numbers of clusters, got {config.cluster.ks}")
+    for flag, ks in {"--cluster.ks": config.cluster.ks, "--evaluation.ks": config.evaluation.ks}.items():
+        if any(k < 1 for k in ks):
+            raise ValueError(f"{flag} must be positive numbers of clusters, got {ks}")

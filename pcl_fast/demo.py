@@ -1,17 +1,19 @@
-"""The whole method in five minutes: python -m pcl_fast.demo
+"""The whole method in five minutes: python -m pcl_fast.demo [PRESET]
 
-Writes 5,000 handwritten digits as JPEG class folders, trains on them with two processes through the same entry point as
-ImageNet, and compares what the encoder learned with raw pixels and with the untrained encoder.
+Writes 5,000 handwritten digits as JPEG class folders, trains a preset on them, made small, with two processes through
+the same entry point as ImageNet, and compares what the encoder learned with raw pixels and with the untrained encoder.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -21,16 +23,20 @@ from rich.console import Console
 from rich.table import Table
 
 from pcl_fast.clustering import kmeans
-from pcl_fast.config import PRESETS
+from pcl_fast.config import PRESETS, Config, changed_settings, miniature, setting
 from pcl_fast.data import clustering_loader, find_images, normalise
 from pcl_fast.data.sources.digits import digits_folder
 from pcl_fast.distributed import World
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
-from pcl_fast.learner import Learner
-from pcl_fast.run.checkpoint import load_checkpoint
+from pcl_fast.methods import build, flag
+from pcl_fast.nn.encoder import Encoder
+from pcl_fast.run.checkpoint import load_checkpoint, load_encoder
 from pcl_fast.run.metrics import read_rows
 
 RANKS = 2
+_CPU = torch.device("cpu")
+# Of kNN's votes, the same for every preset.
+_TEMPERATURE = 0.1
 
 
 @dataclass
@@ -42,33 +48,57 @@ class Scores:
     knn: float
 
 
-def main(output: Path = Path("runs/demo")) -> None:
+def main(preset: Annotated[str, tyro.conf.Positional] = "demo", /, output: Path | None = None) -> None:
     """Train and print the table.
 
     Args:
-        output: the run's folder; a run that is already there goes on, or is only scored again if it is complete.
+        preset: any of pcl_fast.train's; what makes its method is kept, what goes with the size of the data made small.
+        output: the run's folder, by default runs/PRESET; a run that is already there goes on, or is only scored again
+            if it is complete.
     """
+    if preset not in PRESETS:
+        sys.exit(f"pcl_fast.demo: there is no preset {preset!r}; choose from {', '.join(PRESETS)}")
+    output = output or Path("runs") / (preset if preset == "demo" else f"demo-{preset}")
     folder = digits_folder()
     print(f"5,000 digits as JPEG class folders in {folder}", flush=True)
-    train(output, folder)
-    Console().print(as_table(score_all(output, folder)))
+    config = small(preset)
+    train(config, output, folder)
+    Console().print(as_table(score_all(config, output, folder)))
     print(f"{RANKS} processes, {minutes_of(output):.1f} minutes of training; more in {output}/report.png")
 
 
-def train(output: Path, folder: Path) -> None:
+def small(preset: str) -> Config:
+    """The preset at the demo's scale."""
+    config = PRESETS[preset][1]
+    return config if preset == "demo" else miniature(config)
+
+
+def train(config: Config, output: Path, folder: Path) -> None:
     """Launch the trainer as a user would; ends the program if the run did not come to its end."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
-    trainer = ["-m", "pcl_fast.train", "demo", "--data", str(folder), "--output", str(output)]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    trainer = ["-m", "pcl_fast.train", config.preset, "--data", str(folder), "--output", str(output)]
+    command = [sys.executable, *torchrun, *trainer, *flags(config)]
+    print(shlex.join(["python", *command[1:]]), flush=True)
     # One thread per rank, and no GPU where the ranks would have to share it.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if torch.cuda.device_count() < RANKS:
         environment["CUDA_VISIBLE_DEVICES"] = ""
-    run = subprocess.Popen([*torchrun, *trainer], env=environment)
+    run = subprocess.Popen(command, env=environment)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the run as well, which saves
     code = run.wait()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if code or not load_checkpoint(output)["finished"]:
         sys.exit(code or "stopped; the same command goes on")
+
+
+def flags(config: Config) -> list[str]:
+    """The command line's flags that make a preset this configuration."""
+    found: list[str] = []
+    for name in changed_settings(PRESETS[config.preset][1], config):
+        if name not in ("output", "preset"):
+            value: Any = setting(config, name)
+            found += [flag(name), *map(str, value if isinstance(value, tuple) else (value,))]
+    return found
 
 
 def minutes_of(output: Path) -> float:
@@ -78,40 +108,41 @@ def minutes_of(output: Path) -> float:
     return sum(value for row in phases for name, value in row.items() if name != "waiting for data") / 60
 
 
-def score_all(output: Path, folder: Path) -> dict[str, Scores]:
-    """Scores of raw pixels, the untrained and the trained momentum encoder: its unit features and its backbone's."""
-    config = replace(PRESETS["demo"][1], output=output)
-    world = World(0, 1, torch.device("cpu"), None)
+def score_all(config: Config, output: Path, folder: Path) -> dict[str, Scores]:
+    """Scores of raw pixels, the untrained and the trained encoder: its unit features and its backbone's."""
+    world = World(0, 1, _CPU, None)
     images = find_images(folder)
     labels = torch.tensor(images.labels)
-    learner = Learner(config, world)
     views = torch.cat(list(clustering_loader(images, config.data, batch_size=500, world=world)))
 
     pixels = np.stack([np.asarray(images.read(index).convert("L")) for index in range(len(images))])
     rows = {"raw pixels": score(torch.from_numpy(pixels).flatten(1).float(), labels)}
-    for name in ("untrained", "trained"):
-        if name == "trained":
-            state = load_checkpoint(output)
-            learner.load(state["learner"], state["ranks"][0])
-        encoder = learner.twin.key.eval()
-        with torch.inference_mode():
-            backbone = torch.cat([encoder.backbone(normalise(chunk, torch.float32)) for chunk in views.split(500)])
-            features = F.normalize(encoder.head(backbone), dim=1)
-        rows[f"{name}, backbone"] = score(backbone, labels)
-        rows[f"{name}, 128-d"] = score(features, labels)
+    method = build(config, world, len(images))
+    name = method.features().encoder
+    encoders = {"untrained": method.encoders()[name].eval(), "trained": load_encoder(output, name, _CPU)}
+    for state, encoder in encoders.items():
+        backbone, features = encoded(encoder, views)
+        rows[f"{state}, backbone"] = score(backbone, labels)
+        rows[f"{state}, 128-d"] = score(features, labels)
     return rows
+
+
+@torch.inference_mode()
+def encoded(encoder: Encoder, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the backbone's features, unit features) of the clustering view, uint8 [n, H, W, 3]."""
+    backbone = torch.cat([encoder.backbone(normalise(chunk, torch.float32)) for chunk in views.split(500)])
+    return backbone, F.normalize(encoder.head(backbone), dim=1)
 
 
 def score(features: torch.Tensor, labels: torch.Tensor) -> Scores:
     """Labels are used here and nowhere else. Everything is compared by angle, the raw pixels too: it favours them."""
     unit = F.normalize(features.clone(), dim=1)
-    temperature = PRESETS["demo"][1].loss.temperature
 
     def ami(k: int) -> float:
         return adjusted_mutual_information(kmeans(unit, k, redo=10).assignment, labels)
 
     everything = torch.arange(len(labels))
-    return Scores(ami(10), ami(50), knn_accuracy(unit, labels, everything, neighbours=20, temperature=temperature))
+    return Scores(ami(10), ami(50), knn_accuracy(unit, labels, everything, neighbours=20, temperature=_TEMPERATURE))
 
 
 def as_table(rows: dict[str, Scores]) -> Table:

@@ -19,5 +19,5 @@ class MissingPackageError(UserError):
     """A package that this choice needs is not installed."""
 
 
-class NonFiniteLossError(UserError):
-    """The loss became NaN or infinite; names the images of the batch."""
+class NonFiniteError(UserError):
+    """The loss or a gradient became NaN or infinite; names the images of the batch."""

@@ -27,3 +27,19 @@ def evaluates_before(config: Config, epoch: int) -> bool:
 def rank_batch(config: Config, ranks: int) -> int:
     """Images per step of each of `ranks` ranks, among which the batch divides."""
     return config.optim.batch_size // ranks
+
+
+def check_sizes(config: Config, images: int, ranks: int) -> None:
+    """Refuse a data set, or a number of ranks, that does not fit the recipe; for every method.
+
+    Raises:
+        ValueError: names both numbers and the flag.
+    """
+    batch = config.optim.batch_size
+    if batch % ranks:
+        raise ValueError(f"--optim.batch-size {batch} does not divide among {ranks} ranks; use a multiple of {ranks}")
+    if batch > images:
+        raise ValueError(f"--optim.batch-size {batch} is larger than the data set of {images} images; make it smaller")
+    if config.evaluation.ks and max(config.evaluation.ks) > images:
+        most = max(config.evaluation.ks)
+        raise ValueError(f"cannot make {most} clusters of {images} images; set --evaluation.ks to smaller numbers")

@@ -13,6 +13,7 @@ class Purpose(IntEnum):
     ORDER = 3
     VIEWS = 4
     CLUSTERING = 5
+    EVALUATION = 6
 
 
 def mix_seeds(*parts: int) -> int:

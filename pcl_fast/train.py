@@ -1,4 +1,4 @@
-"""Pre-train an encoder by PCL or MoCo.
+"""Pre-train an encoder by PCL, MoCo, SimCLR, ...
 
     torchrun --standalone --nproc-per-node=G -m pcl_fast.train PRESET --data DIR --output DIR [--flags]
 
@@ -17,8 +17,10 @@ from pcl_fast.config import PRESETS, Config, to_dict, validate
 from pcl_fast.data import ImageSet, check_headers, open_set, usable
 from pcl_fast.data.loaders.resources import pick_resources
 from pcl_fast.data.sources.digits import digits_folder
-from pcl_fast.distributed import World, check_same, connect, disconnect, main_first, together
+from pcl_fast.distributed import World, all_or_none, check_same, connect, disconnect, main_first
 from pcl_fast.errors import UserError
+from pcl_fast.files import write_whole
+from pcl_fast.methods import check_method
 from pcl_fast.run.report import write_report
 from pcl_fast.trainer import Trainer
 
@@ -27,6 +29,7 @@ def main() -> None:
     config = tyro.extras.overridable_config_cli(PRESETS, prog="pcl_fast.train", description=__doc__)
     try:
         validate(config)
+        check_method(config)
         world = connect()
         run(config, world)
     except (ValueError, UserError, OSError) as error:
@@ -46,15 +49,16 @@ def run(config: Config, world: World) -> bool:
     images = open_images(config, world)
     torch.backends.cudnn.benchmark = True
     trainer = Trainer(config, images, world)
-    together(lambda: _write_config(config) if world.is_main else None, world)
+    all_or_none(lambda: _write_config(config) if world.is_main else None, world)
     finished = trainer.fit()
     if finished and world.is_main:
-        print(f"report: {write_report(config.output)}")
+        print(f"report: {write_report(config.output, trainer.method.metrics)}")
     return finished
 
 
 def _write_config(config: Config) -> None:
-    (config.output / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    text = json.dumps(to_dict(config), indent=2) + "\n"
+    write_whole(config.output / "config.json", lambda file: file.write(text.encode()))
 
 
 def open_images(config: Config, world: World) -> ImageSet:
@@ -72,7 +76,7 @@ def open_images(config: Config, world: World) -> ImageSet:
     advice = "--data must hold the same images on every machine"
     check_same("the data set that they find", images.fingerprint(), world, advice=advice)
     if not data.skip_broken:
-        together(lambda: check_headers(images, world.rank, world.size), world)
+        all_or_none(lambda: check_headers(images, world.rank, world.size), world)
         return images
     if world.is_main:
         print(f"looking for broken images among {len(images)}", flush=True)

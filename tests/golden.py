@@ -44,16 +44,16 @@ def _weights(output: Path) -> dict:
     from pcl_fast.run.checkpoint import load_checkpoint
 
     state = load_checkpoint(output)
-    query, momentum = state["learner"]["encoder"], state["learner"]["momentum_encoder"]
+    query, momentum, method = state["encoders"]["query"], state["encoders"]["momentum"], state["method"]
     first, last = "backbone.0.weight", "head.2.weight"
     return {
         "query, first": query[first],
         "query, last": query[last],
         "momentum, first": momentum[first],
         "momentum, last": momentum[last],
-        "queue": state["learner"]["queue"]["keys"],
-        "prototypes": state["prototypes"][-1]["centroids"],
-        "concentration": state["prototypes"][-1]["concentration"],
+        "queue": method["queue.keys"],
+        "prototypes": method["prototypes.granularities.1.centroids"],
+        "concentration": method["prototypes.granularities.1.concentration"],
     }
 
 

@@ -25,7 +25,7 @@ FLAGS = """
 # and then slows down so that what the launcher does comes before the end.
 SIGNALLING = """
 import os, sys, time
-from pcl_fast.metrics import StepMetrics
+from pcl_fast.run.metrics import StepMetrics
 from pcl_fast.train import main
 add, step, number, to_launcher = StepMetrics.add, int(sys.argv.pop(1)), int(sys.argv.pop(1)), int(sys.argv.pop(1))
 def signalling(self, reached, *args):
@@ -81,7 +81,7 @@ def interrupt(step: int, number: signal.Signals, folder: Path, data: Path, outpu
 
 
 def same_state(one: Path, other: Path) -> None:
-    """Weights, momentum twin, queue, optimiser and prototypes, bit for bit."""
+    """Everything that is learned, bit for bit."""
     a, b = load_checkpoint(one), load_checkpoint(other)
     assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
 
@@ -99,7 +99,7 @@ def same_state(one: Path, other: Path) -> None:
         else:
             assert x == y, path
 
-    for part in ("learner", "prototypes"):
+    for part in ("method", "encoders", "optimizer", "scaler"):
         compare(a[part], b[part], part)
 
 

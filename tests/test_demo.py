@@ -1,13 +1,18 @@
-"""The demo's scores. `make demo` runs all of it."""
+"""The demo's scores, and its command for any preset. `make demo` runs all of it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import pytest
+import tyro
 from PIL import Image
 
-from pcl_fast.config import PRESETS
-from pcl_fast.demo import as_table, score_all
+from pcl_fast.config import PRESETS, changed_settings, to_dict, validate
+from pcl_fast.demo import as_table, flags, score_all, small
 from pcl_fast.learner import Learner
+from pcl_fast.methods import build, check_method
 from pcl_fast.run.checkpoint import save_checkpoint
 
 
@@ -17,10 +22,28 @@ def test_an_encoder_that_learned_nothing_scores_as_the_untrained_one(tmp_path, a
         folder = tmp_path / "digits" / str(number % 3)
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(folder / f"{number:03}.jpg")
-    learner = Learner(PRESETS["demo"][1], alone)
-    save_checkpoint(tmp_path, {"learner": learner.state(), "ranks": [learner.rank_state()]})
-    rows = score_all(tmp_path, tmp_path / "digits")
+    config = PRESETS["demo"][1]
+    learner = Learner(build(config, alone, 120), config, alone)
+    save_checkpoint(tmp_path, {"config": to_dict(config), **learner.state()})
+    rows = score_all(config, tmp_path, tmp_path / "digits")
     assert rows["trained, backbone"] == rows["untrained, backbone"]
     assert rows["trained, 128-d"] == rows["untrained, 128-d"]
     assert rows["raw pixels"] != rows["untrained, backbone"]
     assert as_table(rows).row_count == 5
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_miniature_s_flags_make_it_what_it_is(preset):
+    """Parsed as the command line is, they give the same configuration."""
+    config = small(preset)
+    validate(config)
+    check_method(config)
+    parsed = tyro.extras.overridable_config_cli(PRESETS, args=[preset, *flags(config)])
+    assert replace(parsed, output=config.output) == config
+
+
+def test_miniatures_differ_in_what_makes_their_method_alone():
+    pcl, moco = small("pcl_v2"), small("moco_v2")
+    assert changed_settings(pcl, moco) == ["cluster.ks", "evaluation.ks", "output", "preset"]
+    assert (pcl.cluster.ks, moco.evaluation.ks) == ((15, 30, 60), (15, 30, 60))
+    assert changed_settings(small("pcl_v1"), PRESETS["demo"][1]) == ["model.head", "output", "preset"]

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from pcl_fast.data import Batch, normalise
-from pcl_fast.learner import Learner
 
 
 @pytest.fixture
@@ -32,13 +31,12 @@ def test_the_encoder_alone_has_the_step_s_gradient(alone, monkeypatch):
     """What the benchmark calls encoder-only, a backward pass from a constant gradient of the features, is the step's
     own pass: given the loss's gradient it finds the step's.
     """
-    config = agreement.small_recipe()
-    learner, encoder_only = Learner(config, alone), Learner(config, alone).encoder
+    learner, encoder_only = agreement.small_learner(alone), agreement.small_learner(alone).method.encoder
     seen: dict[str, list[torch.Tensor]] = {"upstream": [], "gradients": []}
     zero_grad = learner.optimizer.zero_grad
 
     def keep_gradients(**options) -> None:
-        seen["gradients"] = [parameter.grad.clone() for parameter in learner.encoder.parameters()]
+        seen["gradients"] = [parameter.grad.clone() for parameter in learner.method.encoder.parameters()]
         zero_grad(**options)
 
     monkeypatch.setattr(learner.optimizer, "zero_grad", keep_gradients)
@@ -46,9 +44,9 @@ def test_the_encoder_alone_has_the_step_s_gradient(alone, monkeypatch):
     def keep_upstream(*call) -> None:
         call[-1].register_hook(seen["upstream"].append)
 
-    learner.encoder.register_forward_hook(keep_upstream)
+    learner.method.encoder.register_forward_hook(keep_upstream)
     views = agreement.random_views()
-    learner.step(Batch(tuple(views), torch.arange(len(views[0]))), agreement.random_granularities(config.model.dim), 0)
+    learner.step(Batch(tuple(views), torch.arange(len(views[0]))), 0)
     encoder_only(normalise(views[0], torch.float32)).backward(seen["upstream"][0])
     for found, expected in zip(encoder_only.parameters(), seen["gradients"], strict=True):
         assert expected.abs().max() > 0

@@ -17,7 +17,7 @@ from launches import command, execute, interrupt, same_rows, same_state, train
 from pcl_fast.config import PRESETS
 from pcl_fast.run.checkpoint import load_checkpoint
 from pcl_fast.run.metrics import read_rows
-from pcl_fast.trainer import check_sizes
+from pcl_fast.schedule import check_sizes
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,10 @@ def test_end_to_end(two_ranks):
 def test_checkpoint_holds_the_run(two_ranks):
     state = load_checkpoint(two_ranks[0])
     assert (state["epoch"], state["step"]) == (3, 0)
-    assert set(state["learner"]) == {"encoder", "momentum_encoder", "queue", "optimizer", "scaler"}
-    assert [len(granularity["centroids"]) for granularity in state["prototypes"]] == [3, 9]
+    assert set(state["encoders"]) == {"query", "momentum"}
+    assert {name.split(".")[0] for name in state["method"]} == {"encoder", "momentum_encoder", "queue", "prototypes"}
+    assert [len(state["method"][f"prototypes.granularities.{m}.centroids"]) for m in (0, 1)] == [3, 9]
+    assert state["method"]["prototypes._extra_state"] is True
     assert len(state["ranks"]) == 2
 
 
@@ -67,7 +69,7 @@ def test_an_interrupted_run_continues_bit_for_bit(one_rank, image_folder, tmp_pa
     done = interrupt(step, number, tmp_path, image_folder, tmp_path / "run", "--data.workers", workers)
     assert done.returncode == 0, done.stderr
     assert "stopped by a signal" in done.stdout
-    # A signal after step 6 is told at the look at that step, which ends after step 7; an epoch's last ends at once.
+    # A signal after step 6 is told in the reduction that ends after step 7; an epoch's last ends at once.
     assert load_checkpoint(tmp_path / "run")["global_step"] == (7 if step == 6 else 8)
     train(image_folder, tmp_path / "run")
     same_state(one_rank, tmp_path / "run")
@@ -77,15 +79,15 @@ def test_an_interrupted_run_continues_bit_for_bit(one_rank, image_folder, tmp_pa
 # The same in the midst of the second E-step, which is not waited for.
 SIGNALLING_IN_E_STEP = """
 import os, signal
-import pcl_fast.trainer as trainer
+import pcl_fast.methods.pcl as pcl
 from pcl_fast.train import main
-cluster, calls = trainer.cluster, []
+cluster, calls = pcl.cluster, []
 def signalling(*args, **kwargs):
     calls.append(1)
     if len(calls) == 2:
         os.killpg(0, signal.SIGTERM)
     return cluster(*args, **kwargs)
-trainer.cluster = signalling
+pcl.cluster = signalling
 main()
 """
 
@@ -93,19 +95,19 @@ main()
 # The same while an image is read for the second feature pass, in the training process itself.
 SIGNALLING_WHILE_READING = """
 import os, signal
-from pcl_fast.data.folder import ImageFolder
+from pcl_fast.data.sources.folder import ImageFolder
 from pcl_fast.train import main
 from pcl_fast.trainer import Trainer
-load, expectation = ImageFolder.load, Trainer._expectation
+load, before_epoch = ImageFolder.load, Trainer._before_epoch
 def signalling(self, index):
     if index == 20 and Trainer.now == 2:
         os.killpg(0, signal.SIGTERM)
     return load(self, index)
 def counted(self):
-    Trainer.now = self.epoch
-    expectation(self)
+    Trainer.now = self.progress.epoch
+    before_epoch(self)
     Trainer.now = -1
-ImageFolder.load, Trainer._expectation, Trainer.now = signalling, counted, -1
+ImageFolder.load, Trainer._before_epoch, Trainer.now = signalling, counted, -1
 main()
 """
 
@@ -151,8 +153,8 @@ def test_a_killed_run_continues_from_the_last_epoch_bit_for_bit(one_rank, image_
 
 
 def test_a_run_killed_within_an_epoch_continues_from_there_bit_for_bit(one_rank, image_folder, tmp_path):
-    """Saved as often as a look at the metrics ends, which is a step after it began; killed in the second epoch, which
-    has four steps.
+    """Saved as often as a reduction of the metrics ends, which is a step after it began; killed in the second epoch,
+    which has four steps.
     """
     flags = ("--checkpoint.every-minutes", "1e-9")
     interrupt(7, signal.SIGKILL, tmp_path, image_folder, tmp_path / "run", *flags)

@@ -1,7 +1,7 @@
 """The E-step: features, k-means, concentration, prototypes."""
 
 from pcl_fast.clustering.backends import obstacle, pick_backend
-from pcl_fast.clustering.cluster import cluster
+from pcl_fast.clustering.cluster import cluster, cluster_row
 from pcl_fast.clustering.concentration import concentration
 from pcl_fast.clustering.features import FeatureShard
 from pcl_fast.clustering.kmeans import kmeans
@@ -12,6 +12,7 @@ __all__ = [
     "KMeansResult",
     "PrototypeSet",
     "cluster",
+    "cluster_row",
     "concentration",
     "kmeans",
     "obstacle",

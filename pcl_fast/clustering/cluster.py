@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,3 +70,10 @@ def cluster(
         phi = concentration(distance, assignment, k, temperature=temperature, alpha=alpha, clip=clip, group=group)
         sets.append(PrototypeSet(F.normalize(centroids, dim=1), phi, all_gather_shards(assignment, group)))
     return sets
+
+
+def cluster_row(k: int, assignment: torch.Tensor) -> dict[str, Any]:
+    """How large the k clusters of an assignment [n] are, for the record: how many are empty, and the deciles."""
+    sizes = torch.bincount(assignment, minlength=k).float()
+    deciles = torch.quantile(sizes, torch.linspace(0, 1, 11, device=sizes.device)).tolist()
+    return {"k": k, "empty": int((sizes == 0).sum()), "size_deciles": deciles}

@@ -1,7 +1,7 @@
 """The ranks of a run: connecting.py (who they are), collectives.py (what they compute together), agreement.py (what
 they must agree on), gpu.py (whether this machine's GPU can be used)."""
 
-from pcl_fast.distributed.agreement import check_same, gather_objects, main_first, together
+from pcl_fast.distributed.agreement import all_or_none, check_same, gather_objects, main_first
 from pcl_fast.distributed.collectives import (
     all_gather_rows,
     all_gather_shards,
@@ -18,6 +18,7 @@ __all__ = [
     "World",
     "all_gather_rows",
     "all_gather_shards",
+    "all_or_none",
     "all_reduce_sum",
     "begin_all_reduce_sum",
     "begin_to_read",
@@ -28,5 +29,4 @@ __all__ = [
     "main_first",
     "shard_bounds",
     "shard_lengths",
-    "together",
 ]

@@ -26,7 +26,7 @@ def gather_objects(item: Any, world: World) -> list[Any]:
     return items
 
 
-def together(work: Callable[[], T], world: World) -> T:
+def all_or_none(work: Callable[[], T], world: World) -> T:
     """work() on every rank; returns each rank's own result when all are done. It must not use collectives itself.
 
     Raises:
@@ -47,10 +47,10 @@ def main_first(work: Callable[[], T], world: World) -> T:
     one before has left, if only on its own disk. Returns each rank's own result.
 
     Raises:
-        UserError, ValueError, OSError: as `together` does; the turns that follow then do not call it.
+        UserError, ValueError, OSError: as `all_or_none` does; the turns that follow then do not call it.
     """
     turn = 0 if world.is_main else 1 if int(os.environ.get("LOCAL_RANK", "0")) == 0 else 2
-    results = [together(work if turn == now else lambda: None, world) for now in range(3)]
+    results = [all_or_none(work if turn == now else lambda: None, world) for now in range(3)]
     return results[turn]
 
 

@@ -1,11 +1,20 @@
 """The losses, as users call them."""
 
-from pcl_fast.losses.contrast import ContrastResult, ProtoNCEResult, info_nce, proto_nce, protonce, sample_negatives
+from pcl_fast.losses.contrast import (
+    ContrastResult,
+    ProtoNCEResult,
+    info_nce,
+    pcl_loss,
+    proto_nce,
+    protonce,
+    sample_negatives,
+)
 
 __all__ = [
     "ContrastResult",
     "ProtoNCEResult",
     "info_nce",
+    "pcl_loss",
     "proto_nce",
     "protonce",
     "sample_negatives",

@@ -154,7 +154,7 @@ def sample_negatives(
     return ids if there is None else ids[there]
 
 
-def protonce(
+def pcl_loss(
     query: torch.Tensor,
     key: torch.Tensor,
     queue: torch.Tensor,
@@ -193,6 +193,10 @@ def protonce(
     if parts:
         loss = loss + torch.stack([part.loss.mean() for part in parts]).mean()
     return ProtoNCEResult(loss, instance, parts)
+
+
+# The loss's name in the paper, one underscore away from one granularity's.
+protonce = pcl_loss
 
 
 def _full_precision(query: torch.Tensor) -> torch.autocast:

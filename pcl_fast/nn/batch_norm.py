@@ -1,14 +1,10 @@
-"""Batch norm among ranks: shuffled batches, parts of a batch with statistics of their own, and their average.
-
-Why a key's batch is shuffled: were a key normalised with the same images as its query, the statistics of the batch
-would tell which belong together, without a look at what they show (He et al. 2020, section 3.3).
-"""
+"""Batch norm in parts of a batch, folded into convolutions, and its statistics among ranks."""
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -72,12 +68,19 @@ def fold_batch_norm(encoder: nn.Module) -> nn.Module:
     return encoder.to(memory_format=torch.channels_last)
 
 
+def batch_norm_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, buffer) of all batch-norm statistics in a module."""
+    for prefix, part in module.named_modules():
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            yield from part.named_buffers(prefix, recurse=False)
+
+
 @torch.no_grad()
-def average_statistics(modules: Sequence[nn.Module], group: dist.ProcessGroup | None) -> None:
+def average_statistics(module: nn.Module, group: dist.ProcessGroup | None) -> None:
     """Make the batch-norm statistics of all ranks their mean, in one all-reduce. Every rank sees other batches."""
-    if group is None:
+    buffers = [buffer for _, buffer in batch_norm_buffers(module) if buffer.is_floating_point()]
+    if group is None or not buffers:
         return
-    buffers = [buffer for module in modules for buffer in module.buffers() if buffer.is_floating_point()]
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     dist.all_reduce(flat, group=group)
     flat /= dist.get_world_size(group)

@@ -1,4 +1,4 @@
-"""The encoder, its momentum twin and the queue of keys."""
+"""The encoder: a ResNet and a projection head."""
 
 from __future__ import annotations
 

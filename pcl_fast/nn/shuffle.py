@@ -1,4 +1,8 @@
-"""Shuffled batches: why and how a key is normalised with other images than its query."""
+"""Shuffled batches: every key is normalised with other images than its query.
+
+Were a key normalised with the same images as its query, the statistics of the batch would tell which belong together,
+without a look at what they show (He et al. 2020, section 3.3).
+"""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,9 @@ from rich.progress import (
 
 from pcl_fast.data import ImageSet
 from pcl_fast.distributed import World, begin_all_reduce_sum, begin_to_read
-from pcl_fast.errors import NonFiniteLossError
+from pcl_fast.errors import NonFiniteError
+from pcl_fast.learner import FINITE
+from pcl_fast.methods import Metric
 
 FILE = "metrics.jsonl"
 
@@ -34,9 +36,20 @@ class Recorder:
     (of the whole run) and `epoch`.
     """
 
-    def __init__(self, folder: Path, *, enabled: bool = True, resume_at: tuple[int, int] | None = None):
-        """resume_at: (step, length of metrics.jsonl) when the checkpoint was written; what came later is dropped."""
-        self.enabled = enabled
+    def __init__(
+        self,
+        folder: Path,
+        metrics: dict[str, Metric],
+        *,
+        enabled: bool = True,
+        resume_at: tuple[int, int] | None = None,
+    ):
+        """
+        Args:
+            metrics: how the method's metrics are shown.
+            resume_at: (step, length of metrics.jsonl) when the checkpoint was written; what came later is dropped.
+        """
+        self.enabled, self.metrics = enabled, metrics
         self.console = Console(quiet=not enabled, soft_wrap=True)
         self._bar: Progress | None = None
         if not enabled:
@@ -88,7 +101,7 @@ class Recorder:
         if self._bar is not None:
             task = self._bar.tasks[0]
             speed = f", {task.speed * batch_size:.0f} images/s" if task.speed else ""
-            self._bar.update(task.id, completed=done, note=_brief(values) + speed)
+            self._bar.update(task.id, completed=done, note=_brief(values, self.metrics) + speed)
 
     def epoch_line(
         self, epoch: int, epochs: int, means: dict[str, float], rate: float, seconds: dict[str, float]
@@ -109,71 +122,78 @@ class Recorder:
 _Step = tuple[int, torch.Tensor, dict[str, torch.Tensor]]
 
 
-class _Look(NamedTuple):
-    """read: for the ranks' sums of a table, a row a step; local: this rank's metrics in it; steps: those it is of."""
+class _Reduction(NamedTuple):
+    """read: for the ranks' sums of a table, a row a step; local: this rank's metrics in it; steps: those it is of;
+    names: of its columns, those of the votes last.
+    """
 
     read: Callable[[], list[list[float]]]
     local: torch.Tensor
     steps: list[_Step]
+    names: list[str]
     epoch: int
     done: int
     lr: float
 
 
 class StepMetrics:
-    """Metrics of the steps since the last look. They stay on the device until then, and a look ends a step after it
-    began, so that neither host nor device waits for the other.
+    """The metrics of the steps since the last reduction over the ranks. They stay on the device until then, and a
+    reduction ends a step after it began, so that neither host nor device waits for the other. The ranks' votes travel
+    with it.
     """
 
     def __init__(self, recorder: Recorder, images: ImageSet, world: World, *, batch_size: int):
         """batch_size: images per step over all ranks."""
         self.recorder, self.images, self.world, self.batch_size = recorder, images, world, batch_size
         self._pending: list[_Step] = []
-        self._look: _Look | None = None
+        self._reduction: _Reduction | None = None
         self._epoch: list[torch.Tensor] = []
         self._names: list[str] = []
 
     def add(self, step: int, index: torch.Tensor, values: dict[str, torch.Tensor]) -> None:
-        """One step's batch (positions in the data set) and its metrics (0-d; "loss" among them)."""
+        """Take one step's batch (positions in the data set) and what Learner.step returned for it."""
         self._pending.append((step, index, values))
 
-    def begin_look(self, epoch: int, done: int, *, lr: float, wishes: Sequence[bool]) -> None:
-        """Begin to average the steps since the last look over all ranks, while the device goes on; see `end_look`.
+    def begin_reduction(self, epoch: int, done: int, *, lr: float, votes: dict[str, bool]) -> None:
+        """Begin to average the steps since the last reduction over all ranks, while the device goes on.
 
         Args:
             epoch, done: of the run, for the record and the progress bar.
             lr: learning rate, for the record.
-            wishes: of this rank, as many on every rank: to stop, say.
+            votes: of this rank, the same names on every rank: whether to stop, say.
         """
-        self._names = list(self._pending[-1][2])
-        local = torch.stack([torch.stack([values[name] for name in self._names]) for _, _, values in self._pending])
-        # One collective for the metrics and the wishes.
-        asked = [torch.full((len(local), 1), float(wish), device=local.device) for wish in wishes]
-        table = torch.cat([local, *asked], dim=1)
+        names = list(self._pending[-1][2])
+        local = torch.stack([torch.stack([values[name] for name in names]) for _, _, values in self._pending])
+        # One collective for the metrics and the votes.
+        cast = [torch.full((len(local), 1), float(vote), device=local.device) for vote in votes.values()]
+        table = torch.cat([local, *cast], dim=1)
         read = begin_to_read(lambda: table, begin_all_reduce_sum(table, self.world.group), self.world.device)
-        self._look = _Look(read, local, self._pending, epoch, done, lr)
+        self._reduction = _Reduction(read, local, self._pending, [*names, *votes], epoch, done, lr)
         self._pending = []
 
-    def end_look(self) -> list[bool] | None:
-        """Record what the last look found: the last of its steps. Waits for those, but not for later ones.
+    def end_reduction(self) -> dict[str, bool] | None:
+        """Record what the last reduction found: the last of its steps. Waits for those, but not for later ones.
 
         Returns:
-            For every wish whether any rank had it; None if no look was under way.
+            For every vote whether any rank had it; None if no reduction was under way.
 
         Raises:
-            NonFiniteLossError: on every rank, if any rank's loss was not finite.
+            NonFiniteError: on every rank, if any rank's loss was not finite, or a gradient.
         """
-        if self._look is None:
+        if self._reduction is None:
             return None
-        (read, local, pending, epoch, done, lr), self._look = self._look, None
+        (read, local, steps, names, epoch, done, lr), self._reduction = self._reduction, None
+        width = local.shape[1]
         table = torch.tensor(read()) / self.world.size
-        granted, table = (table[-1, local.shape[1] :] > 0).tolist(), table[:, : local.shape[1]]
-        self._check_finite(table, local, pending)
-        self._epoch += list(table)
-        values = self._named(table[-1])
-        self.recorder.row("step", pending[-1][0], epoch, **values, lr=lr)
+        votes = dict(zip(names[width:], (table[-1, width:] > 0).tolist(), strict=True))
+        self._names = [name for name in names[:width] if name != FINITE]
+        self._check_finite(table, local, steps, names)
+        kept = [column for column, name in enumerate(names[:width]) if name != FINITE]
+        self._epoch += list(table[:, kept])
+        values = self._named(self._epoch[-1])
+        self.recorder.row("step", steps[-1][0], epoch, **values, lr=lr)
         self.recorder.advance(done, values, self.batch_size)
-        return granted
+        return votes
 
     def epoch_means(self) -> dict[str, float]:
         """Means over the steps since the last call."""
@@ -193,19 +213,22 @@ class StepMetrics:
     def _named(self, values: torch.Tensor) -> dict[str, float]:
         return dict(zip(self._names, values.tolist(), strict=True))
 
-    def _check_finite(self, table: torch.Tensor, local: torch.Tensor, steps: list[_Step]) -> None:
-        loss = self._names.index("loss")
-        bad = (~table[:, loss].isfinite()).nonzero().view(-1)
+    def _check_finite(self, table: torch.Tensor, local: torch.Tensor, steps: list[_Step], names: list[str]) -> None:
+        loss, finite = names.index("loss"), names.index(FINITE)
+        bad = (~table[:, loss].isfinite() | (table[:, finite] < 1)).nonzero().view(-1)
         if not len(bad):
             return
         first = int(bad[0])
         step, index, _ = steps[first]
+        if local[first, loss].isfinite() and not table[first, loss].isfinite():
+            raise NonFiniteError(f"the loss of step {step} is not finite on another rank, which names the images")
+        what = f"the loss of step {step} is {local[first, loss].item()}"
         if local[first, loss].isfinite():
-            raise NonFiniteLossError(f"the loss of step {step} is not finite on another rank, which names the images")
+            what = f"a gradient of step {step} is not finite, with a loss of {local[first, loss].item():.4g}"
         indices = index.tolist()
-        raise NonFiniteLossError(
-            f"the loss of step {step} is {local[first, loss].item()}; that step was not applied and the last "
-            f"checkpoint stands. The batch's images are {indices}, the first of them {self.images.name(indices[0])}"
+        raise NonFiniteError(
+            f"{what}; that step was not applied and the last checkpoint stands. The batch's images are {indices}, the "
+            f"first of them {self.images.name(indices[0])}"
         )
 
 
@@ -241,12 +264,14 @@ def describe(values: dict[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in values.items())
 
 
-def _brief(values: dict[str, float]) -> str:
-    """Instance and prototype part of loss and accuracy, short enough for a terminal of 80 columns."""
-    parts = ("instance", "prototype")
-    loss = " + ".join(f"{values[f'{part}_loss']:.2f}" for part in parts if f"{part}_loss" in values)
-    right = " / ".join(f"{values[f'{part}_accuracy']:.0f}" for part in parts if f"{part}_accuracy" in values)
-    return f"loss {loss}, right {right} %"
+def _brief(values: dict[str, float], metrics: dict[str, Metric]) -> str:
+    """The values panel by panel, "9.31 7.12 2.19, 35 40 %", short enough for a terminal of 80 columns."""
+    panels: dict[str, list[str]] = {}
+    for name, metric in metrics.items():
+        if name in values:
+            panels.setdefault(metric.panel, []).append(f"{values[name]:.3g}")
+    parts = (f"{' '.join(numbers)}{' %' if panel.endswith('%') else ''}" for panel, numbers in panels.items())
+    return ", ".join(parts)
 
 
 def _scalars(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

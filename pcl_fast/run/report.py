@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +11,41 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from pcl_fast.methods import Metric
 from pcl_fast.run.metrics import read_rows
 
 Rows = list[dict[str, Any]]
 
 
-def write_report(folder: Path) -> Path:
-    """Draw folder/report.png; returns its path."""
+def write_report(folder: Path, metrics: dict[str, Metric]) -> Path:
+    """Draw folder/report.png; returns its path.
+
+    Args:
+        metrics: those of the run's method, which say by themselves where they are drawn.
+    """
     rows: dict[str, Rows] = {kind: [] for kind in ("epoch", "clustering", "evaluation")}
     for row in read_rows(folder):
         rows.setdefault(row["kind"], []).append(row)
+    titles = dict.fromkeys(metric.panel for metric in metrics.values())
     panels: list[tuple[str, Callable[[Axes, dict[str, Rows]], None]]] = [
-        ("loss", _losses),
-        ("accuracy against the negatives, %", _accuracies),
+        *((title, partial(_metrics, metrics=metrics, panel=title)) for title in titles),
         ("learning rate", _learning_rate),
-        ("momentum features", _evaluation),
+        ("evaluated features", _evaluation),
         ("images per cluster, last clustering", _cluster_sizes),
         ("seconds per epoch", _seconds),
     ]
-    figure = Figure(figsize=(15, 8), layout="constrained")
-    for axes, (title, draw) in zip(figure.subplots(2, 3).flat, panels, strict=True):
+    across = 3
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(5 * across, 4 * down), layout="constrained")
+    grid = figure.subplots(down, across).flat
+    for axes, (title, draw) in zip(grid, panels, strict=False):
         draw(axes, rows)
         axes.set_title(title)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid:  # those that are left
+        axes.set_axis_off()
     figure.suptitle(str(folder))
     path = folder / "report.png"
     figure.savefig(path, dpi=110)
@@ -49,13 +60,10 @@ def _lines(axes: Axes, rows: Rows, names: dict[str, str]) -> None:
     axes.set_xlabel("epochs")
 
 
-def _losses(axes: Axes, rows: dict[str, Rows]) -> None:
-    _lines(axes, rows["epoch"], {"loss": "total", "instance_loss": "InfoNCE", "prototype_loss": "ProtoNCE"})
-
-
-def _accuracies(axes: Axes, rows: dict[str, Rows]) -> None:
-    _lines(axes, rows["epoch"], {"instance_accuracy": "instance", "prototype_accuracy": "prototype"})
-    axes.set_ylim(0, 100)
+def _metrics(axes: Axes, rows: dict[str, Rows], *, metrics: dict[str, Metric], panel: str) -> None:
+    _lines(axes, rows["epoch"], {name: metric.label for name, metric in metrics.items() if metric.panel == panel})
+    if panel.endswith("%"):
+        axes.set_ylim(0, 100)
 
 
 def _learning_rate(axes: Axes, rows: dict[str, Rows]) -> None:

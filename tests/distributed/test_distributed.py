@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from ranks import run_ranks
 
-from pcl_fast import distributed
 from pcl_fast.config import PRESETS
-from pcl_fast.distributed import World, check_same, main_first, together
+from pcl_fast.distributed import World, all_or_none, check_same, connecting, main_first
 from pcl_fast.errors import CheckpointError, ImageError, UserError
-from pcl_fast.run.checkpoint import load_same_checkpoint, save_checkpoint
+from pcl_fast.run.checkpoint import save_checkpoint
+from pcl_fast.run.saving import load_same_checkpoint
 from pcl_fast.train import open_images
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def fail_on(world: World, ranks: list[int], error: Exception) -> None:
         if world.rank in ranks:
             raise error
 
-    together(work, world)
+    all_or_none(work, world)
 
 
 def test_what_one_rank_raises_is_raised_by_all():
@@ -160,14 +160,14 @@ def join_with(world: World, folder: Path, found: list) -> str:
         yield dist.FileStore(f"{folder}/store", world.size), world.rank, world.size
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distributed, "_pick_device", pick)
+        patch.setattr(connecting, "_pick_device", pick)
         patch.setattr(dist, "rendezvous", rendezvous)
         patch.setattr(dist, "is_initialized", lambda: False)
         patch.setattr(dist, "init_process_group", lambda backend, **options: joined.append(backend))
         # GPU 1 is a Volta.
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0) if device.index else (9, 0))
         patch.setenv("WORLD_SIZE", str(world.size))
-        device = distributed.connect().device
+        device = connecting.connect().device
     return f"{joined[0]} {device}"
 
 
@@ -203,13 +203,13 @@ def test_machines_with_other_devices_are_named(tmp_path, found, kinds):
 
 def test_a_rank_that_does_not_come_is_said(monkeypatch):
     store = dist.HashStore()
-    store.set_timeout(distributed.timedelta(seconds=0.1))
+    store.set_timeout(connecting.timedelta(seconds=0.1))
     with pytest.raises(ValueError, match="not all ranks have started in time"):
-        distributed._exchange(None, store, 0, 2)
+        connecting._exchange(None, store, 0, 2)
 
 
 def test_alone_everything_is_the_same(alone):
     check_same("colour", "red", alone, advice="")
-    assert together(lambda: 3, alone) == 3
+    assert all_or_none(lambda: 3, alone) == 3
     with pytest.raises(UserError, match="this"):
-        together(lambda: (_ for _ in ()).throw(UserError("this")), alone)
+        all_or_none(lambda: (_ for _ in ()).throw(UserError("this")), alone)

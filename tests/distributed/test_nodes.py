@@ -98,11 +98,11 @@ def connect(spaces: list[str]) -> None:
 STOPPING = """
 import os, signal, sys, time
 from pathlib import Path
-import pcl_fast.trainer as trainer
-from pcl_fast.checkpoint import load_checkpoint
-from pcl_fast.metrics import StepMetrics
+import pcl_fast.run.saving as saving
+from pcl_fast.run.checkpoint import load_checkpoint
+from pcl_fast.run.metrics import StepMetrics
 from pcl_fast.train import main
-add, save, rank = StepMetrics.add, trainer.save_checkpoint, int(os.environ["RANK"])
+add, save, rank = StepMetrics.add, saving.save_checkpoint, int(os.environ["RANK"])
 def signalling(self, reached, *args):
     add(self, reached, *args)
     if reached == 5 and rank == 0:
@@ -112,7 +112,7 @@ def signalling(self, reached, *args):
 def slow(*args, **kwargs):
     time.sleep(0.5)
     save(*args, **kwargs)
-StepMetrics.add, trainer.save_checkpoint = signalling, slow
+StepMetrics.add, saving.save_checkpoint = signalling, slow
 main()
 if rank == 1:
     print("rank 1 ends, saved is", load_checkpoint(Path(sys.argv[sys.argv.index("--output") + 1]))["global_step"])

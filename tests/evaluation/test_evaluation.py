@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from sklearn.metrics import adjusted_mutual_info_score
 
-import pcl_fast.evaluation
+import pcl_fast.evaluation.knn
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
 
 
@@ -47,7 +47,7 @@ def test_an_image_is_not_its_own_neighbour():
 
 
 def accuracy_of_shard(world, features, labels, bounds, chunk):
-    pcl_fast.evaluation._CHUNK = chunk
+    pcl_fast.evaluation.knn._CHUNK = chunk
     shard = features[bounds[world.rank] : bounds[world.rank + 1]]
     return knn_accuracy(shard, labels, torch.arange(0, 120, 3), neighbours=9, temperature=0.1, group=world.group)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from pcl_fast.kernels import segment_plain
 from pcl_fast.kernels.segment import rows_at_once, segment_sums
 

@@ -189,7 +189,7 @@ def statistics_of(world):
     norm = nn.BatchNorm1d(2)
     norm.running_mean += world.rank
     norm.running_var += 2 * world.rank
-    average_statistics([norm], world.group)
+    average_statistics(norm, world.group)
     return norm.running_mean, norm.running_var
 
 

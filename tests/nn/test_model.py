@@ -1,4 +1,4 @@
-"""Encoder, momentum twin and queue."""
+"""Encoder, momentum encoder and queue."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from pcl_fast.config import ModelConfig
 from pcl_fast.nn.encoder import Encoder
-from pcl_fast.nn.momentum import MomentumTwin
+from pcl_fast.nn.momentum import MovingAverage, momentum_copy
 from pcl_fast.nn.queue import KeyQueue
 
 
@@ -43,17 +43,18 @@ def test_unknown_architectures_are_named(arch):
 
 def test_momentum_moves_parameters_only():
     query = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
-    twin = MomentumTwin(query, momentum=0.9)
-    before = [p.clone() for p in twin.key.parameters()]
+    follower = momentum_copy(query)
+    average = MovingAverage(follower, query, momentum=0.9)
+    before = [p.clone() for p in follower.parameters()]
     with torch.no_grad():
         for p in query.parameters():
             p.add_(1.0)
         query[1].running_mean.fill_(5)
-    twin.update()
-    for now, old, target in zip(twin.key.parameters(), before, query.parameters(), strict=True):
+    average.update()
+    for now, old, target in zip(follower.parameters(), before, query.parameters(), strict=True):
         torch.testing.assert_close(now, 0.9 * old + 0.1 * target)
-    assert twin.key[1].running_mean.abs().max() == 0
-    assert not any(p.requires_grad for p in twin.key.parameters())
+    assert follower[1].running_mean.abs().max() == 0
+    assert not any(p.requires_grad for p in follower.parameters())
 
 
 @pytest.mark.parametrize("batches", [[3, 3, 3], [10], [4, 10, 1], [23], [1] * 12, [7, 7, 7]])

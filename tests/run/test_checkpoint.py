@@ -17,7 +17,7 @@ from pcl_fast.run.checkpoint import load_checkpoint, save_checkpoint
 WRITER = """
 import sys, torch
 from pathlib import Path
-from pcl_fast.checkpoint import save_checkpoint
+from pcl_fast.run.checkpoint import save_checkpoint
 for number in range(1, 10**6):
     save_checkpoint(Path(sys.argv[1]), {"number": number, "weights": torch.full((4_000_000,), float(number))})
     print(number, flush=True)

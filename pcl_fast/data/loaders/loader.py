@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from types import ModuleType
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from pcl_fast.augmentations import View
@@ -39,6 +40,7 @@ def training_loader(
     batch_size: int,
     seed: int,
     world: World,
+    order: Callable[[int], np.ndarray | None] = lambda epoch: None,
 ) -> TrainingLoader:
     """Build the loader of shuffled images and their random views, see EpochOrder and draw_views.
 
@@ -48,6 +50,7 @@ def training_loader(
         views: what Batch.views will hold, made of every image from one decoding. They may differ in everything.
         batch_size: images per rank and step.
         seed: of order and views, the same on all ranks.
+        order: gives an epoch's images where they are not simply shuffled, see EpochOrder.
 
     Raises:
         ValueError: a view's blur is wider than the kernels can make it.
@@ -58,7 +61,7 @@ def training_loader(
         if view.sigma[1] > MAX_SIGMA:
             raise ValueError(f"a view's blur can have a sigma of at most {MAX_SIGMA} pixels, got {view.sigma[1]}")
     resources = pick_resources(config, world.device)
-    order = EpochOrder(len(images), batch_size=batch_size, seed=seed, world=world)
+    order = EpochOrder(len(images), batch_size=batch_size, seed=seed, world=world, given=order)
     return _implementation(config).TrainingLoader(images, views, order, resources)
 
 

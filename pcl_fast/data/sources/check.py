@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pcl_fast.data.sources.images import ImageSet, open_image, reason_of
-from pcl_fast.distributed import World, gather_objects, shard_bounds, together
+from pcl_fast.distributed import World, all_or_none, gather_objects, shard_bounds
 from pcl_fast.errors import ImageError
 from pcl_fast.files import write_whole
 
@@ -113,7 +113,7 @@ def usable(images: ImageSet, record: Path, world: World, *, threads: int) -> tup
     if broken is None:
         share = range(*shard_bounds(len(images), world.rank, world.size))
         faults: dict[int, str] = {}
-        found = together(lambda: find_broken(images, share, threads=threads, unreadable=False), world)
+        found = all_or_none(lambda: find_broken(images, share, threads=threads, unreadable=False), world)
         for part in gather_objects(found, world):
             faults.update(part)
         if len(faults) == len(images):
@@ -122,7 +122,7 @@ def usable(images: ImageSet, record: Path, world: World, *, threads: int) -> tup
             )
         keys = images.keys()
         broken = {keys[index]: fault for index, fault in faults.items()}
-        together(lambda: _write_record(record, images, broken) if world.is_main else None, world)
+        all_or_none(lambda: _write_record(record, images, broken) if world.is_main else None, world)
     if not broken:
         return images, 0
     kept = [index for index, key in enumerate(images.keys()) if key not in broken]

@@ -1,0 +1,77 @@
+"""The methods: what is learned, a file each. A new file is found by itself."""
+
+from __future__ import annotations
+
+import pkgutil
+from importlib import import_module
+
+import torch
+
+from pcl_fast.config import PRESETS, Config, changed_settings
+from pcl_fast.distributed import World
+from pcl_fast.methods.base import FeatureSpec, Inputs, Method, Metric, Step
+
+__all__ = [
+    "FeatureSpec",
+    "Inputs",
+    "Method",
+    "Metric",
+    "Step",
+    "build",
+    "check_method",
+    "method_class",
+]
+
+for _module in pkgutil.iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+
+def method_class(name: str) -> type[Method]:
+    """The method of that name.
+
+    Raises:
+        ValueError: there is none; names those that there are.
+    """
+    if name not in Method.named:
+        raise ValueError(f"there is no method {name!r}; choose from {', '.join(sorted(Method.named))}")
+    return Method.named[name]
+
+
+def build(config: Config, world: World, images: int) -> Method:
+    """The method of a recipe on its device. Initial weights depend on config.seed alone.
+
+    Args:
+        images: in the data set.
+
+    Raises:
+        ValueError: an unknown method or architecture.
+    """
+    kind = method_class(config.method)
+    # Drawn on the CPU, so that every device and rank starts alike.
+    torch.manual_seed(config.seed)
+    return kind(config, world, images).to(world.device, memory_format=torch.channels_last)
+
+
+def check_method(config: Config) -> None:
+    """Refuse an unknown method, and settings of other methods, which would have no effect.
+
+    Raises:
+        ValueError: names the method's own settings, or the methods.
+    """
+    kind = method_class(config.method)
+    of_some = {setting for other in Method.named.values() for setting in other.settings}
+    foreign = tuple(of_some - set(kind.settings))
+    start = PRESETS[config.preset][1] if config.preset in PRESETS else Config()
+    for name in changed_settings(start, config):
+        if name.startswith(foreign) and not name.startswith(kind.settings):
+            owners = [other.name for other in Method.named.values() if name.startswith(other.settings)]
+            raise ValueError(
+                f"{flag(name)} is a setting of {', '.join(sorted(owners))}, and this run's method is {kind.name}, "
+                f"whose own settings are {', '.join(map(flag, sorted(kind.settings)))}"
+            )
+
+
+def flag(setting: str) -> str:
+    """A setting's flag on the command line; "cluster." is all of a group."""
+    name = "--" + setting.replace("_", "-")
+    return f"{name}*" if name.endswith(".") else name

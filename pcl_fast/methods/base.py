@@ -1,0 +1,232 @@
+"""What a method is to the rest of the project.
+
+A method is one module: the networks, queues, banks and prototypes that are learned, and what a step does with them. The
+learner takes one optimiser step of whatever method it is given, the trainer decides when there is a step, an E-step or
+an evaluation; neither knows what any method is made of. docs/adding-a-method.md goes through an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from pcl_fast.augmentations import View
+from pcl_fast.config import Config, view_of
+from pcl_fast.data import Batch, normalise
+from pcl_fast.distributed import World
+from pcl_fast.nn.batch_norm import batch_norm_buffers, fold_batch_norm
+from pcl_fast.nn.precision import autocast, encoder_dtype
+from pcl_fast.optim import Group, one_group
+
+
+class Inputs(NamedTuple):
+    """All that differs from step to step, on the device: what a captured step must be given anew.
+
+    views: uint8 [N, size, size, 3], one tensor for every View of the method.
+    index: int64 [N], positions of the images in the data set.
+    drawn: what `Method.draw` returned. On a CPU its plain numbers stay so, elsewhere they are 0-d int64 tensors.
+    """
+
+    views: tuple[torch.Tensor, ...]
+    index: torch.Tensor
+    drawn: dict[str, torch.Tensor | int]
+
+    def copy_(self, new: Inputs) -> None:
+        """Take over the inputs of another step, in place: what a captured step computes with."""
+        for ours, theirs in zip((*self.views, self.index), (*new.views, new.index), strict=True):
+            ours.copy_(theirs)
+        for name, ours in self.drawn.items():
+            ours.copy_(new.drawn[name])
+
+
+class Step(NamedTuple):
+    """What a method's forward pass returns.
+
+    loss: 0-d, with a gradient.
+    metrics: 0-d tensors on the device, of this rank's batch, one for each of `Method.metrics`; "loss" is among them.
+    carry: what `after_update` wants of this pass.
+    """
+
+    loss: torch.Tensor
+    metrics: dict[str, torch.Tensor]
+    carry: Any = None
+
+
+class Metric(NamedTuple):
+    """How a metric is shown: its label, and the title of the report's panel in which it is drawn. Of a panel whose
+    title ends with % the axis goes from 0 to 100.
+    """
+
+    label: str
+    panel: str
+
+
+class FeatureSpec(NamedTuple):
+    """The features that represent the images outside of training: for the E-step, and for evaluation.
+
+    encoder: a key of `Method.encoders`.
+    width: their length.
+    from_bank: whether the E-step reads them from a bank that the method has filled while it trained. Else they come
+        from a pass of that encoder over the clustering view of all images.
+    """
+
+    encoder: str
+    width: int
+    from_bank: bool = False
+
+
+class Method(nn.Module):
+    """Base of all methods.
+
+    A subclass gives its name, `class PCL(Method, name="pcl")`, and overrides what it needs. Parameters, momentum
+    copies, queues and prototypes are submodules and buffers: its state_dict is the checkpoint's. What one rank alone
+    has (a bank of its own images) is a buffer with persistent=False that `own_state` returns.
+
+    metrics: what the steps report, by name.
+    settings: the recipe's fields that this method reads and not every method does ("loss.temperature"; "cluster." for
+        a whole group). Changing one that belongs to other methods alone is an error.
+    """
+
+    metrics: ClassVar[dict[str, Metric]]
+    settings: ClassVar[tuple[str, ...]] = ()
+    named: ClassVar[dict[str, type[Method]]] = {}
+
+    def __init_subclass__(cls, *, name: str) -> None:
+        super().__init_subclass__()
+        cls.name = name
+        Method.named[name] = cls
+
+    def __init__(self, config: Config, world: World, images: int):
+        """Build everything on the CPU, where every rank draws the same initial weights; see `methods.build`.
+
+        Args:
+            images: in the data set.
+        """
+        super().__init__()
+        self.config, self.world, self.images = config, world, images
+
+    @classmethod
+    def check(cls, config: Config, images: int, ranks: int) -> None:
+        """Refuse what this method cannot do with so many images or ranks.
+
+        Raises:
+            ValueError: names the flag, its value and what to use instead.
+        """
+
+    # --- what it wants --------------------------------------------------------------------------------------------
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """The views of every image. By default two, drawn alike."""
+        return (view_of(self.config.data),) * 2
+
+    def groups(self) -> list[Group]:
+        """Which parameters the optimiser updates, and how. By default all that have a gradient, alike."""
+        return one_group(self)
+
+    def order(self, epoch: int) -> np.ndarray | None:
+        """The whole epoch's images, int64, for a method that pairs them; the same on all ranks. Those of a step lie
+        together, and are dealt out to the ranks like cards. None: the usual order, shuffled.
+        """
+        return None
+
+    def notes(self) -> list[str]:
+        """Lines for the log at the start of a run."""
+        return []
+
+    # --- a step ---------------------------------------------------------------------------------------------------
+
+    def draw(self, batch: Batch, number: int) -> dict[str, torch.Tensor | int]:
+        """What step `number` of the run draws on the host: int64 tensors, and integers of 64 bits. They travel to the
+        device in one copy.
+        """
+        return {}
+
+    def forward(self, inputs: Inputs) -> Step:
+        """Loss and metrics. On the device from end to end, so that a CUDA graph can hold it; collectives are called in
+        the same order on all ranks. Every parameter that a gradient may reach takes part, as DistributedDataParallel
+        wants it.
+        """
+        raise TypeError(f"{type(self).__name__} has no forward pass")
+
+    def before_update(self, number: int) -> None:
+        """Called between the backward pass and the optimiser of step `number`, for heads that are frozen at first
+        (their gradients become None) and the like.
+        """
+
+    def after_update(self, carry: Any, applied: torch.Tensor) -> None:
+        """Called after the optimiser with Step.carry, for queues, banks and momentum copies.
+
+        Args:
+            applied: 0-d bool on the device: False where the update was skipped because its gradient was not finite.
+        """
+
+    # --- features and the E-step ----------------------------------------------------------------------------------
+
+    def encoders(self) -> dict[str, nn.Module]:
+        """The encoders that a run is for: "query", and "momentum" if there is a momentum encoder. The checkpoint holds
+        each under its name, for evaluation and export.
+        """
+        raise TypeError(f"{type(self).__name__} names no encoders")
+
+    def features(self) -> FeatureSpec:
+        """Which features the E-step and online evaluation take."""
+        return FeatureSpec("query", self.config.model.dim)
+
+    def feature_encoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The encoder of `features` as it is now, in eval mode: uint8 [N, H, W, 3] -> unit features [N, width].
+
+        Its batch norm is folded into the convolutions, and it computes in the device's precision.
+        """
+        dtype = encoder_dtype(self.world.device)
+        folded = fold_batch_norm(self.encoders()[self.features().encoder]).to(dtype)
+        return lambda images: folded(normalise(images, dtype))
+
+    def expects(self, epoch: int) -> bool:
+        """Whether there is an E-step before this epoch (from 0; also asked for the end of training)."""
+        return False
+
+    def expect(self, features: torch.Tensor | None, epoch: int) -> list[dict[str, Any]]:
+        """The E-step: replace prototypes or pseudo-labels in place, so that their addresses stay.
+
+        Args:
+            features: [n_local, width], this rank's shard of the data set, in its order; None if they are in a bank.
+
+        Returns:
+            Rows for the record, one per clustering.
+        """
+        return []
+
+    def clusterings(self) -> dict[str, torch.Tensor]:
+        """The assignments of the last E-step, int [n] of the whole data set, by a name for each; for evaluation."""
+        return {}
+
+    # --- what is one rank's own -----------------------------------------------------------------------------------
+
+    def own_state(self) -> dict[str, torch.Tensor]:
+        """What this rank has and others do not, on the CPU: by default the batch-norm statistics, which are each
+        rank's own within an epoch.
+        """
+        return {name: buffer.cpu() for name, buffer in batch_norm_buffers(self)}
+
+    def load_own(self, states: Sequence[dict[str, torch.Tensor]]) -> None:
+        """Take up what `own_state` returned on each rank of the run that was saved, which may have been another
+        number. By default a rank takes that of the rank with its number, or of another if there was none.
+
+        Raises:
+            ValueError: this number of ranks cannot go on with what those had; says so in words.
+        """
+        own = states[self.world.rank % len(states)]
+        for name, buffer in batch_norm_buffers(self):
+            buffer.copy_(own[name])
+
+    # --- for methods ----------------------------------------------------------------------------------------------
+
+    def encode(self, encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """The encoder's output for uint8 [N, H, W, 3], computed in the device's precision."""
+        with autocast(images.device):
+            return encoder(normalise(images, encoder_dtype(images.device)))

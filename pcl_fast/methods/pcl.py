@@ -1,0 +1,184 @@
+"""PCL: prototypical contrastive learning (Li et al., ICLR 2021), and MoCo, which is PCL without prototypes.
+
+A momentum encoder turns one view of an image into its key, on a batch shuffled so that batch statistics give nothing
+away; the other view becomes the query. It is contrasted with the queue of earlier keys (InfoNCE), and for every
+granularity with its own prototype among sampled others (ProtoNCE). The E-step clusters the momentum features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from pcl_fast.clustering import cluster, cluster_row, obstacle, pick_backend
+from pcl_fast.clustering.prototypes import Prototypes
+from pcl_fast.config import Config
+from pcl_fast.data import Batch
+from pcl_fast.distributed import World, all_gather_rows
+from pcl_fast.losses import ProtoNCEResult, pcl_loss
+from pcl_fast.methods.base import FeatureSpec, Inputs, Method, Metric, Step
+from pcl_fast.nn.encoder import Encoder
+from pcl_fast.nn.momentum import MovingAverage, momentum_copy
+from pcl_fast.nn.precision import loss_dtype
+from pcl_fast.nn.queue import KeyQueue
+from pcl_fast.nn.shuffle import BatchShuffle
+from pcl_fast.schedule import clusters_before, rank_batch
+from pcl_fast.seeds import Purpose, mix_seeds
+
+_LOSS, _ACCURACY = "loss", "accuracy against the negatives, %"
+
+
+class PCL(Method, name="pcl"):
+    """Encoder, momentum encoder, queue of keys and prototypes. Without granularities (cluster.ks) it is MoCo."""
+
+    metrics: ClassVar = {
+        "loss": Metric("total", _LOSS),
+        "instance_loss": Metric("InfoNCE", _LOSS),
+        "instance_accuracy": Metric("instance", _ACCURACY),
+        "prototype_loss": Metric("ProtoNCE", _LOSS),
+        "prototype_accuracy": Metric("prototype", _ACCURACY),
+    }
+    settings = (
+        "cluster.",
+        "loss.temperature",
+        "loss.num_negatives",
+        "loss.backend",
+        "model.momentum",
+        "model.queue_size",
+        "model.shuffle_bn",
+        "model.bn_splits",
+    )
+
+    def __init__(self, config: Config, world: World, images: int):
+        """
+        Raises:
+            ValueError: an unknown architecture, or a k-means backend that is unknown or cannot be used here.
+            MissingPackageError: the k-means backend is not installed.
+        """
+        super().__init__(config, world, images)
+        model, dtype = config.model, loss_dtype(world.device)
+        # Better said now than at the first E-step.
+        pick_backend(config.cluster.backend, world.device, dtype, model.dim)
+        self.encoder = Encoder(model)
+        self.queue = KeyQueue(model.queue_size, model.dim, dtype)
+        self.momentum_encoder = momentum_copy(self.encoder)
+        self.prototypes = Prototypes(config.cluster.ks, model.dim, images, dtype)
+        self.average = MovingAverage(self.momentum_encoder, self.encoder, model.momentum)
+        self.shuffle = _shuffle(config, world)
+
+    @classmethod
+    def check(cls, config: Config, images: int, ranks: int) -> None:
+        rows, splits = rank_batch(config, ranks), config.model.bn_splits
+        if rows % splits:
+            raise ValueError(
+                f"--model.bn-splits {splits} does not divide a rank's batch of {rows}; use a divisor of it, or an "
+                f"--optim.batch-size that is a multiple of {ranks * splits}"
+            )
+        if config.cluster.ks and max(config.cluster.ks) > images:
+            raise ValueError(
+                f"cannot make {max(config.cluster.ks)} clusters of {images} images; set --cluster.ks to smaller "
+                f"numbers, for instance {images // 200 or 1} {images // 100 or 1} {images // 50 or 1}"
+            )
+
+    def notes(self) -> list[str]:
+        options, device = self.config.cluster, self.world.device
+        if device.type != "cuda" or options.backend != "auto" or not options.ks:
+            return []
+        reason = obstacle(device, loss_dtype(device), self.config.model.dim)
+        return [f"k-means runs in plain PyTorch, which is slower: its kernels' backend {reason}"] if reason else []
+
+    # --- M-step ---------------------------------------------------------------------------------------------------
+
+    def draw(self, batch: Batch, number: int) -> dict[str, torch.Tensor | int]:
+        """The seed of the negatives and the shuffle's order (see BatchShuffle.order), each rank's own."""
+        seed = self._seed(Purpose.NEGATIVES, number)
+        order = self.shuffle.order(self._seed(Purpose.SHUFFLE, number))
+        return {"seed": seed} if order is None else {"seed": seed, "order": order}
+
+    def _seed(self, purpose: Purpose, number: int) -> int:
+        return mix_seeds(self.config.seed, purpose, number, self.world.rank)
+
+    def forward(self, inputs: Inputs) -> Step:
+        query_view, key_view = inputs.views
+        arrive = self.shuffle.begin(key_view, inputs.drawn.get("order"))
+        # While the key's views travel.
+        self.average.update()
+        query = self.encode(self.encoder, query_view)
+        key = self._keys(*arrive())
+        loss = self.config.loss
+        result = pcl_loss(
+            query,
+            key,
+            self.queue.keys,
+            self.prototypes.for_loss(),
+            inputs.index,
+            temperature=loss.temperature,
+            num_negatives=loss.num_negatives,
+            seed=inputs.drawn["seed"],
+            backend=loss.backend,
+        )
+        return Step(result.loss, _metrics(result), key)
+
+    @torch.no_grad()
+    def _keys(self, views: torch.Tensor, restore: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The keys of shuffled views, [N, dim] in the batch's own order, in `loss_dtype`."""
+        key = self.encode(self.momentum_encoder, views)
+        return restore(key.to(self.queue.keys.dtype))
+
+    def after_update(self, carry: torch.Tensor, applied: torch.Tensor) -> None:
+        """The queue takes all ranks' keys, whether or not the update was applied: they are good keys."""
+        self.queue.enqueue(all_gather_rows(carry, self.world.group))
+
+    # --- E-step ---------------------------------------------------------------------------------------------------
+
+    def encoders(self) -> dict[str, nn.Module]:
+        return {"query": self.encoder, "momentum": self.momentum_encoder}
+
+    def features(self) -> FeatureSpec:
+        return FeatureSpec("momentum", self.config.model.dim)
+
+    def expects(self, epoch: int) -> bool:
+        return clusters_before(self.config, epoch)
+
+    def expect(self, features: torch.Tensor, epoch: int) -> list[dict[str, Any]]:
+        options, before = self.config.cluster, self.prototypes.sets()
+        warm = options.init == "previous" and bool(before)
+        sets = cluster(
+            features,
+            options.ks,
+            temperature=self.config.loss.temperature,
+            iterations=options.warm_iterations if warm else options.iterations,
+            redo=1 if warm else options.redo,
+            alpha=options.alpha,
+            seed=mix_seeds(self.config.seed, Purpose.CLUSTERING, epoch),
+            init=[granularity.centroids for granularity in before] if warm else None,
+            group=self.world.group,
+            backend=options.backend,
+        )
+        self.prototypes.replace(sets)
+        return [cluster_row(k, found.assignment) for k, found in zip(options.ks, sets, strict=True)]
+
+    def clusterings(self) -> dict[str, torch.Tensor]:
+        return {f"{len(found.centroids)}": found.assignment for found in self.prototypes.sets()}
+
+
+def _shuffle(config: Config, world: World) -> BatchShuffle:
+    rows = rank_batch(config, world.size)
+    if not config.model.shuffle_bn:
+        return BatchShuffle(rows, None)
+    return BatchShuffle(rows, world.group, config.model.bn_splits)
+
+
+def _metrics(result: ProtoNCEResult) -> dict[str, torch.Tensor]:
+    metrics: ClassVar = {
+        "loss": result.loss.detach(),
+        "instance_loss": result.instance.loss.detach().mean(),
+        "instance_accuracy": 100 * result.instance.correct.float().mean(),
+    }
+    if result.prototype:
+        metrics["prototype_loss"] = torch.stack([part.loss.detach() for part in result.prototype]).mean()
+        metrics["prototype_accuracy"] = 100 * torch.stack([part.correct for part in result.prototype]).float().mean()
+    return metrics

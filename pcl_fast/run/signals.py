@@ -1,0 +1,55 @@
+"""Signals that ask a run to stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+class Stopped(BaseException):
+    """A signal asked to stop where nothing new is to be saved.
+
+    Not an Exception, which code that reads images would turn into the image's fault.
+    """
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGINT while it is entered, instead of ending the process.
+
+    asked: whether one has come. All ranks are told by the next reduction of the metrics.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._at_once = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """In this context a signal ends the work by raising Stopped, and so does one that has come before: for work
+        that takes longer than a launcher waits, and after which there would be nothing new to save.
+        """
+        if self.asked:
+            raise Stopped
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
+    def _note(self, number: int, frame: Any) -> None:
+        """May be called again and again: a launcher passes on what the terminal has already sent."""
+        self.asked = True
+        if self._at_once:
+            self._at_once = False
+            raise Stopped

@@ -1,0 +1,50 @@
+"""Signals: noted, or ending what is not waited for."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+
+from pcl_fast.run.signals import Stopped, StopSignals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_noted_and_afterwards_means_what_it_meant(number):
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        assert not signals.asked
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        assert signals.asked
+    assert signal.getsignal(number) is before
+
+
+def test_in_some_work_a_signal_ends_it_once():
+    def work() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it goes on")
+
+    with StopSignals() as signals:
+        with pytest.raises(Stopped), signals.at_once():
+            work()
+        assert signals.asked
+        os.kill(os.getpid(), signal.SIGTERM)  # outside of it, noted again
+
+
+def test_a_signal_that_came_before_ends_it_at_its_beginning():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        done = []
+        with pytest.raises(Stopped), signals.at_once():
+            done.append(1)
+        assert done == []
+
+
+def test_after_the_work_a_signal_is_noted_again():
+    with StopSignals() as signals:
+        with signals.at_once():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert signals.asked
