@@ -1,4 +1,4 @@
-"""Two steps of the official way and of ours must learn the same from the same, before anyone compares their speed."""
+"""Checks that a step of ours and of the official way learn the same from the same, before their speed is compared."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def small_recipe() -> Config:
         config,
         model=replace(config.model, arch="resnet18", queue_size=4 * _ROWS, momentum=0.9),
         loss=replace(config.loss, num_negatives=_K - _ROWS),
-        # Small, so that rounding does not grow; and a decay that can be seen beside the gradient.
+        # A small rate, so that rounding does not grow, and a decay large enough to be seen beside the gradient.
         optim=replace(config.optim, lr=1e-3, weight_decay=0.1),
         cluster=replace(config.cluster, ks=(_K, _K)),
     )
 
 
 def small_learner(world: World) -> Learner:
-    """Ours, with random prototypes, and all of them as negatives."""
+    """Return our learner of the small recipe, with random prototypes, all of which are negatives."""
     config = small_recipe()
     config = replace(config, loss=replace(config.loss, num_negatives=None))
     learner = Learner(build(config, world, _K), config, world)
@@ -42,8 +42,14 @@ def small_learner(world: World) -> Learner:
 
 
 def check_agreement() -> None:
-    """From the same weights, queue and views, on the CPU in float32. Without rows that share a prototype, and with as
-    many negatives as there are, the two losses are the same. Needs a process group.
+    """Take two steps of either, from the same weights, queue and views, on the CPU in float32, and compare losses,
+    weights and queues.
+
+    The two losses are the same because no two rows have the same prototype and all other prototypes are negatives. This
+    needs a process group.
+
+    Raises:
+        AssertionError: they differ by more than rounding.
     """
     config = small_recipe()
     theirs = official_step.OfficialStep(config, _CPU)
@@ -66,6 +72,7 @@ def check_agreement() -> None:
 
 
 def random_granularities(dim: int) -> list[PrototypeSet]:
+    """Return two granularities of random prototypes, each of which belongs to one image."""
     return [
         PrototypeSet(
             F.normalize(torch.randn(_K, dim), dim=1), 0.1 + 0.2 * torch.rand(_K), torch.randperm(_K, dtype=torch.int32)
@@ -75,10 +82,10 @@ def random_granularities(dim: int) -> list[PrototypeSet]:
 
 
 def random_views() -> torch.Tensor:
-    """uint8 [2, N, H, W, 3]: the query's and the key's."""
+    """Return random views uint8 [2, N, H, W, 3], the query's and the key's."""
     return torch.randint(256, (2, _ROWS, _SIZE, _SIZE, 3), dtype=torch.uint8)
 
 
 def flat(encoder: torch.nn.Module) -> torch.Tensor:
-    """All its parameters."""
+    """Return all parameters of an encoder in one vector."""
     return torch.cat([parameter.detach().flatten() for parameter in encoder.parameters()])

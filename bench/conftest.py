@@ -25,7 +25,7 @@ def pytest_addoption(parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def machine() -> tuple[dict, str]:
-    """Measured before any benchmark runs, as one that fails can leave the GPU unusable."""
+    """Describe the machine before any benchmark runs, because one that fails can leave the GPU unusable."""
     return describe_machine()
 
 
@@ -55,7 +55,7 @@ def pytest_sessionfinish(session) -> None:
 
 
 def cases(entries: list, machine: dict) -> dict[str, dict]:
-    """group -> the case, and its providers' figures in the order in which they ran."""
+    """Return, for every group, its case and its providers' figures, in the order in which they ran."""
     result: dict[str, dict] = {}
     for entry in entries:
         case = entry.extra_info["case"]
@@ -69,8 +69,8 @@ def cases(entries: list, machine: dict) -> dict[str, dict]:
 
 
 def figures(entry, machine: dict, first_ms: float | None) -> dict:
-    """Times in ms, their ratio to the group's first provider's, rates where the case says of how much, memory, and what
-    the benchmark itself found out.
+    """Return a provider's figures: times in ms, how many times faster it is than the group's first provider, rates of
+    the work that the case names, memory, and what the benchmark itself has found out.
     """
     times = sorted(1e3 * seconds for seconds in entry.stats.data)
     median = statistics.median(times)
@@ -90,20 +90,22 @@ def figures(entry, machine: dict, first_ms: float | None) -> dict:
 
 
 def share_of_matmul(case: dict, machine: dict, ms: float) -> dict[str, float]:
-    """Of the rate of PyTorch's matrix product, where that and not memory is the floor; not known of a CPU."""
+    """Return the share of the rate of PyTorch's matrix product, if that and not memory is the floor; nothing on a CPU,
+    whose rate is not measured.
+    """
     if not device.CUDA or "flop" not in case or "floor_bytes" in case:
         return {}
     return {"share_of_matmul": round(case["flop"] / 1e9 / ms / machine["matmul_tflop_per_s"], 3)}
 
 
 def floor_ms(case: dict, machine: dict) -> float | None:
-    """No faster than the GPU copies; not known of a CPU."""
+    """Return how long the GPU takes to copy the case's bytes, in ms; None on a CPU, whose rate is not measured."""
     return round(case["floor_bytes"] / machine["copy_gb_per_s"] / 1e6, 5) if device.CUDA else None
 
 
 @functools.cache
 def describe_machine() -> tuple[dict, str]:
-    """What the figures depend on, and a folder name for it."""
+    """Return what the figures depend on, and a folder name for it."""
     name = torch.cuda.get_device_name() if device.CUDA else f"{processor()} CPU, {torch.get_num_threads()} threads"
     machine = {
         "machine": name,
@@ -119,7 +121,7 @@ def describe_machine() -> tuple[dict, str]:
 
 
 def processor() -> str:
-    """The processor's model, where the system tells."""
+    """Return the processor's model, or its architecture if the system does not tell the model."""
     try:
         found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
@@ -128,7 +130,7 @@ def processor() -> str:
 
 
 def output_of(*command: str) -> str:
-    """First line that a command prints; "unknown" if it is not there or fails."""
+    """Return the first line that a command prints, or "unknown" if it does not exist or fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):

@@ -1,15 +1,18 @@
-"""The loaders: photographs of ImageNet's size into the views of PCL v2, and what the step loses by waiting for them.
-Run by `make bench`.
+"""The loaders, which make the views of PCL v2 from photographs of ImageNet's size, and the time that a step loses by
+waiting for them. Run by `make bench`.
 
-All providers do the same work: the same images and random numbers, decoded once, two views of 224 px (or one clustering
-view), on the encoder's device (dali-cpu leaves them on the CPU of a machine with a GPU).
-Files are in the operating system's cache. A round takes batches out of an endless stream, whose stages stay filled; of
-clustering views as many as all images are. "dali, cached" reads them from --data.cache, every round a pass of its own;
-that file is in the operating system's cache too: what a disk delivers is not measured.
+All providers do the same work: from the same images and random numbers they make two views of 224 px (or one clustering
+view) per image, which they decode once. The views end on the encoder's device (dali-cpu leaves them on the CPU of a
+machine with a GPU).
+
+A round takes batches out of an endless stream, whose stages stay filled; a round of clustering views takes all images
+once. Files are in the operating system's cache. "dali, cached" reads the clustering views from --data.cache, in a pass
+of its own every round. That file is in the operating system's cache too, so the speed of the disk is not measured.
 
 The step is PCL v2: on a GPU with ResNet-50 at 224 px and the paper's queue and prototypes, on a CPU with ResNet-18 at
-64 px, whose views are measured by themselves too; first with one batch that is there already, then with either loader.
-The images are fewer than the paper's, and the prototypes random: neither changes how long a step takes.
+64 px, whose views are measured by themselves too. It runs first with one batch that is on the device already, then with
+each loader. There are fewer images than in the paper, and the prototypes are random; neither changes how long a step
+takes.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ PASS = recipe.IMAGES // BATCH
 LOADERS = ("torchvision", "dali", "dali-cpu") if device.CUDA else ("torchvision", "dali")
 SIZES = {"images": recipe.IMAGES, "batch": BATCH, "width": photos.WIDTH, "height": photos.HEIGHT}
 AT_HAND, CACHED = "batch at hand", "dali, cached"
-# On a CPU the step's are smaller.
+# On a CPU the step's views are smaller than those of the loaders' benchmark.
 OF_STEP = f"training views, {recipe.step_recipe(BATCH).data.size} px"
 VIEWS = ("training views", "clustering views", *([] if device.CUDA else [OF_STEP]))
 
@@ -50,7 +53,7 @@ def config_of(loader: str, *, step: bool = False) -> Config:
 
 
 def world_of(loader: str) -> World:
-    """dali-cpu decodes on the CPU even where there is a GPU."""
+    """Return the loader's world: dali-cpu decodes on the CPU even if there is a GPU."""
     return replace(recipe.WORLD, device=torch.device("cpu")) if loader == "dali-cpu" else recipe.WORLD
 
 
@@ -70,6 +73,7 @@ def clustering_stream(loader: str, cache: Path | None = None) -> Iterator[torch.
 
 
 def optional_loader(loader: str) -> None:
+    """Skip the test if DALI is needed and not installed."""
     if loader.startswith("dali"):
         optional.module("nvidia.dali", "nvidia-dali-cuda130")
 
@@ -92,12 +96,12 @@ def test_loader(benchmark, views, loader):
 
 def test_cached_clustering_views(benchmark, tmp_path):
     stream = clustering_stream("dali", tmp_path)
-    take(stream, 2 * PASS)  # the first of which writes
+    take(stream, 2 * PASS)  # the first pass writes the cache
     measure(benchmark, "clustering views", CACHED, lambda: take(stream, PASS), PASS)
 
 
 class Waiting:
-    """Batches of a stream, and the seconds that the host waited for them."""
+    """An iterator over a stream's batches, which counts the seconds that the host waits for them."""
 
     def __init__(self, stream: Iterator[Batch]):
         self.stream, self.seconds = stream, 0.0

@@ -1,12 +1,12 @@
-"""The E-step on features at hand: k-means for every granularity, concentration and prototypes. Run by `make bench`.
+"""The E-step on given features: k-means for every granularity, concentration and prototypes. Run by `make bench`.
 
-On a GPU with the paper's sizes: 1,281,167 images into 25k, 50k and 100k clusters, 20 iterations, 5 starts. Only ours
-runs that. All others run 5 iterations of one start, and so does ours; what the official code would take for the
-paper's E-step is an estimate (`estimated_paper_ms`): a straight line through its times for one and for two starts of 20
-iterations. (One through iterations would be too low: the first ones of every start take longest.) On a CPU a small
-case, in which the official code runs all of it, to compare the estimate with.
+On a GPU it has the paper's sizes: 1,281,167 images into 25k, 50k and 100k clusters, 20 iterations, 5 starts. Only ours
+runs all of that. The others run 5 iterations of one start, and so does ours. How long the official code would take for
+the paper's E-step is estimated (`estimated_paper_ms`) by a straight line through its times for one and for two starts
+of 20 iterations. (A line through numbers of iterations would be too low, because the first iterations of every start
+take longest.) On a CPU the case is small, and the official code runs all of it, so that the estimate can be checked.
 
-flash-kmeans and flashlib have no E-step; their iterations are in kmeans.py.
+flash-kmeans and flashlib have no E-step; their iterations are measured in kmeans.py.
 
 Before anything is timed, one iteration from the same start must leave the images as near to their prototypes as plain
 PyTorch in float32 does.
@@ -33,7 +33,7 @@ D, TEMPERATURE = 128, 0.2
 IMAGES, KS = (1_281_167, (25_000, 50_000, 100_000)) if device.CUDA else (20_000, (100, 200))
 SIZES = {"d": D, "N": IMAGES, "K": KS}
 DEVICE = "cuda" if device.CUDA else "cpu"
-DTYPE = torch.float16 if device.CUDA else torch.float32  # of FeatureShard
+DTYPE = torch.float16 if device.CUDA else torch.float32  # as in FeatureShard
 
 pytestmark = pytest.mark.benchmark(timer=device.clock)
 
@@ -46,7 +46,9 @@ class Case(NamedTuple):
         return f"{self.iterations} iterations, redo {self.redo}"
 
     def describe(self) -> dict:
-        """What the record says of the case. Counted are the products of the iterations, not of the last labels."""
+        """Return what the record says about the case. `flop` counts the matrix products of the iterations, but not of
+        the last assignment.
+        """
         return {
             "iterations": self.iterations,
             "redo": self.redo,
@@ -73,7 +75,7 @@ def starts() -> list[torch.Tensor]:
 
 
 def official(case: Case, same_start: bool) -> Callable[[], Prototypes]:
-    """Its features are on the host already."""
+    """Return the official E-step, whose features are on the host already."""
     optional.module("faiss", "faiss-gpu").omp_set_num_threads(torch.get_num_threads())
     init = [start.cpu().numpy() for start in starts()] if same_start else None
     options = {"temperature": TEMPERATURE, "iterations": case.iterations, "redo": case.redo, "device": DEVICE}
@@ -121,7 +123,7 @@ def test_estep(benchmark, case, provider):
 
     benchmark.group = str(case)
     timed = PROVIDERS[provider](case, False)
-    device.flush_cache()  # allocates what it needs, which is not the provider's
+    device.flush_cache()  # so that its own memory is allocated before the provider's is counted
     _, memory = device.peak_bytes(partial(benchmark.pedantic, timed, setup=device.flush_cache, rounds=ROUNDS))
     benchmark.extra_info.update(provider=provider, sizes=SIZES, versions=optional.versions(), case=case.describe())
     if provider in ("official", "faiss"):  # whose memory PyTorch does not count
@@ -132,12 +134,12 @@ def test_estep(benchmark, case, provider):
 
 
 def median_of_official(case: Case) -> float:
-    """Seconds."""
+    """Return how long the official code takes for a case, in seconds."""
     return statistics.median(device.seconds(official(case, False)) for _ in range(ROUNDS))
 
 
 def estimate(one_start: float, two_starts: float) -> dict:
-    """Of the paper's E-step, from the seconds of one and of two starts."""
+    """Estimate the time of the paper's E-step from the seconds that one and two starts take."""
     return {
         "one_start_ms": round(1e3 * one_start, 4),
         "two_starts_ms": round(1e3 * two_starts, 4),

@@ -1,13 +1,13 @@
 """k-means and the concentration. Run by `make bench`.
 
-On a GPU one iteration of Lloyd's algorithm, search and update apart and together, in every way of lloyd_providers.py.
-faiss searches in float32 whatever the features' type. There are no cases with fewer than 4 points per cluster, and an
-iteration here leaves out what k-means decides between two: whether anything changed, and empty clusters. On a CPU 20
-iterations by faiss's own k-means and by ours. On either the concentration of 25k clusters of ImageNet by the official
-code's loops and by ours.
+On a GPU this times one iteration of Lloyd's algorithm, and its search and its update by themselves, for every provider
+in lloyd_providers.py. faiss searches in float32 whatever the features' type. There are no cases with fewer than 4
+points per cluster. An iteration here leaves out what k-means does between two: it does not see whether anything
+changed, and does not split clusters. On a CPU this times 20 iterations of faiss's own k-means and of ours. On both it
+times the concentration of 25k clusters of ImageNet, by the official code's loops and by ours.
 
-All start from the same points. Before anything is timed, the points' mean distance to the centroids that it found must
-equal that of plain PyTorch in float32.
+All providers start from the same points. Before a provider is timed, the points' mean distance to the centroids that it
+found must equal that of plain PyTorch in float32.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Case(NamedTuple):
         return f"N={self.points}, K={self.clusters}, {str(self.dtype).removeprefix('torch.')}"
 
     def describe(self, stage: str = "iteration", iterations: int = 1) -> dict:
-        """What the record says of the case. The floor of an update is to read every point once."""
+        """Return what the record says about the case. The floor of an update is to read every point once."""
         floor_bytes = self.points * D * self.dtype.itemsize + 4 * self.clusters * D
         flop = 2 * self.points * self.clusters * D * iterations
         return {
@@ -68,14 +68,16 @@ def cases() -> list[Case]:
 
 
 def providers(case: Case, stage: str) -> list[str]:
-    """Those that are of interest: plain PyTorch searches in float32 whatever the features' type."""
+    """Return the providers that are measured for a case. Plain PyTorch searches in float32 whatever the features' type,
+    so it is left out of float16's searches.
+    """
     half, searches = case.dtype == torch.float16, stage != "update"
     suits = {
         "faiss": searches,
         "torch": not half or not searches,
         "flash-kmeans": half,
         "flashlib": half,
-        # Updates as flashlib does. Tuning itself for a shape takes it longer than all the rest of the case.
+        # Its update is flashlib's. To tune itself for a shape takes it longer than all the rest of the case.
         "flashlib-cute": half and searches and case.points == IMAGES,
         "triton": True,
     }
@@ -84,13 +86,15 @@ def providers(case: Case, stage: str) -> list[str]:
 
 @functools.lru_cache(maxsize=1)
 def problem(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
-    """(features [N, d], centroids [K, d] float32), twice as many as there are directions."""
+    """Return (features [N, d], centroids [K, d] float32). There are twice as many centroids as the features have
+    directions.
+    """
     features = unit_features(case.points, case.clusters // 2, D, DEVICE).to(case.dtype)
     return features, some_points(features, case.clusters)
 
 
 def distance_of(case: Case, stage: str, result: torch.Tensor) -> float:
-    """To the centroids assigned, or to the nearest of the new ones."""
+    """Return the points' mean distance to the centroids that a search assigned, or to the nearest of the new ones."""
     features, centroids = problem(case)
     if stage == "assignment":
         return mean_distance(features, centroids, result.view(-1))
@@ -123,7 +127,9 @@ def test_lloyd(benchmark, case, stage, provider):
 
 
 def faiss_kmeans(features: torch.Tensor, init: torch.Tensor, labels: bool = False) -> torch.Tensor:
-    """Of all points: by default faiss takes 256 per cluster. The labels of its centroids take another search."""
+    """Return the centroids of faiss's own k-means of all points (by default it takes 256 points per cluster). With
+    `labels`, it also searches for the points' nearest centroids at the end.
+    """
     faiss = optional.module("faiss", "faiss-gpu")
     faiss.omp_set_num_threads(torch.get_num_threads())
     kmeans = faiss.Kmeans(D, len(init), niter=ITERATIONS, max_points_per_centroid=len(features))
@@ -134,7 +140,7 @@ def faiss_kmeans(features: torch.Tensor, init: torch.Tensor, labels: bool = Fals
 
 
 def our_kmeans(features: torch.Tensor, init: torch.Tensor) -> torch.Tensor:
-    """With the labels of its centroids."""
+    """Return the centroids of our k-means, which searches for the points' nearest ones at the end, too."""
     return kmeans(features, len(init), iterations=ITERATIONS, init=init, backend="torch").centroids
 
 

@@ -1,9 +1,10 @@
 """The ways to compute an iteration of Lloyd's algorithm on a GPU that are measured: what a user would run otherwise,
 then ours.
 
-All get the same features [N, d] and centroids [K, d] float32, and hand back integers [N] and new centroids [K, d].
-flash-kmeans and flashlib are optional packages; they want a batch as first dimension, and centroids of the features'
-type. What an iteration can leave to the first one (squared norms of the points, buffers) is left out for everybody.
+All get the same features [N, d] and centroids [K, d] float32, and return integers [N] and new centroids [K, d].
+flash-kmeans and flashlib are optional packages; they need a batch as the first dimension, and centroids of the
+features' type. Work that only the first iteration of a k-means must do (squared norms of the points, buffers) is done
+before and not timed, for every provider.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ STAGES = ("assignment", "update", "iteration")
 
 
 class Lloyd(NamedTuple):
+    """A provider's search (-> assignment [N]) and its update (assignment -> new centroids), if it has one."""
+
     assign: Callable[[], torch.Tensor]
     update: Callable[[torch.Tensor], torch.Tensor] | None
 
 
 def with_means(nearest: Callable, sums: Callable, features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
-    """As in pcl_fast/clustering/lloyd.py."""
+    """Return the search, and an update that makes means of sums as pcl_fast/clustering/lloyd.py does."""
 
     def update(assignment: torch.Tensor) -> torch.Tensor:
         total, counts = sums(features, assignment, len(centroids))
@@ -46,7 +49,7 @@ def triton_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
 
 
 def faiss_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
-    """The search alone, in place; always in float32."""
+    """Return faiss's search on PyTorch's memory, always in float32; there is no update."""
     optional.module("faiss", "faiss-gpu")
     features = features.float()
     search = pick_backend("faiss", features.device, features.dtype, features.shape[1]).nearest
@@ -54,7 +57,9 @@ def faiss_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
 
 
 def faiss_iteration(features: torch.Tensor, centroids: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """As faiss's own k-means does it: from the host, where it averages too; float32."""
+    """Return an iteration as faiss's own k-means does it: in float32, with the points on the host, where it averages
+    too.
+    """
     host, start = features.float().cpu().numpy(), centroids.cpu().numpy()
     options = {"iterations": 1, "redo": 1, "init": start, "max_points_per_centroid": len(host)}
     return lambda: torch.from_numpy(official_estep.kmeans(host, len(start), **options)[0])
@@ -88,7 +93,7 @@ def flashlib_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
 
 
 def flashlib_cute_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
-    """Its kernel in CuTe DSL, for Hopper, which it tunes itself for every shape (20 s)."""
+    """Return flashlib's kernel for Hopper in CuTe DSL, which it tunes for every shape (20 s)."""
     optional.module("cutlass.cute", "nvidia-cutlass-dsl")
     assigning = optional.module("flashlib.primitives.kmeans.cutedsl.assign", "flashlib")
     points, start = features[None], centroids.to(features.dtype)[None]
@@ -106,7 +111,7 @@ PROVIDERS: dict[str, Callable[[torch.Tensor, torch.Tensor], Lloyd]] = {
 
 
 def step(stage: str, provider: str, features: torch.Tensor, centroids: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """What to time: returns the assignment, or else the new centroids."""
+    """Return the function to time, which returns the assignment, or the new centroids."""
     if (provider, stage) == ("faiss", "iteration"):
         return faiss_iteration(features, centroids)
     assign, update = PROVIDERS[provider](features, centroids)

@@ -1,7 +1,7 @@
-"""The loss of one step, forward and gradient, computed in every way of providers.py. Run by `make bench`.
+"""The loss of one step, forward and gradient, computed by every provider of providers.py. Run by `make bench`.
 
 The base case is the paper's step on one of four GPUs: N = 64 rows, d = 128, r = 16384 negatives and as many queue keys,
-prototypes 25k, 50k and 100k. On a GPU it runs in three dtypes, and N and r are varied in half precision.
+and 25k, 50k and 100k prototypes. On a GPU it runs in three dtypes, and in half precision with other N and r too.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ class Case(NamedTuple):
         return f"N={self.rows}, r={self.negatives or 'all'}, {str(self.dtype).removeprefix('torch.')}"
 
     def describe(self) -> dict:
-        """What the record says of the case. Its floor is to read every bank once; every score takes two products."""
+        """Return what the record says about the case. Its floor is to read every bank once; every score takes part in
+        two products.
+        """
         columns = QUEUE + sum(min(self.negatives or k, k) for k in KS)
         return {
             "N": self.rows,
@@ -63,7 +65,7 @@ def cases() -> list[Case]:
 
 
 def providers(case: Case) -> list[str]:
-    """Those that can run the case. The official way is slow enough to be measured in the base case alone."""
+    """Return the providers that can run the case. The official way is slow, so only the base case measures it."""
     if not device.CUDA:
         return ["official", "eager"]
     left_out = set()
@@ -76,7 +78,7 @@ def providers(case: Case) -> list[str]:
 
 @pytest.fixture(scope="module")
 def data() -> dict:
-    """Float32 inputs of the largest case, on the device."""
+    """Return the float32 inputs of the largest case, on the device."""
     generator = torch.Generator().manual_seed(0)
 
     def unit(rows: int) -> torch.Tensor:
@@ -101,7 +103,7 @@ def data() -> dict:
 
 
 def inputs_of(case: Case, data: dict) -> dict:
-    """The loss's arguments but query and seed."""
+    """Return the arguments of the loss, except query and seed."""
     return {
         "key": data["key"][: case.rows].to(case.dtype),
         "queue": data["queue"].to(case.dtype),
@@ -113,7 +115,7 @@ def inputs_of(case: Case, data: dict) -> dict:
 
 
 def ready(function: Callable[[], torch.Tensor], graph: bool) -> tuple[Callable[[], torch.Tensor], int | None]:
-    """(what to time, warmed up; peak of the memory it takes)."""
+    """Return (the function to time, warmed up; the peak of the memory that it takes)."""
     if graph:
         return device.capture(function)
     for _ in range(device.WARM_UP):
@@ -126,7 +128,7 @@ def test_loss(benchmark, data, case, provider):
     query, inputs = data["query"][: case.rows].to(case.dtype), inputs_of(case, data)
     seed = torch.tensor(1, device=DEVICE)
     timed, memory = ready(step(provider, query, inputs, seed), graph=provider.endswith(GRAPH))
-    if provider != "official":  # which draws other negatives
+    if provider != "official":  # whose negatives are others
         expected = step("eager", query, inputs, seed)().double()
         assert torch.linalg.norm(timed().double() - expected) < 0.01 * torch.linalg.norm(expected)
     benchmark.group = str(case)

@@ -1,10 +1,10 @@
-"""The E-step the way the official code computes it, rebuilt from its description: what we measure ourselves against.
+"""The E-step as the official code computes it, rebuilt from a description of it: what we measure ourselves against.
 
 One GPU clusters for all of them, granularity by granularity. The features lie on the host, as a numpy array: faiss
-copies them to the GPU in every iteration, and averages on the CPU. Distances and labels are searched for once more. The
-concentration is two loops in Python, over the images and over the clusters.
+copies them to the GPU in every iteration, and averages on the CPU. Another search at the end finds distances and
+labels. The concentration is computed by two loops in Python, over the images and over the clusters.
 
-Without a GPU the same with faiss's index for the CPU.
+Without a GPU it does the same with faiss's index for the CPU.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ ALPHA = 10
 
 @functools.cache
 def resources():
-    """1.5 GB of the GPU's memory. The official code makes them anew for every granularity, which is left out here."""
+    """Return faiss's resources, which take 1.5 GB of the GPU's memory. The official code makes them anew for every
+    granularity; here they are made once.
+    """
     return optional.module("faiss", "faiss-gpu").StandardGpuResources()
 
 
 def flat_index(d: int):
-    """faiss's, on the GPU if there is one."""
+    """Return faiss's exact index, on the GPU if there is one."""
     faiss = optional.module("faiss", "faiss-gpu")
     if not torch.cuda.is_available():
         return faiss.IndexFlatL2(d)
@@ -49,7 +51,7 @@ def kmeans(
     init: np.ndarray | None = None,
     max_points_per_centroid: int = 1000,
 ) -> tuple:
-    """(centroids [k, d] float32, faiss's index of them); features are [n, d] float32."""
+    """Return (centroids [k, d] float32, faiss's index of them) for features [n, d] float32."""
     faiss = optional.module("faiss", "faiss-gpu")
     d = features.shape[1]
     clustering = faiss.Clustering(d, k)
@@ -64,7 +66,7 @@ def kmeans(
 
 
 def concentration(distance: np.ndarray, assignment: np.ndarray, k: int, temperature: float) -> np.ndarray:
-    """[k]; distance [n] float32, squared, and assignment [n]."""
+    """Return the concentration [k], from squared distances [n] float32 and assignment [n]."""
     members: list[list[np.float32]] = [[] for _ in range(k)]
     for image, cluster in enumerate(assignment):
         members[int(cluster)].append(distance[image])
@@ -90,7 +92,7 @@ def cluster(
     init: Sequence[np.ndarray] | None = None,
     device: str = "cpu",
 ) -> list[PrototypeSet]:
-    """`pcl_fast.clustering.cluster` of features [n, d] on the host; the prototypes go to the device."""
+    """Do what `pcl_fast.clustering.cluster` does, for features [n, d] on the host; the prototypes end on the device."""
     prototypes = []
     for m, k in enumerate(ks):
         start = None if init is None else init[m]

@@ -1,12 +1,12 @@
-"""A training step the way the official code takes it, rebuilt from its description: what we measure ourselves against.
+"""A training step as the official code takes it, rebuilt from a description of it: what we measure ourselves against.
 
-Everything is float32, channels first, and one module within DistributedDataParallel, which brings the other ranks its
-buffers, the queue too, in every forward pass. The momentum encoder moves in a Python loop over the parameters. For
-shuffled batch norm every rank gathers the float images of all. The queue's position is read from the device. The views
-come from worker processes as normalised floats, are copied to the device in every step, and the meters wait for the
-loss. Negative prototypes are chosen on the host, see official.py.
+Everything is float32, channels first, and one module within DistributedDataParallel, which sends the module's buffers,
+the queue included, to the other ranks in every forward pass. A Python loop over the parameters moves the momentum
+encoder. For shuffled batch norm every rank gathers the float images of all ranks. The queue's position is read from the
+device. The views come from worker processes as normalised floats, and are copied to the device in every step. The
+meters wait for the loss. Negative prototypes are chosen on the host, see official.py.
 
-A process group must be there, if of one rank alone.
+This needs a process group, even for a single rank.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from pcl_fast.data import ImageSet
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WORKERS = len(os.sched_getaffinity(0))
-AHEAD = 2 * WORKERS  # batches: two for every worker, as DataLoader does
-NO_END = 1 << 40  # images
+AHEAD = 2 * WORKERS  # batches that may be ready: DataLoader has two for every worker
+NO_END = 1 << 40  # so many images that an epoch never ends
 
 Views = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # query and key views [N, 3, H, W] float32; index [N]
 
 
 class Contrast(nn.Module):
-    """Both encoders and the queue."""
+    """Encoder, momentum encoder (key_encoder) and queue."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -52,7 +52,7 @@ class Contrast(nn.Module):
     def forward(
         self, query_view: torch.Tensor, key_view: torch.Tensor, prototypes: list[PrototypeSet], index: torch.Tensor
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(logits, labels) of InfoNCE, then of every granularity."""
+        """Return (logits, labels) of InfoNCE, then of every granularity."""
         key = self.keys(key_view)
         query = F.normalize(self.query_encoder(query_view), dim=1)
         loss = self.config.loss
@@ -63,6 +63,7 @@ class Contrast(nn.Module):
 
     @torch.no_grad()
     def keys(self, view: torch.Tensor) -> torch.Tensor:
+        """Update the momentum encoder, and return the keys of a view, from a batch that is shuffled among the ranks."""
         momentum = self.config.model.momentum
         for key, query in zip(self.key_encoder.parameters(), self.query_encoder.parameters(), strict=True):
             key.data = momentum * key.data + (1 - momentum) * query.data
@@ -81,7 +82,7 @@ class Contrast(nn.Module):
 
 
 def encoder(config: Config) -> nn.Module:
-    """A ResNet whose last layer, or two with a ReLU between, gives the features."""
+    """Return a ResNet whose last layer, or last two layers with a ReLU between them, give the features."""
     network = torchvision.models.get_model(config.model.arch, num_classes=config.model.dim)
     if config.model.head == "mlp":
         width = network.fc.in_features
@@ -90,18 +91,19 @@ def encoder(config: Config) -> nn.Module:
 
 
 def gathered(rows: torch.Tensor) -> torch.Tensor:
-    """Of all ranks."""
+    """Return the rows of all ranks, one rank after another."""
     parts = [torch.ones_like(rows) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, rows)
     return torch.cat(parts)
 
 
 def own_part(order: torch.Tensor) -> torch.Tensor:
+    """Return this rank's share of an order of all ranks' rows."""
     return order.view(dist.get_world_size(), -1)[dist.get_rank()]
 
 
 class Meter:
-    """An average, as of the loss: of what is on the device there, if it is given so."""
+    """The running sum and count of a metric. A sum of tensors stays on their device."""
 
     def __init__(self) -> None:
         self.sum, self.count = 0, 0
@@ -112,7 +114,7 @@ class Meter:
 
 
 class OfficialStep:
-    """The module, its optimiser and the meters."""
+    """The module, its optimiser and the meters of the official code."""
 
     def __init__(self, config: Config, device: torch.device):
         self.device = device
@@ -128,14 +130,14 @@ class OfficialStep:
 
     @torch.no_grad()
     def start_from(self, weights: dict[str, torch.Tensor], queue: torch.Tensor) -> None:
-        """Those of our encoder, for both; queue [size, dim]."""
+        """Copy in our encoder's weights, for both encoders, and our queue [size, dim]."""
         names = {name: name.removeprefix("backbone.").replace("head.", "fc.") for name in weights}
         for encoder in (self.module.query_encoder, self.module.key_encoder):
             encoder.load_state_dict({names[name]: value for name, value in weights.items()})
         self.module.queue.copy_(queue.T)
 
     def step(self, views: Views, prototypes: list[PrototypeSet]) -> float:
-        """Returns the loss. Views are on the host, in pinned memory if there is a GPU."""
+        """Take a step and return the loss. The views are on the host, in pinned memory if there is a GPU."""
         query_view, key_view = (view.to(self.device, non_blocking=True) for view in views[:2])
         instance, *granularities = self.parallel(query_view, key_view, prototypes, views[2])
         loss, rows = official.total([instance, *granularities]), len(query_view)
@@ -152,20 +154,22 @@ class OfficialStep:
 
 @torch.no_grad()
 def top1(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Percent."""
+    """Return how often the label has the largest logit, in percent."""
     found = logits.topk(1, dim=1).indices[:, 0]
     return 100 * (found == labels).float().mean()
 
 
 def loader(images: ImageSet, size: int, batch: int, *, pin: bool) -> Iterator[Views]:
-    """Random images without end, by a worker for every core. There is no pause between epochs, which are short here."""
+    """Return an endless stream of views of random images, made by one worker process per core. Without epochs there are
+    no pauses between them, which would be frequent with so few images.
+    """
     sampler = RandomSampler(images, replacement=True, num_samples=NO_END)
     pairs = Pairs(images, augmentation(size))
     return iter(DataLoader(pairs, batch, sampler=sampler, num_workers=WORKERS, pin_memory=pin, drop_last=True))
 
 
 class Pairs(Dataset):
-    """Two views of an image, and its index."""
+    """Two views of every image, and its index."""
 
     def __init__(self, images: ImageSet, transform: transforms.Compose):
         self.images, self.transform = images, transform
@@ -179,7 +183,7 @@ class Pairs(Dataset):
 
 
 def augmentation(size: int) -> transforms.Compose:
-    """PCL v2's, by PIL."""
+    """Return the augmentation of PCL v2, by PIL."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),

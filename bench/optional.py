@@ -1,4 +1,4 @@
-"""Packages that some providers need and the project does not: without them these providers are skipped."""
+"""Packages that some providers need and the project does not; a provider whose package is missing is skipped."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ PACKAGES = (
 
 
 def module(name: str, package: str) -> ModuleType:
-    """The module, or the test that asks for it is skipped."""
+    """Return the module; if it is not installed, skip the test that asks for it."""
     return pytest.importorskip(name, reason=f"needs the package {package}", exc_type=ImportError)
 
 
 def versions() -> dict[str, str]:
-    """Of those that are installed."""
+    """Return the versions of those packages that are installed."""
     found = {}
     for name in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Photographs without a download: cuts of the two that ship with scikit-learn, for benchmarks and tests."""
+"""Photographs without a download, for benchmarks and tests: pieces of the two that scikit-learn contains."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-# An average image of ImageNet: 110 KB. That much detail takes fine cuts and little compression.
+# The size of an average image of ImageNet, which has 110 KB. Pieces of photographs have that many bytes only if they
+# are hardly compressed.
 WIDTH, HEIGHT, QUALITY = 500, 375, 98
 
 
@@ -20,7 +21,10 @@ def photographs() -> tuple[Image.Image, ...]:
 
 
 def piece(seed: int, width: int, height: int, least: float = 0.4) -> Image.Image:
-    """A random cut of a photograph, resized, mirrored half of the time; at least so large a share of the largest."""
+    """Return a random piece of a photograph, resized to width x height, and mirrored half of the time.
+
+    Its sides are at least `least` times those of the largest piece of this shape.
+    """
     rng = np.random.default_rng(seed)
     photo = photographs()[seed % 2]
     scale = rng.uniform(least, 1.0) * min(photo.width / width, photo.height / height)
@@ -31,13 +35,15 @@ def piece(seed: int, width: int, height: int, least: float = 0.4) -> Image.Image
 
 
 def write_pieces(folder: Path, images: int, width: int = 200, height: int = 150) -> None:
-    """JPEGs 00.jpg, 01.jpg, ... of slightly different sizes."""
+    """Write JPEGs 00.jpg, 01.jpg, ... of slightly different sizes."""
     for seed in range(images):
         piece(seed, width + seed % 3, height - seed % 4).save(folder / f"{seed:02d}.jpg", quality=92)
 
 
 def write_photographs(folder: Path, images: int) -> float:
-    """So many JPEGs of ImageNet's size, each the left of one cut and the right of another; returns their mean bytes."""
+    """Write JPEGs of ImageNet's size, each the left of one piece beside the right of another; return their mean size in
+    bytes.
+    """
     with ProcessPoolExecutor() as pool:
         sizes = list(pool.map(_write_photograph, [folder] * images, range(images), chunksize=16))
     return sum(sizes) / images

@@ -1,4 +1,4 @@
-"""Draws <folder>/loss.png from <folder>/loss.json: time against rows and against negatives, per provider.
+"""Draws <folder>/loss.png from <folder>/loss.json: every provider's time by number of rows, and by negatives.
 
 python bench/plot.py bench/results/<machine>/loss.json
 """
@@ -26,7 +26,7 @@ COLOURS = {
 
 
 def plot(path: Path) -> Path:
-    """Returns the picture's path."""
+    """Draw the picture of a record, and return the picture's path."""
     record = json.loads(path.read_text())
     swept = [case for case in record["cases"].values() if "dtype" in case]
     dtype = Counter(case["dtype"] for case in swept).most_common(1)[0][0]
@@ -47,7 +47,7 @@ def plot(path: Path) -> Path:
 
 
 def draw(axes: Axes, cases: list[dict], x: str, label: str) -> None:
-    """A line per provider and one for the floor, over case[x], with case[label] at the ticks."""
+    """Draw a line per provider, and one for the floor, over case[x], with case[label] at the ticks."""
     cases = sorted(cases, key=lambda case: case[x])
     for provider, colour in COLOURS.items():
         points = [

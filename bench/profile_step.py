@@ -2,9 +2,9 @@
 
     python bench/profile_step.py [--batch 64] [--out bench/results/<machine>]
 
-Loader off. Phases are timed by the GPU's clock, if there is one, in steps that take turns with encoder-only's; the
-medians are shown. Operators are those of torch.profiler in a few steps more, which it slows down. Written are
-step-profile.txt and step-profile.png; the picture shows one of the profiled steps too.
+The loader is off. Phases are timed by the GPU's clock, if there is one, in steps that take turns with those of
+encoder-only (see step.py); the medians are shown. Operators come from torch.profiler in a few more steps, which it
+slows down. The results are step-profile.txt and step-profile.png; the picture also shows one of the profiled steps.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COLOURS = {
     "metrics": "black",
     "rest": "lightgray",
 }
-# By what their names contain; the first that fits.
+# Kinds of operators, by what their names contain; the first that fits counts.
 KINDS = {
     "batch norm": ("batch_norm", "bn_fw", "bn_bw", "batchnorm"),
     "convolution": ("conv", "cudnn", "xmma", "cutlass", "winograd", "fprop", "dgrad", "wgrad"),
@@ -57,7 +57,7 @@ KIND_COLOURS = dict(zip(KINDS, ("tab:green", "tab:blue", "tab:red", "lightgray")
 
 
 class Phases:
-    """The times of a learner's parts, step by step: its calls are replaced by ones that are timed."""
+    """The times of a learner's parts, step by step. It replaces the learner's functions by ones that take the time."""
 
     def __init__(self, learner: Learner):
         self.instants: list[tuple[str, Any, Any]] = []
@@ -102,13 +102,13 @@ class Phases:
         self.steps.append(seconds)
 
     def medians(self) -> dict[str, float]:
-        """Milliseconds."""
+        """Return every phase's median time in milliseconds."""
         found = {phase: statistics.median(seconds[phase] for seconds in self.steps) for phase in COLOURS}
         return {phase: 1e3 * seconds for phase, seconds in found.items() if seconds}
 
 
 class Operators:
-    """What the profiler saw: kernels if there is a GPU, else operators, each without those that it calls."""
+    """What the profiler has seen: kernels if there is a GPU, otherwise operators, each without those that it calls."""
 
     def __init__(self, run: Callable[[], object]):
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.CUDA else [])]
@@ -125,7 +125,7 @@ class Operators:
         self.work = [event for event in work if on_host(event) != device.CUDA]
 
     def totals(self) -> list[tuple[str, int, float]]:
-        """(name, calls, milliseconds) of all steps together, the longest first."""
+        """Return (name, calls, milliseconds) over all profiled steps, the longest first."""
         found: dict[str, list[float]] = defaultdict(list)
         for event in self.work:
             took = event.time_range.elapsed_us() if device.CUDA else event.self_cpu_time_total
@@ -185,7 +185,9 @@ def picture(title: str, phases: dict[str, float], encoder_ms: float, operators: 
 
 
 def lane(axes: Axes, label: str, events: Iterable[FunctionEvent], step_range: Any, colour: Callable) -> None:
-    """The events of a step, those that an operator calls upon it. On a GPU those that ended after the host began it."""
+    """Draw the events of a step, and over an operator those that it calls. On a GPU these are the events that ended
+    after the host began the step.
+    """
     shown = [event for event in events if event.time_range.end > step_range.start]
     shown.sort(key=lambda event: -event.time_range.elapsed_us())
     lefts = [(event.time_range.start - step_range.start) / 1e3 for event in shown]

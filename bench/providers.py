@@ -1,4 +1,4 @@
-"""The ways to compute the loss that are measured: what a user would run otherwise, then ours."""
+"""The ways to compute the loss that are measured: first what a user would run otherwise, then ours."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import official
 import sdpa
 import torch
 
-from pcl_fast.losses import protonce
+from pcl_fast.losses import pcl_loss
 
-Loss = Callable[[torch.Tensor], torch.Tensor]  # scalar loss of a query
+Loss = Callable[[torch.Tensor], torch.Tensor]  # query -> scalar loss
 GRAPH = "+graph"
 
 
 def official_loss(inputs: dict, seed: torch.Tensor) -> Loss:
-    return partial(official.loss, **inputs)  # draws on the host, from Python's own generator
+    return partial(official.loss, **inputs)  # without the seed: it draws on the host, from Python's own generator
 
 
 def eager_loss(inputs: dict, seed: torch.Tensor) -> Loss:
-    return partial(_protonce, **inputs, seed=seed, backend="torch")
+    return partial(_pcl_loss, **inputs, seed=seed, backend="torch")
 
 
 def compiled_loss(inputs: dict, seed: torch.Tensor) -> Loss:
-    # Compiled as one graph for the case's shapes, or not at all. Without the reset a later case would reach the limit
-    # of recompilations and silently run eagerly.
+    # It is compiled as one graph for the case's shapes, or fails. Without the reset a later case would reach the limit
+    # of recompilations, and would run eagerly without a word.
     torch.compiler.reset()
-    return partial(torch.compile(_protonce, dynamic=False, fullgraph=True), **inputs, seed=seed, backend="torch")
+    return partial(torch.compile(_pcl_loss, dynamic=False, fullgraph=True), **inputs, seed=seed, backend="torch")
 
 
 def sdpa_loss(inputs: dict, seed: torch.Tensor) -> Loss:
@@ -35,11 +35,11 @@ def sdpa_loss(inputs: dict, seed: torch.Tensor) -> Loss:
 
 
 def triton_loss(inputs: dict, seed: torch.Tensor) -> Loss:
-    return partial(_protonce, **inputs, seed=seed, backend="triton")
+    return partial(_pcl_loss, **inputs, seed=seed, backend="triton")
 
 
-def _protonce(query: torch.Tensor, **arguments) -> torch.Tensor:
-    return protonce(query, **arguments).loss
+def _pcl_loss(query: torch.Tensor, **arguments) -> torch.Tensor:
+    return pcl_loss(query, **arguments).loss
 
 
 PROVIDERS: dict[str, Callable[[dict, torch.Tensor], Loss]] = {
@@ -54,7 +54,7 @@ PROVIDERS: dict[str, Callable[[dict, torch.Tensor], Loss]] = {
 
 
 def step(name: str, query: torch.Tensor, inputs: dict, seed: torch.Tensor) -> Callable[[], torch.Tensor]:
-    """Forward and backward of the whole loss; returns the gradient."""
+    """Return a function that computes the whole loss forward and backward, and returns the query's gradient."""
     loss = PROVIDERS[name](inputs, seed)
 
     def forward_and_backward() -> torch.Tensor:

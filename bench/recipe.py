@@ -1,4 +1,6 @@
-"""What the benchmarks of loaders and of the step train: PCL v2 for a GPU or a CPU, on photographs, with prototypes."""
+"""The recipe that the benchmarks of loaders and of the step train (PCL v2, for a GPU or a CPU), with photographs,
+prototypes and a learner for it.
+"""
 
 from __future__ import annotations
 
@@ -25,20 +27,21 @@ IMAGES = 4096 if device.CUDA else 512
 
 @functools.cache
 def folder() -> tuple[ImageFolder, float]:
-    """The photographs, and the mean size of their files in KB."""
+    """Return the photographs, and the mean size of their files in KB."""
     root = tempfile.TemporaryDirectory(prefix="photographs-")
-    folder.keep = root  # until the process ends
+    folder.keep = root  # so that the files exist until the process ends
     size = photos.write_photographs(Path(root.name), IMAGES)
     return find_images(Path(root.name)), size / 1000
 
 
 def pcl_v2(batch: int, loader: str = "auto") -> Config:
+    """Return the recipe of PCL v2 with this batch size and loader."""
     config = PRESETS["pcl_v2"][1]
     return replace(config, data=replace(config.data, loader=loader), optim=replace(config.optim, batch_size=batch))
 
 
 def step_recipe(batch: int, loader: str = "auto") -> Config:
-    """PCL v2; on a CPU as one might be used: for 100,000 images of 64 px."""
+    """Return the recipe of PCL v2; on a CPU, what would suit 100,000 images of 64 px."""
     config = pcl_v2(batch, loader)
     if device.CUDA:
         return config
@@ -52,7 +55,7 @@ def step_recipe(batch: int, loader: str = "auto") -> Config:
 
 
 def random_prototypes(config: Config) -> list[PrototypeSet]:
-    """Of the photographs. That they are random does not change how long a step takes."""
+    """Return prototypes of the photographs. They are random, which does not change how long a step takes."""
     options = {"generator": torch.Generator(WORLD.device).manual_seed(0), "device": WORLD.device}
     return [
         PrototypeSet(
@@ -65,7 +68,7 @@ def random_prototypes(config: Config) -> list[PrototypeSet]:
 
 
 def ready_learner(config: Config) -> Learner:
-    """As in the first epoch after an E-step."""
+    """Return a learner with prototypes, as it is in the first epoch after an E-step."""
     learner = Learner(build(config, WORLD, IMAGES), config, WORLD)
     learner.method.prototypes.replace(random_prototypes(config))
     learner.set_rate(0)

@@ -1,14 +1,14 @@
-"""The loss by the flash attention that PyTorch ships: what a stock fused kernel gives, without writing one.
+"""The loss by PyTorch's own flash attention: what an existing fused kernel achieves, without writing a new one.
 
-With keys = values = negatives / phi, attention's output is the softmax-weighted mean O of the negatives and its
-log-sum-exp all that the loss needs, so that the gradient follows in closed form and no backward kernel runs:
+If both keys and values are negatives / phi, attention's output is the softmax-weighted mean O of the negatives. With
+its log-sum-exp, that is all that the loss needs: the gradient has a closed form, and no backward kernel runs.
 
     z_i = lse_i - s_i+        loss_i = softplus(z_i)        dloss_i/dq_i = sigmoid(z_i) (O_i - w_i+ c_i+)
 
-What attention cannot do is left to plain operations: drawing and gathering the negatives, and the other rows'
-prototypes, among which a row must not see its twins'.
+What attention cannot do is left to plain operations: to draw and gather the negatives, and to contrast with the other
+rows' prototypes, from which a row's twins (the rows that have the same prototype) must be hidden.
 
-fp16 and bf16 only, from compute capability 8.0 on.
+It takes fp16 and bf16 only, from compute capability 8.0 on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LossAndGradient = tuple[torch.Tensor, torch.Tensor]
 
 
 def prescale(prototypes: Sequence[PrototypeSet]) -> list[PrototypeSet]:
-    """Centroids over their phi, which nothing stops one from doing once per E-step instead of in every step."""
+    """Return the sets with centroids divided by their phi. This is not timed, because once per E-step would do."""
     return [
         granularity._replace(
             centroids=(granularity.centroids / granularity.concentration[:, None]).to(granularity.centroids.dtype)
@@ -36,12 +36,12 @@ def prescale(prototypes: Sequence[PrototypeSet]) -> list[PrototypeSet]:
 
 
 def loss(query: torch.Tensor, **arguments) -> torch.Tensor:
-    """`pcl_fast.losses.protonce(...).loss`, up to half precision, if the prototypes went through `prescale`."""
+    """Return `pcl_fast.losses.pcl_loss(...).loss`, up to half precision, for prototypes that `prescale` has made."""
     return _KnownGradient.apply(query, partial(loss_and_gradient, **arguments))
 
 
 class _KnownGradient(torch.autograd.Function):
-    """A scalar whose gradient was found along with it."""
+    """A scalar loss whose gradient is computed together with it."""
 
     @staticmethod
     def forward(ctx, query: torch.Tensor, function: Callable[[torch.Tensor], LossAndGradient]) -> torch.Tensor:
@@ -66,7 +66,7 @@ def loss_and_gradient(
     num_negatives: int | None,
     seed: torch.Tensor,
 ) -> LossAndGradient:
-    """(scalar, [N, d] in the query's dtype)."""
+    """Return the loss and its gradient: (scalar, [N, d] in the query's dtype)."""
     output, lse = attend(query, queue, 1 / temperature)
     value, gradient = residual(query, key.float() / temperature, output / temperature, lse)
     for m, granularity in enumerate(prototypes):
@@ -79,7 +79,9 @@ def loss_and_gradient(
 def proto_nce(
     query: torch.Tensor, prototypes: PrototypeSet, index: torch.Tensor, num_negatives: int | None, seed: torch.Tensor
 ) -> LossAndGradient:
-    """One granularity: attention over the drawn negatives, joined with the other rows' prototypes."""
+    """Return mean loss and gradient of one granularity: attention over the drawn negatives, combined with the other
+    rows' prototypes.
+    """
     centroids = prototypes.centroids
     positives = prototypes.assignment[index].long()
     negatives = sample_negatives(len(centroids), num_negatives, positives, seed=seed)
@@ -92,7 +94,7 @@ def proto_nce(
 
 
 def attend(query: torch.Tensor, bank: torch.Tensor, scale: float) -> LossAndGradient:
-    """([N, d], [N]) in float32: softmax-weighted mean of the bank, and log-sum-exp of scale times the scores."""
+    """Return, in float32, the softmax-weighted mean of the bank [N, d] and the log-sum-exp [N] of scale x scores."""
     bank = bank[None, None]
     output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention.default(
         query[None, None], bank, bank, scale=scale
@@ -101,6 +103,6 @@ def attend(query: torch.Tensor, bank: torch.Tensor, scale: float) -> LossAndGrad
 
 
 def residual(query: torch.Tensor, own: torch.Tensor, output: torch.Tensor, lse: torch.Tensor) -> LossAndGradient:
-    """Mean loss and its gradient, from the scaled positives and what attention says of the negatives."""
+    """Return the mean loss and its gradient, from the positives, scaled, and attention's results for the negatives."""
     z = lse - (query.float() * own).sum(1)
     return F.softplus(z).mean(), z.sigmoid()[:, None] * (output - own) / len(query)

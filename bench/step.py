@@ -1,21 +1,23 @@
-"""A training step from batch to updated weights, the way the official code takes it and ours. Run by `make bench`.
+"""A training step from batch to updated weights, as the official code takes it and as ours does. Run by `make bench`.
 
-PCL v2: on a GPU with ResNet-50 at 224 px and the paper's queue and prototypes, on a CPU with ResNet-18 at 64 px and
-what would suit 100,000 images. Providers:
+It is a step of PCL v2: on a GPU with ResNet-50 at 224 px and the paper's queue and prototypes, on a CPU with ResNet-18
+at 64 px and what would suit 100,000 images. The providers are:
 
-- official: rebuilt from its description, see official_step.py.
-- encoder-only: what no way to train can do without, in ours' precision and memory format. Query forward and backward
-  from a constant gradient of the features, key forward, nothing else: no loss, no optimiser, no momentum update.
+- official: the official code, rebuilt from a description of it, see official_step.py.
+- encoder-only: what no way to train can do without, in the precision and memory format of ours. That is query forward,
+  backward from a constant gradient of the features, and key forward: no loss, no optimiser, no momentum update.
 - ours: Learner.step.
-- ours+graph: the same with Learner.compute as a CUDA graph, whose inputs are copied into it; loader off only.
+- ours+graph: the same with Learner.compute as a CUDA graph, into which the inputs are copied; loader off only.
 
-Loader off: everyone's batch is at hand, over and over, as its loader would leave it: normalised floats in the host's
-memory (official), bytes on the device (ours); encoder-only finds them normalised there. Loader on: photographs by the
-official code's transforms in worker processes (official), or by our loader (ours and encoder-only).
+With the loader off, every provider gets one batch over and over, in the form in which its loader would deliver it:
+normalised floats in the host's memory (official), or bytes on the device (ours). Encoder-only gets normalised images on
+the device. With the loader on, photographs come from the official code's transforms in worker processes (official), or
+from our loader (ours and encoder-only).
 
-Before every round of a provider encoder-only has one, so that both see the machine in the same state; its share is the
-median of their ratios, and times_official the ratio of two shares. (Encoder-only's own says how exact that is.) A
-loader that had a rest while the other worked has batches ready, which are taken first, untimed.
+Every round of a provider follows one of encoder-only, so that both see the machine in the same state. A provider's
+share of encoder-only's speed is the median of the rounds' ratios, and times_official is the ratio of two shares.
+(Encoder-only's share of its own speed says how exact this is.) While one provider works, the other's loader makes
+batches in advance; these are taken first, and not timed.
 
 Before anything is timed, the official step and ours must learn the same from the same.
 """
@@ -50,9 +52,9 @@ from pcl_fast.nn.precision import autocast, encoder_dtype
 DEVICE = recipe.WORLD.device
 BATCHES = (64, 256) if device.CUDA else (64, 32)
 REFERENCE, GRAPH = "encoder-only", "ours+graph"
-EPOCH = 1 << 20  # images: the photographs many times over, as no epoch is to end while it is measured
+EPOCH = 1 << 20  # images: the photographs many times over, so that no epoch ends while a step is measured
 SIZES = {"images": recipe.IMAGES, "width": photos.WIDTH, "height": photos.HEIGHT}
-# Dense half-precision products, TFLOP/s, by the data sheets.
+# The rates of dense half-precision products in TFLOP/s, from the data sheets.
 PEAKS = {"V100-PCIE": 112, "V100": 125, "A100": 312, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989}
 
 Step = Callable[[], object]
@@ -73,7 +75,7 @@ class Case(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Of a round; with a loader so many that what it has ready counts for little."""
+        """Return the steps of a round; with a loader so many that batches made in advance count for little."""
         if self.loader == "on":
             return 32 if device.CUDA else 512 // self.batch
         return 8 if device.CUDA else 256 // self.batch
@@ -83,7 +85,7 @@ class Case(NamedTuple):
         return 9 if self.loader == "off" else 5
 
     def describe(self) -> dict:
-        """What the record says of the case."""
+        """Return what the record says about the case."""
         config = self.config
         flop, parameters = count_work(self.batch)
         return {
@@ -105,7 +107,7 @@ class Case(NamedTuple):
 
 @functools.cache
 def count_work(batch: int) -> tuple[int, int]:
-    """(floating point operations of encoder-only's step, parameters of one encoder)."""
+    """Return (floating point operations of encoder-only's step, parameters of one encoder)."""
     config = recipe.step_recipe(batch)
     with torch.device("meta"):
         encoder, views = Encoder(config.model), torch.empty(batch, 3, config.data.size, config.data.size)
@@ -117,8 +119,10 @@ def count_work(batch: int) -> tuple[int, int]:
 
 
 class Runner(NamedTuple):
+    """A provider that is ready to take steps."""
+
     step: Step
-    ahead: int  # batches that its loader may have ready after a rest
+    ahead: int  # batches that its loader may have made in advance
 
 
 @functools.cache
@@ -130,7 +134,7 @@ def batch_at_hand(case: Case) -> Batch:
 
 
 def our_batches(case: Case) -> tuple[Iterator[Batch], int]:
-    """(batches, how many of them may be ready after a rest)."""
+    """Return (batches, how many of them the loader may have made in advance)."""
     if case.loader == "off":
         return itertools.repeat(batch_at_hand(case)), 0
     config, images = case.config.data, recipe.folder()[0]
@@ -139,14 +143,14 @@ def our_batches(case: Case) -> tuple[Iterator[Batch], int]:
         long, config, views=(view_of(config),) * 2, batch_size=case.batch, seed=0, world=recipe.WORLD
     )
     resources = pick_resources(config, DEVICE)
-    # DALI has two stages, torchvision as many as workers.
+    # DALI prefetches in two stages, torchvision in every worker.
     ready = resources.prefetch * (2 if pick_loader(config.loader) == "dali" else resources.workers)
-    # The same prototypes are for the photographs once.
+    # There are prototypes for the photographs, not for their repetitions.
     return (batch._replace(index=batch.index % len(images)) for batch in loader.epoch(0)), ready
 
 
 def official_views(case: Case) -> tuple[Iterator[official_step.Views], int]:
-    """As `our_batches`."""
+    """Return what `our_batches` returns, for the official code."""
     if case.loader == "on":
         images, size = recipe.folder()[0], case.config.data.size
         return official_step.loader(images, size, case.batch, pin=device.CUDA), official_step.AHEAD
@@ -216,13 +220,13 @@ PROVIDERS: dict[str, Callable[[Case], Runner]] = {
 }
 CASES = [Case(batch, loader) for batch in BATCHES for loader in ("off", "on")]
 RUNS = [(case, provider) for case in CASES for provider in PROVIDERS if provider != GRAPH]
-if device.CUDA:  # last, as a failed capture may leave the GPU unusable
+if device.CUDA:  # last, because a failed capture may leave the GPU unusable
     RUNS += [(case, GRAPH) for case in CASES if case.loader == "off"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group() -> Iterator[None]:
-    """Of this process alone, for the official step; ours does not use it."""
+    """Make a process group of this process alone for the official step; ours does not use it."""
     options = {"rank": 0, "world_size": 1, "store": dist.HashStore()}
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.CUDA else "gloo", **options)
     yield
@@ -231,7 +235,7 @@ def process_group() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def fastest_convolutions() -> Iterator[None]:
-    """Both ways let cuDNN find them."""
+    """Let cuDNN search for the fastest convolutions, for all providers."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
     yield
     torch.backends.cudnn.benchmark = before
@@ -243,7 +247,7 @@ def agreement() -> None:
 
 
 def warm(provider: str, case: Case) -> tuple[Runner, int | None]:
-    """(the provider after some steps; the most memory of the GPU that it has taken since, weights included)."""
+    """Return (the provider after some steps; the most GPU memory that it takes, its weights included)."""
     before = torch.cuda.memory_allocated() if device.CUDA else 0
     runner = PROVIDERS[provider](case)
     run(runner, device.WARM_UP)
@@ -257,13 +261,13 @@ def run(runner: Runner, steps: int) -> None:
         runner.step()
 
 
-shares: dict[tuple[Case, str], float] = {}  # of encoder-only's speed
+shares: dict[tuple[Case, str], float] = {}  # (case, provider) -> share of encoder-only's speed
 
 
 @pytest.mark.parametrize(("case", "provider"), RUNS, ids=str)
 @pytest.mark.usefixtures("agreement")
 def test_step(benchmark, case, provider):
-    batch_at_hand(case)  # which is nobody's memory
+    batch_at_hand(case)  # now, so that it does not count as the provider's memory
     runner, memory = warm(provider, case)
     reference = runner if provider == REFERENCE else warm(REFERENCE, case)[0]
     reference_seconds: list[float] = []
@@ -285,7 +289,7 @@ def test_step(benchmark, case, provider):
 
 
 def figures(case: Case, provider: str, seconds: float) -> dict[str, float]:
-    """Of a step that takes so long."""
+    """Return the figures of a provider whose step takes so many seconds."""
     share = shares[case, provider]
     result = {"images_per_s": round(case.batch / seconds, 1), "share_of_encoder_only": round(share, 4)}
     if (case, "official") in shares:

@@ -1,5 +1,5 @@
-"""Times the search for the nearest centroid with every candidate tile, best first: for the table NEAREST in
-kernels/launch.py. Needs a GPU. Whatever cannot be compiled or launched is listed with its reason.
+"""Times the search for the nearest centroid with every candidate tile, and prints the tiles, the fastest first, for the
+table NEAREST in kernels/launch.py. This needs a GPU. What cannot be compiled or launched is listed with the reason.
 
     python bench/tiles.py [--dtype float16 float32] [--points 262144] [--clusters 25000] [--limit 240]
 """
@@ -24,13 +24,15 @@ D = 128
 
 
 def candidates() -> list[Tile]:
-    """Those that leave a thread 32 to 128 scores of a tile: fewer keep no matrix unit busy, more do not fit."""
+    """Return the tiles of which a thread holds 32 to 128 scores: fewer do not keep the matrix units busy, more do not
+    fit into registers.
+    """
     tiles = [Tile(*sizes) for sizes in product((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4))]
     return [tile for tile in tiles if 32 <= tile.rows * tile.columns // (32 * tile.warps) <= 128]
 
 
 def seconds_with(tile: Tile, features: torch.Tensor, centroids: torch.Tensor, expected: float) -> float:
-    """Of all three launches, once they are compiled and found to be right."""
+    """Return how long all three launches take, in seconds, once they are compiled and have given the right result."""
     with patch.object(assign, "nearest_tile", lambda *_: {D: tile}):
         search = partial(assign.nearest, features, centroids)
         distance = mean_distance(features, centroids, search())
@@ -40,7 +42,7 @@ def seconds_with(tile: Tile, features: torch.Tensor, centroids: torch.Tensor, ex
 
 
 def sweep(tiles: Iterable[Tile], features: torch.Tensor, centroids: torch.Tensor, limit: float) -> None:
-    """Prints the tiles tried within so many seconds."""
+    """Try tiles for `limit` seconds, and print what was found."""
     flop = 2 * len(features) * len(centroids) * D
     expected = mean_distance(features, centroids)
     found, failed = [], []

@@ -1,1 +1,1 @@
-"""Kernels and their plain PyTorch twins. Nothing here knows of the rest of pcl_fast."""
+"""Triton kernels, each beside a plain version in PyTorch (X_plain.py). Nothing here knows of the rest of pcl_fast."""

@@ -2,29 +2,30 @@
 
     argmin_j |x - c_j|^2 = argmax_j s_j      s_j = x . c_j - |c_j|^2 / 2
 
-A product of d = 128 is so short for a matrix unit that most of the time would go to what is done with each score. So
-nearly nothing is: one maximum a score, and what that leaves open is settled afterwards. Three launches:
+A matrix unit multiplies rows of d = 128 so quickly that most of the time would go to the work on each score. So a score
+takes part in one maximum and nothing else, and what that leaves open is settled afterwards. There are three launches:
 
-prepare  The centroids as the matrix units want them: half precision, padded to whole tiles, with -|c|^2 / 2.
-sweep    Program (tile of points) holds its points and goes through all centroids, a tile at a time. Scores start from
+prepare  It writes the centroids as the matrix units need them: in half precision, padded to whole tiles, with
+         -|c|^2 / 2 beside them.
+sweep    Every program holds one tile of points and goes through all centroids, a tile at a time. Scores start from
          -|c|^2 / 2 in the accumulator. The columns of a tile are divided into CLASSES classes, so that all columns of a
-         class lie in one thread's registers: the maximum over them takes no exchange between threads. Per point and
-         class two numbers survive: the largest score so far, and the tile that it came from. At the end the best class
-         leaves its tile and class: a point's nearest centroid is one of COLUMNS / CLASSES.
-settle   These candidates are compared by their distances in fp32, summed from differences.
+         class lie in one thread's registers, and their maximum takes no exchange between threads. The program keeps two
+         numbers per point and class: the largest score so far, and the tile that it came from. At the end it writes
+         the tile and the class of each point's largest score, which leaves COLUMNS / CLASSES candidates.
+settle   It compares these candidates by their distances in fp32, summed from differences.
 
-The index of the largest score is never carried along: the maximum of a tile with its index takes three instructions a
-score instead of one. Packing the index into the score's low bits takes two more, and bits of the score.
+The index of the largest score is never carried along: a maximum with its index takes three instructions per score
+instead of one. To pack the index into the score's low bits would take two more, and would cost bits of the score.
 
-Numerics. Points of fp16 are multiplied as they are, with centroids rounded to fp16 (scaled to make the most of its
-range) and the |c|^2 of the rounded ones: the nearest of the rounded centroids is found, up to the rounding of the sums
-in fp32. Points of fp32 and their centroids are split into two fp16 numbers each, high + low, and multiplied as high
-high + high low + low high: 22 bits, on the matrix units of every architecture. Magnitudes from 1e-15 to 1e15 will do;
-much beyond them squares leave the range of fp32.
-Ties go to one of the equals, always the same.
+Numerics. Points of fp16 are multiplied as they are, with centroids that are rounded to fp16 (and scaled, to make the
+most of its range) and with the |c|^2 of the rounded centroids. So the kernels find the nearest of the rounded
+centroids, up to the rounding of the sums in fp32. Points of fp32 and their centroids are each split into two fp16
+numbers, high + low, and multiplied as high high + high low + low high: that keeps 22 bits, on the matrix units of every
+architecture. Magnitudes from 1e-15 to 1e15 are safe; far beyond them squares leave the range of fp32.
+Of centroids that are equally near, always the same one is found.
 """
 
-# Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
+# No `from __future__ import annotations` here: Triton 3.1's interpreter would not recognise a tl.constexpr.
 from contextlib import nullcontext
 
 import torch
@@ -35,15 +36,16 @@ from pcl_fast.kernels.launch import capability, nearest_tile
 from pcl_fast.kernels.tiles import INTERPRETED, OLD_TRITON
 
 CLASSES = 8
-BLOCK = 128 if INTERPRETED else 16  # points or centroids of a program of `prepare` or `settle`
-# The score of padding: below every real one, and finite, as the accumulator it is.
+BLOCK = 128 if INTERPRETED else 16  # points, or centroids, that a program of `prepare` or `settle` works on
+# The score of a centroid that only pads a tile: below every real score, and finite, because an accumulator starts from
+# it.
 NOTHING = tl.constexpr(-3e38)
 
 
 def widest(dtype: torch.dtype, device: torch.device) -> int:
-    """The largest d of the kernels on a device for points of this type, 0 where they are of no use.
+    """Return the largest d that the kernels take for points of this type on this device; 0 where they cannot be used.
 
-    Triton up to 3.1 is only used for Volta, whose matrix units later versions do not know.
+    Triton up to 3.1 is used for Volta alone, whose matrix units later versions do not support.
     """
     if dtype not in (torch.float16, torch.float32):
         return 0
@@ -54,11 +56,11 @@ def widest(dtype: torch.dtype, device: torch.device) -> int:
 
 
 def nearest(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Index of each point's nearest centroid, int32 [n].
+    """Return the index of each point's nearest centroid, int32 [n].
 
     Args:
-        features: [n, d] float16 or float32, contiguous and finite; d at most `widest`. fp32 takes three times the
-            products of fp16.
+        features: [n, d] float16 or float32, contiguous and finite; d is at most `widest`. fp32 takes three times as
+            many products as fp16.
         centroids: [k, d] float32, contiguous and finite.
     """
     n, d = features.shape
@@ -69,7 +71,7 @@ def nearest(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     width = max(16, triton.next_power_of_2(d))
     tile = nearest_tile(capability(features.device), features.itemsize)[max(width, 128)]
     tiles = triton.cdiv(len(centroids), tile.columns)
-    padded = (tiles + 1) * tile.columns  # one tile more, as the sweep reads ahead
+    padded = (tiles + 1) * tile.columns  # one tile more, because the sweep reads ahead
     high = torch.empty(padded, width, dtype=torch.float16, device=features.device)
     low = torch.empty_like(high) if split else high
     offset = torch.empty(padded, dtype=torch.float32, device=features.device)
@@ -94,9 +96,9 @@ def nearest(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 
 @triton.jit
 def _scale(extremes):
-    """The power of two that brings a largest absolute value to [2^14, 2^15), but no further than by 2^60.
+    """Return the power of two, within 2^-60 to 2^60, that brings the largest absolute value to [2^14, 2^15).
 
-    From the bits of fp32: the exponent, biased by 127, follows on 23 bits of mantissa.
+    It is computed on the bits of fp32, in which the exponent, biased by 127, stands above 23 bits of mantissa.
     """
     largest = tl.maximum(-tl.load(extremes), tl.load(extremes + 1)).to(tl.float32)
     exponent = 127 + 14 + 127 - (largest.to(tl.int32, bitcast=True) >> 23)
@@ -106,7 +108,7 @@ def _scale(extremes):
 
 @triton.jit
 def _of_points(extremes, SPLIT: tl.constexpr):
-    """The scale of the points: fp16 ones are taken as they are."""
+    """Return what points are multiplied by: 1 for fp16, which is taken as it is."""
     if SPLIT:
         return _scale(extremes + 2)
     else:
@@ -118,7 +120,7 @@ def prepare(
     centroids, extremes, high, low, offset, k, padded,
     D: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes high and low [padded, WIDTH], offset [padded]. Grid: blocks of centroids."""
+    """Write high and low [padded, WIDTH] and offset [padded]. The grid is blocks of centroids."""
     ids = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
     valid = ids < k
@@ -133,7 +135,7 @@ def prepare(
         tl.store(low + places, (rows - rounded.to(tl.float32)).to(tl.float16), mask=stored[:, None])
     else:
         rows = rounded.to(tl.float32)
-    # Both factors of a product are scaled, and so must be -|c|^2 / 2.
+    # Both factors of a product x . c are scaled, so -|c|^2 / 2 must be scaled by both too.
     norm = tl.sum(rows * rows, axis=1)
     start = tl.where(valid, -0.5 * norm * (_of_points(extremes, SPLIT) / scale), NOTHING)
     tl.store(offset + ids, start, mask=stored)
@@ -145,9 +147,9 @@ def sweep(
     D: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes found [n] int32: tile * CLASSES + class of the largest score. Grid: tiles of points.
+    """Write found [n] int32: tile * CLASSES + class of the largest score. The grid is tiles of points.
 
-    Programs go through the centroids in step, so that they find them in the L2 cache.
+    All programs go through the centroids at the same pace, so that they find them in the L2 cache.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)
@@ -162,8 +164,8 @@ def sweep(
     largest = tl.full([ROWS, CLASSES], float("-inf"), tl.float32)
     tile_of_largest = tl.zeros([ROWS, CLASSES], tl.int32)
     columns = tl.arange(0, COLUMNS)
-    # One tile ahead: unlike the centroids, which the compiler copies to shared memory ahead of their use, these are
-    # loaded to registers, and would be waited for.
+    # Offsets are loaded one tile ahead. The compiler copies centroids to shared memory before they are needed, but it
+    # loads these into registers, where the program would wait for them.
     start = tl.load(offset + columns)
     for tile in range(0, tiles):
         ids = tile * COLUMNS + columns
@@ -195,10 +197,10 @@ def settle(
     D: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr,
     COLUMNS: tl.constexpr, CLASSES: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Writes assignment [n] int32: the nearest centroid among the candidates that `found` means.
+    """Write assignment [n] int32: the nearest among the candidates, which are the columns of the class in `found`.
 
-    centroids: [k, D] fp32 for points of fp32, else the rounded and scaled ones [padded k, WIDTH]. Grid: blocks of
-    points.
+    For points of fp32 `centroids` is [k, D] fp32; otherwise it is `high` of `prepare`, [padded, WIDTH] fp16, rounded
+    and scaled. The grid is blocks of points.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     d = tl.arange(0, WIDTH)

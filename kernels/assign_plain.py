@@ -1,19 +1,22 @@
-"""The plain twins of assign.py and segment.py: PyTorch operations alone, on any device and for any d."""
+"""The plain version of assign.py: PyTorch operations alone, on any device and for any d."""
 
 from __future__ import annotations
 
 import torch
 
-# Scores held at once: on a CPU they stay in its caches (4 MiB, measured best of 1 to 256 at k = 1000), a GPU needs more
-# work per launch.
+# How many scores are held at once. On a CPU so few that they stay in its caches (4 MiB was the best of 1 to 256 MiB at
+# k = 1000); a GPU needs more work per launch.
 _CHUNK_SCORES = {"cpu": 1 << 20, "cuda": 1 << 26}
-# Finding a maximum is cheap, its place is not: the maximum of each of these many columns, then the place among them.
-# Measured on a CPU at k = 1000 and 5000: 11 and 21% of the whole search saved, against argmax over all columns.
+# To find a maximum is cheap, to find its place is not. So the maximum of each group of this many columns is found
+# first, then the place within the best group. On a CPU this saves 11% of the whole search at k = 1000 and 21% at
+# k = 5000, compared with argmax over all columns.
 _GROUP = 64
 
 
 def nearest(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """Index of each point's nearest centroid, int64 [n], by chunked matrix products in fp32; ties go to the lowest.
+    """Return the index of each point's nearest centroid, int64 [n]; of equally near ones, the lowest index.
+
+    The matrix products are in fp32, chunk by chunk.
 
     Args:
         features: [n, d] float16 or float32; centroids: [k, d] float32.
@@ -21,7 +24,7 @@ def nearest(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     n, k = len(features), len(centroids)
     groups = -(-k // _GROUP)
     rows = max(1, min(n, _CHUNK_SCORES.get(features.device.type, 1 << 24) // (groups * _GROUP)))
-    # The last group may be short: the rest of it stays at -inf.
+    # The last group may be shorter than the others; its unused columns stay at -inf.
     scores = centroids.new_full((rows, groups * _GROUP), -torch.inf)
     row = torch.arange(rows, device=features.device)
     by_column, offset = centroids.T.contiguous(), -0.5 * centroids.square().sum(1)

@@ -1,6 +1,6 @@
-"""From the parts of the pass to losses and gradients, and the backward pass. See contrast.py."""
+"""The kernels that turn what `stream` wrote into losses and gradients, and the backward pass. See contrast.py."""
 
-# Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
+# No `from __future__ import annotations` here: Triton 3.1's interpreter would not recognise a tl.constexpr.
 import triton
 import triton.language as tl
 
@@ -9,8 +9,10 @@ from pcl_fast.kernels.tiles import LN2, LOG2E, LOWEST, load_rows
 
 @triton.jit
 def _softplus(x):
-    """log(1 + e^x). With y = e^-|x| it is max(x, 0) + log1p(y), and log1p(y) = 2 artanh(y / (2 + y)), whose series in
-    [0, 1/3] needs no logarithm and is exact for small y: the hardware's logarithm is not, near 1.
+    """Return log(1 + e^x) = max(x, 0) + log1p(y) with y = e^-|x|.
+
+    log1p(y) = 2 artanh(y / (2 + y)) is summed as a series, whose argument lies in [0, 1/3]. It is exact for small y,
+    where the hardware's logarithm of a number near 1 is not.
     """
     y = tl.exp2(-tl.abs(x) * LOG2E)
     t = y / (2.0 + y)
@@ -23,8 +25,8 @@ def _softplus(x):
 
 @triton.jit
 def _difference(largest, total, score):
-    """z = logsumexp - s+ in units of log 2, LOWEST without negatives."""
-    some = total != 0  # also if NaN
+    """Return z = logsumexp - s+ in units of log 2, or LOWEST where there are no negatives (total = 0)."""
+    some = total != 0  # true for NaN too
     return tl.where(some, (largest - score) + tl.log2(tl.where(some, total, 1.0)), LOWEST)
 
 
@@ -34,7 +36,9 @@ def combine(
     n, banks, first_share, other_share,
     D: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Program (bank, row): loss, correct and gradient of the row. Program banks * n: the weighted mean of losses."""
+    """Write loss, correct and gradient of one row and bank per program; program banks * n writes the weighted mean of
+    the losses.
+    """
     if tl.program_id(0) == banks * n:
         _mean_loss(maxima, sums, scores, ends, mean_loss, n, banks, first_share, other_share)
     else:
@@ -59,7 +63,7 @@ def combine(
         z = _difference(largest, total, score)
         line = bank.to(tl.int64) * n + row
         tl.store(loss + line, _softplus(z * LN2))
-        # Maxima pass over NaN on a GPU; the total does not.
+        # On a GPU a maximum ignores NaN; the total does not.
         tl.store(correct + line, ((score > largest) & (total == total)).to(tl.uint8))
         # e^z / (1 + e^z), without overflow.
         small = tl.exp2(-tl.abs(z))
@@ -72,10 +76,10 @@ def combine(
 
 @triton.jit
 def _mean_loss(maxima, sums, scores, ends, mean_loss, n, banks, first_share, other_share):
-    """first_share * sum of bank 0's losses + other_share * sum of the others'.
+    """Write first_share * (sum of bank 0's losses) + other_share * (sum of the other banks' losses).
 
-    The losses are computed again from the parts' maxima and sums: reading what the other programs are writing would
-    need a launch in between.
+    The losses are computed again from the parts' maxima and sums: to read those that the other programs write, another
+    launch would be needed.
     """
     PARTS: tl.constexpr = 16
     ROWS: tl.constexpr = 64
@@ -109,7 +113,7 @@ def weigh(
     gradient, upstream_mean, upstream_rows, out, n, banks, bank_stride, row_stride, first_share, other_share,
     D: tl.constexpr, BLOCK_D: tl.constexpr, MEAN: tl.constexpr, BY_ROW: tl.constexpr,
 ):  # fmt: skip
-    """Program (row): the gradients of its banks, times what flows back into their losses, added."""
+    """Add up the gradients of one row per program over the banks, each times the upstream gradient of its loss."""
     row = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
     total = tl.zeros([BLOCK_D], tl.float32)

@@ -5,31 +5,35 @@ Row i of N has, in every bank b, a positive p_i of weight w_i+ and negatives c_j
     s_i+ = w_i+ (q_i . p_i)      s_ij = w_j (q_i . c_j)      z_i = logsumexp_j s_ij - s_i+
     loss_i = softplus(z_i)       dloss_i/dq_i = sigmoid(z_i) (O_i - w_i+ p_i)      O_i = sum_j softmax_j(s_ij) w_j c_j
 
-This is attention with values = keys, and computed like flash-decoding: few rows, long banks. Three launches:
+This is attention whose values are its keys, and it is computed like flash-decoding, for few rows and long banks. The
+forward pass has three launches:
 
-draw     Program (block, set) writes its part of the list of a set's columns: ids and weights (sampling.py).
-stream   Program (part of a bank, tile of rows) goes through its columns once. A tile of columns is multiplied with the
-         queries, turned into exponentials against the running maximum, and multiplied with the same columns again. It
-         leaves maximum, sum and the numerator of the weighted mean: N d numbers per part, and no logits.
-combine  Program (bank, row) rescales and adds the parts in a fixed order, and finishes in residual form: z is computed
-         as one difference, never 1 - softmax, so confident rows keep their gradient. One more program adds the losses.
+draw     Each program (block, set) writes its part of the list of a set's columns: ids and weights (sampling.py).
+stream   Each program (part of a bank, tile of rows) goes through its columns once. It multiplies a tile of columns with
+         the queries, turns the scores into exponentials against the running maximum, and multiplies these with the same
+         columns again. It writes maximum, sum and numerator of the weighted mean: N d numbers per part, no logits.
+combine  Each program (bank, row) rescales the parts, adds them in a fixed order, and finishes in residual form: z is
+         computed as one difference, never 1 - softmax, so confident rows keep their gradient. One more program adds up
+         the losses.
 
-Backward is one launch: the gradients of the banks, weighted by what flows back into their losses. No atomics, nothing
-random, no waiting for the GPU: the same bits every run, and usable in a CUDA graph.
+The backward pass is one launch: it adds up the banks' gradients, each times the upstream gradient of its loss. There
+are no atomics, nothing is random and nothing waits for the GPU, so every run gives the same bits, and a CUDA graph can
+hold it.
 
-Banks. Bank 0 may be the queue: its positives are the rows of `key`, all of it is negative, one temperature. The others
-are prototype sets: the positive of a row is its image's prototype; negatives are sampled prototypes that are nobody's
-positive, and one column per other row, its positive, unless that is this row's own prototype (a twin).
+Banks. Bank 0 may be the queue: its positives are the rows of `key`, all its keys are negatives, and it has one
+temperature. The other banks are prototype sets: the positive of a row is the prototype of its image; the negatives are
+sampled prototypes that are nobody's positive, and the positives of the other rows, one column per row. A row's twins
+(the rows that have the same prototype) add no negative for it.
 
-Numerics. fp16 and bf16 operands are multiplied as they are, the promotion of query and bank type, and added in fp32.
-fp32 queries are rounded to the type of banks in half precision, which is as exact as these are, and get their gradient
-in fp32: so training need not round it. fp32 operands are split into two fp16 numbers, high + low, and multiplied as
-high high + high low + low high: 22 bits, on the matrix units of every architecture, where TF32 has 11. Matrix units
-truncate what they add to an accumulator; so that this does not pile up over a part, fp32 numerators are added outside
-of them.
-Exponentials times weights are scaled to at most 2^15 before they are rounded to fp16, whose small numbers would
-otherwise swallow a long tail of little exponentials. The scale is by the largest weight so far, a running maximum like
-that of the scores.
+Numerics. fp16 and bf16 operands are multiplied in the type that query and bank promote to, and added in fp32. fp32
+queries are rounded to the type of a bank in half precision, which is no more exact than that, but their gradient is
+fp32, so training need not round it. fp32 operands are split into two fp16 numbers, high + low, and multiplied as
+high high + high low + low high: that keeps 22 bits, on the matrix units of every architecture, where TF32 has 11.
+Matrix units truncate what they add to an accumulator; so that these errors do not pile up over a part, fp32 numerators
+are added outside of them.
+Exponentials times weights are scaled to at most 2^15 before they are rounded to fp16; otherwise a long tail of small
+exponentials would be rounded to nothing. The scale follows the largest weight so far, a running maximum like that of
+the scores.
 """
 
 from __future__ import annotations
@@ -56,10 +60,10 @@ TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bflo
 
 
 def widest(device: torch.device) -> int:
-    """The largest d of the kernels on a device, 0 where they are of no use.
+    """Return the largest d that the kernels take on a device; 0 where they cannot be used.
 
-    Triton up to 3.1 knows Volta's matrix units, for which it cannot compile more than one block of d, but fails at the
-    fp32 kernels for Hopper; later versions know those from Ampere's on.
+    Triton up to 3.1 supports Volta's matrix units, for which it cannot compile more than one block of d, but it fails
+    to compile the fp32 kernels for Hopper. Later versions support the matrix units of Ampere and newer GPUs.
     """
     if INTERPRETED:
         return 4 * BLOCK_D
@@ -69,12 +73,14 @@ def widest(device: torch.device) -> int:
 
 
 def takes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether features may be of this type: GPUs before Ampere do not know bf16."""
+    """Return whether the kernels take features of this type: GPUs before Ampere have no bf16."""
     return dtype in TRITON_TYPES and (dtype != torch.bfloat16 or capability(device) >= 80)
 
 
 class PrototypeBank(NamedTuple):
-    """centroids [K, d], concentration [K], assignment [n] of integers: a granularity, as in clustering."""
+    """One granularity's centroids [K, d], concentration [K] and assignment [n] of integers, like clustering's
+    PrototypeSet.
+    """
 
     centroids: torch.Tensor
     concentration: torch.Tensor
@@ -91,20 +97,23 @@ def contrast(
     num_negatives: int | None,
     seed: int | torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Contrast with the queue (unless it is None) and every prototype set, see the module.
+    """Contrast the queries with the queue (unless it is None) and with every prototype set; the equations are above.
 
     Args:
         query: [N, d] float32, float16 or bfloat16, the only input that gets a gradient. Entries of float32 features
             (here and below) must be below 64 in absolute value; larger ones give NaN.
-        key, queue: [N, d] and [R, d]; temperature: theirs.
-        sets: see `PrototypeBank`; set m draws its negatives with seed + m.
-        index: int64 [N], the rows' images.
-        num_negatives: r; None, or more than exist: all.
-        seed: int64 number, or 0-d int64 tensor on the device, read there.
+        key: [N, d], the queries' positives in the queue's bank; None without a queue.
+        queue: [R, d] negatives, or None.
+        temperature: tau of key and queue.
+        sets: the prototype sets; set m draws its negatives with seed + m.
+        index: int64 [N], positions of the rows' images in the assignments.
+        num_negatives: r. If it is None, or more than exist, all are taken.
+        seed: an int of 64 bits, or a 0-d int64 tensor on the device, which is read there.
 
     Returns:
         mean: 0-d float32, the queue's mean loss + the mean over the sets of their mean losses.
-        loss: [B, N] float32 and correct: [B, N] bool, of the queue and the sets, in this order.
+        loss: [B, N] float32, of the queue and the sets, in this order.
+        correct: [B, N] bool, whether the positive scored strictly above every negative.
     """
     number, on_device = (0, seed) if isinstance(seed, torch.Tensor) else (seed, None)
     fields = [[bank[i] for bank in sets] for i in range(3)]
@@ -130,7 +139,8 @@ class _Contrast(torch.autograd.Function):
 
 
 # --- operators ----------------------------------------------------------------------------------------------------
-# Opaque to torch.compile. Library is used rather than custom_op, whose checks cost 0.2 ms a call.
+# torch.compile does not look into these. They are defined by Library and not by custom_op, whose checks cost 0.2 ms a
+# call.
 
 _library = torch.library.Library("pcl_fast", "DEF")
 _library.define(
@@ -215,8 +225,8 @@ _library.impl("contrast_backward", _backward, "CompositeExplicitAutograd")
 
 
 class _State(NamedTuple):
-    """What `stream` leaves for `combine`. Per part and row: maxima, sums [P, N], numerators [P, N, d]. Per bank and
-    row: scores s+ [B, N] and positives w+ p [B, N, d]. ends [B]: each bank's last part, plus one.
+    """What `stream` writes for `combine`: per part and row, maxima and sums [P, N] and numerators [P, N, d]; per bank
+    and row, scores s+ [B, N] and positives w+ p [B, N, d]; and in ends [B] each bank's last part, plus one.
     """
 
     maxima: torch.Tensor
@@ -228,7 +238,12 @@ class _State(NamedTuple):
 
 
 class _Bank(NamedTuple):
-    """rows [size, d]; `columns` positions of the grid are listed, and `length` columns in all. key: the queue's."""
+    """A bank of negatives, with its rows [size, d], and how many columns a query meets in it.
+
+    concentration, assignment: see `PrototypeBank`; key: the positives of the queue, None in a prototype set.
+    columns: how many positions of the permutation's grid (height x width, see sampling.py) are listed.
+    length: how many columns the list has in all.
+    """
 
     rows: torch.Tensor
     concentration: torch.Tensor
@@ -241,12 +256,16 @@ class _Bank(NamedTuple):
     length: int
 
     def types(self) -> tuple:
-        """Kernels know pointers by their type, so that banks in a launch must agree in these."""
+        """Return the types of the bank's tensors, in which all banks of a launch must agree: a kernel is compiled for
+        the types of its pointers.
+        """
         return self.rows.dtype, self.concentration.dtype, self.assignment.dtype
 
 
 class _Launch(NamedTuple):
-    """Up to SLOTS banks of the same types, from bank `first_bank` and part `first_part` on."""
+    """Up to SLOTS banks of the same types that share a launch; they are numbered from `first_bank`, and their parts
+    from `first_part`.
+    """
 
     banks: list[_Bank]
     first_bank: int
@@ -257,7 +276,7 @@ class _Launch(NamedTuple):
     tile: Tile
 
     def each(self, field: str) -> list:
-        """The field of every bank, and of the last again for the slots that are not used."""
+        """Return the field of every bank, and the last bank's again for each slot that is not used."""
         return self.fill([getattr(bank, field) for bank in self.banks])
 
     def fill(self, values: list) -> list:
@@ -265,7 +284,7 @@ class _Launch(NamedTuple):
 
 
 def _queue(key: torch.Tensor, queue: torch.Tensor, sets: list[_Bank]) -> _Bank:
-    # What it does not have is never read, and only needs the type that it has in the sets.
+    # The queue has no concentration and no assignment. They are never read, and only need the types of the sets'.
     concentration = sets[0].concentration if sets else queue.new_empty(0, dtype=torch.float32)
     assignment = sets[0].assignment if sets else queue.new_empty(0, dtype=torch.int32)
     size = len(queue)
@@ -282,7 +301,7 @@ def _set(centroids, concentration, assignment, n: int, num_negatives: int | None
 
 
 def _plan(query: torch.Tensor, banks: list[_Bank]) -> list[_Launch]:
-    """One launch, unless there are more than SLOTS banks or banks of different types."""
+    """Divide the banks into launches: one for all, unless there are more than SLOTS or their types differ."""
     n, d = query.shape
     groups: list[list[_Bank]] = []
     for bank in banks:
@@ -303,7 +322,9 @@ def _plan(query: torch.Tensor, banks: list[_Bank]) -> list[_Launch]:
 
 
 def _operand_type(query: torch.Tensor, group: list[_Bank]) -> torch.dtype:
-    """The promotion of all types that are multiplied, but for a query in fp32, which is rounded to the others'."""
+    """Return the type in which a launch multiplies: what all types promote to, except that a query in fp32 is rounded
+    to the type of the others.
+    """
     operand = group[0].rows.dtype
     if group[0].key is not None:
         operand = torch.promote_types(operand, group[0].key.dtype)
@@ -313,7 +334,9 @@ def _operand_type(query: torch.Tensor, group: list[_Bank]) -> torch.dtype:
 def _draw(
     launch: _Launch, index: torch.Tensor, n: int, first_set: int, seed: int, device_seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Columns of the launch's sets: ids and weights [sets, stride], and stride. Bank b is set b + first_set."""
+    """List the columns of the launch's sets: return ids and weights [sets, stride], and stride. Bank b is set
+    b + first_set.
+    """
     sets = [bank for bank in launch.banks if bank.key is None]
     stride = max((bank.length for bank in sets), default=0)
     ids = index.new_empty((len(sets), stride), dtype=torch.int32)
@@ -353,21 +376,21 @@ def _stream(
 
 
 def _shares(has_queue: bool, banks: int, n: int) -> tuple[float, float]:
-    """What a row's loss counts in the mean: of the first bank, of the others."""
+    """Return the weights in `mean` of a row's loss: its loss in the first bank, and in each of the others."""
     of_sets = 1 / (max(1, banks - has_queue) * n)
     return 1 / n if has_queue else of_sets, of_sets
 
 
 def chunk(n: int, batch: int) -> int:
-    """Rows that `draw` compares a whole batch of columns with at once: tiles of some 4096 pairs."""
+    """Return how many rows `draw` compares with a whole batch of columns at once, in tiles of some 4096 pairs."""
     return max(1, min(triton.next_power_of_2(n), 4096 // batch))
 
 
 def parts_at_once(width: int) -> int:
-    """Parts of a row that `combine` adds up at once: tiles of 4096 numbers."""
+    """Return how many parts of a row `combine` adds up at once, in tiles of 4096 numbers."""
     return max(4, 4096 // width)
 
 
 def _padded(d: int) -> int:
-    """Tiles are as wide as the next power of 2, and as the matrix units' least."""
+    """Return the width of the tiles for rows of d: the next power of 2, but no less than the matrix units need."""
     return max(16, triton.next_power_of_2(d))

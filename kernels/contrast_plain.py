@@ -1,4 +1,4 @@
-"""Contrast of queries against one positive each and a bank of negatives: the plain twin of the fused kernels.
+"""Contrast of queries against one positive each and a bank of negatives: the plain version of contrast.py.
 
 The loss of row i is the cross-entropy of its positive among positive and negatives,
 
@@ -6,7 +6,7 @@ The loss of row i is the cross-entropy of its positive among positive and negati
     loss_i = -log(exp s_i+ / (exp s_i+ + sum_j exp s_ij))
 
 computed in residual form, z_i = logsumexp_j s_ij - s_i+ and loss_i = softplus(z_i). Its gradient sigmoid(z_i) is exact
-for confident rows too, where 1 - softmax would have cancelled to nothing.
+for confident rows too, where 1 - softmax would cancel to nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def contrast(
     hidden: torch.Tensor | None = None,
     there: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of every query's positive against the bank.
+    """Return every query's cross-entropy of its positive against the bank, and whether the positive wins.
+
+    Inputs are converted to float32 (float64 if the query is) before anything is multiplied.
 
     Args:
         query: [N, d], the only input that gets a gradient.
@@ -33,14 +35,12 @@ def contrast(
         bank: [R, d] negatives, shared by all queries; R may be 0.
         bank_weight: [R] or scalar, 1 / temperature of each negative.
         hidden: [N, H] bool with H <= R, True where column j < H is no negative of row i.
-        there: [C] bool with C <= R, False where one of the last C columns is nobody's negative.
-
-    Inputs are brought to float32 (float64 if query is) before anything is multiplied.
+        there: [C] bool with C <= R, about the last C columns: False where a column is nobody's negative.
 
     Returns:
-        (loss [N] in that dtype, correct [N] bool). correct: the positive scores strictly above every negative, so that
-        a collapsed encoder, whose scores are all equal, gets none right. A row without negatives has loss 0 and is
-        correct.
+        loss: [N] in the type of the computation; 0 for a row without negatives.
+        correct: [N] bool, True where the positive scores strictly above every negative. So a collapsed encoder, whose
+            scores are all equal, gets no row right, and a row without negatives is right.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
     query = query.to(dtype)
@@ -53,9 +53,9 @@ def contrast(
     if not len(bank):
         return score * 0, torch.ones_like(score, dtype=torch.bool)
     largest = scores.detach().amax(1)
-    # A row whose negatives are all hidden has largest = -inf; the clamp keeps -inf - -inf out of its sum, which is
-    # then 0, and z is -inf. What flows back into hidden scores is dropped, so its gradient is 0 and not 0/0.
+    # A row whose negatives are all hidden has largest = -inf. The clamp keeps -inf - -inf out of its sum, which is then
+    # 0, so z is -inf. What flows back into hidden scores is dropped, so the row's gradient is 0 and not 0/0.
     shift = largest.clamp(min=-1e30)
     total = (scores - shift[:, None]).exp().sum(1)
-    # Above its threshold softplus is linear: at 40 the difference is below the resolution of float64 too.
+    # Above its threshold PyTorch's softplus is linear; from 40 on that is exact even in float64.
     return F.softplus((shift - score) + total.log(), threshold=40), score.detach() > largest

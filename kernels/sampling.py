@@ -1,27 +1,29 @@
-"""Negative prototypes drawn inside a kernel: a keyed permutation of the ids, of which each program evaluates its part.
+"""Negative prototypes drawn inside a kernel, by a keyed permutation of which each program computes its own part.
 
-The negatives of a granularity with K prototypes are the first r of a random permutation that are nobody's positive.
-The permutation is never stored. It is a Feistel network on a grid of height x width >= K cells: the position is split
-into a row and a column, and each round adds to one of them, modulo its own size, a hash of the other and the seed.
-Every round can be undone, so this is a permutation whatever the hash, and the position of a given id is known as well.
-Cells from K on are holes, skipped like positives; the grid is chosen to have almost none (`sampling_plain.grid`).
+The negatives of a granularity with K prototypes are the first r ids of a random permutation that are nobody's positive;
+such ids are called free. The permutation is never stored. It is a Feistel network on a grid of height x width >= K
+cells: a position is split into a row and a column, and each round adds to one of the two, modulo its size, a hash of
+the other and the seed. Every round can be undone, so this is a permutation whatever the hash is, and the position of a
+given id can be computed too. Ids from K on are holes, which are skipped as positives are; the grid is chosen to have
+almost none (`sampling_plain.grid`).
 
-The r free ids lie at positions [0, end): end is r and as many as there are positives and holes before end. Leaving
-these out of the list would take a search for every entry. Instead
+The first r free ids lie at positions [0, end), where end is r plus the number of positives and holes before end. To
+leave these out of the list would take a search for every entry. Instead
 
-- a positive stays in. It stands for the first of the batch's columns with this prototype (one per row, its positive),
-  and that column's place in the list is given to one of the positions [r, end) from beyond the first r;
-- a hole stays in with weight 0, and has a place to give as well.
+- a positive stays in the list. It stands for the first of the batch's columns with this prototype (the batch has one
+  column per row, its positive), and that column's place in the list goes to one of the positions [r, end);
+- a hole stays in the list with weight 0, and its own place goes to one of these positions as well.
 
-There are as many places as positions beyond. So the list of columns is exactly
+There are as many places to give as positions from r to end. So the list of columns is exactly
 
     [batch: n] [holes] [positions 0 to r - 1]
 
-and holds what it should: every sampled prototype once, every other row's positive once per row. Who contrasts with it
-hides from a row the columns that are its own prototype: its positive, wherever it stands, and its twins.
+and holds what it should: every sampled prototype once, and every row's positive once per row. Whoever contrasts with
+the list hides from a row all columns that are its own prototype: its positive, wherever that stands, and those of its
+twins, the rows that have the same prototype.
 """
 
-# Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
+# No `from __future__ import annotations` here: Triton 3.1's interpreter would not recognise a tl.constexpr.
 import triton
 import triton.language as tl
 
@@ -31,18 +33,21 @@ ROUNDS = tl.constexpr(6)
 
 
 def halves(seed: int) -> tuple[int, int]:
-    """An int64 as two int32 for `join`. A number's own type would change with its size, and with it the kernel."""
+    """Split an int64 into two int32 for `join`. Passed whole, its type in Triton would depend on its size, and every
+    type would need a kernel of its own.
+    """
     return (seed + 2**31) % 2**32 - 2**31, seed >> 32
 
 
 @triton.jit
 def join(low, high):
+    """Return the int64 that `halves` has split."""
     return (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
 
 
 @triton.jit
 def mix(x):
-    """Hash of 32 bits in which every bit of the result depends on every bit of x."""
+    """Return a 32-bit hash, every bit of which depends on every bit of x."""
     x ^= x >> 16
     x *= 0x7FEB352D
     x ^= x >> 15
@@ -53,7 +58,7 @@ def mix(x):
 
 @triton.jit
 def round_key(seed, i: tl.constexpr):
-    """uint32 key of round i under an int64 seed."""
+    """Return the uint32 key of round i under an int64 seed."""
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
     high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     return mix(mix(low ^ (0x9E3779B9 * (i + 1) & 0xFFFFFFFF)) ^ high)
@@ -61,7 +66,7 @@ def round_key(seed, i: tl.constexpr):
 
 @triton.jit
 def offset(value, key, size):
-    """Hash of uint32 values to [0, size)."""
+    """Return a hash of uint32 values, in [0, size)."""
     value = (value ^ key) * 0x9E3779B1
     value ^= value >> 15
     value *= 0x85EBCA77
@@ -70,7 +75,7 @@ def offset(value, key, size):
 
 @triton.jit
 def permute(position, height, width, seed):
-    """Ids at positions: int32 in [0, height * width) to int32 in the same range."""
+    """Return the ids at these positions, both int32 in [0, height * width)."""
     height = height.to(tl.uint32)
     width = width.to(tl.uint32)
     row = position.to(tl.uint32) // width
@@ -85,7 +90,7 @@ def permute(position, height, width, seed):
 
 @triton.jit
 def unpermute(ids, height, width, seed):
-    """Positions of ids, the inverse of `permute`."""
+    """Return the positions of these ids: the inverse of `permute`."""
     height = height.to(tl.uint32)
     width = width.to(tl.uint32)
     row = ids.to(tl.uint32) // width
@@ -100,7 +105,7 @@ def unpermute(ids, height, width, seed):
 
 @triton.jit
 def _repeated(ids, place, index, assignment, n, CHUNK: tl.constexpr):
-    """Whether a row before `place` has this positive too: bool [E] for ids, place int32 [E]."""
+    """Return whether a row before `place` has this positive too: bool [E], for ids and place int32 [E]."""
     seen = tl.zeros(ids.shape, dtype=tl.int32)
     for start in range(0, n, CHUNK):
         other = start + tl.arange(0, CHUNK)
@@ -114,15 +119,15 @@ def _repeated(ids, place, index, assignment, n, CHUNK: tl.constexpr):
 def _batch_columns(
     index, assignment, n, size, columns, height, width, seed, EXCLUDED: tl.constexpr, CHUNK: tl.constexpr
 ):
-    """Ids of the first n + holes columns, see the module: int32 [EXCLUDED], at least that many."""
+    """Return the ids of the list's first n + holes columns (see the module), int32 [EXCLUDED], which may be longer."""
     place = tl.arange(0, EXCLUDED)
     positive = tl.load(assignment + tl.load(index + place, mask=place < n, other=0)).to(tl.int32)
     ids = tl.where(place < n, positive, size + place - n)
     cells = height * width
     excluded = (ids < cells) & (_repeated(ids, place, index, assignment, n, CHUNK) == 0)
     position = unpermute(tl.where(excluded, ids, 0), height, width, seed)
-    # end = columns + |excluded positions before end|, from below: every step adds the excluded positions that the last
-    # step let in, and so never passes the least solution.
+    # end = columns + |excluded positions before end| is solved from below: every step adds the excluded positions that
+    # the last step let in, and so never passes the least solution.
     end = columns
     previous = columns - 1
     while end != previous:
@@ -136,7 +141,7 @@ def _batch_columns(
 
 @triton.jit
 def pick(slot, x0, x1, x2, x3, USED: tl.constexpr):
-    """x_slot. What is given for unused slots only needs the type."""
+    """Return x_slot. The values of unused slots are never taken, and only need the right type."""
     x = x0
     if USED > 1:
         x = tl.where(slot == 1, x1, x)
@@ -147,14 +152,15 @@ def pick(slot, x0, x1, x2, x3, USED: tl.constexpr):
     return x
 
 
-SLOTS = 4  # banks in a launch: what `pick` picks from
+SLOTS = 4  # the most banks in a launch, which `pick` chooses from
 
 
 def per_slot(*names: str) -> list[str]:
+    """Return the names of the arguments that a kernel has once per slot: name0, name1, ..."""
     return [f"{name}{slot}" for name in names for slot in range(SLOTS)]
 
 
-# Sizes change from bank to bank and from epoch to epoch, seeds with every step: not worth a compilation each.
+# Sizes change from bank to bank and from epoch to epoch, seeds with every step: no reason to compile again.
 @triton.jit(
     do_not_specialize=[
         *per_slot("size", "columns", "height", "width"),
@@ -173,10 +179,10 @@ def draw(
     seed_on_device, seed_low, seed_high, granularity, list_ids, list_weights, n, stride,
     USED: tl.constexpr, SEEDED: tl.constexpr, BLOCK: tl.constexpr, EXCLUDED: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Program (block, set) writes a block of the set's list: ids int32 and weights float32 (0: no column), each
-    [sets, stride]. Block 0 is the first n + holes columns.
+    """Write one block of one set's list per program (block, set): ids int32 and weights float32, each [sets, stride].
 
-    Set `slot` draws with seed + granularity + slot.
+    A weight of 0 means that there is no column. Block 0 is the first n + holes columns. Set `slot` draws with
+    seed + granularity + slot.
     """
     slot = tl.program_id(1)
     assignment = pick(slot, assignment0, assignment1, assignment2, assignment3, USED)

@@ -1,4 +1,4 @@
-"""Negative prototypes, drawn by the first ids of a keyed permutation: the plain version of sampling.py."""
+"""Negative prototypes, drawn as the first ids of a keyed permutation: the plain version of sampling.py."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ from functools import lru_cache
 
 import torch
 
-ROUNDS = 6  # of the permutation; sampling.py has the same
+ROUNDS = 6  # of the permutation; must be the same as in sampling.py
 MASK = 0xFFFFFFFF
 
 
 def negative_columns(
     num_prototypes: int, num_negatives: int | None, positives: torch.Tensor, seed: int | torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Distinct prototypes, uniform over those that are nobody's positive: the first of a keyed permutation.
+    """Draw distinct prototypes, uniformly from those that are nobody's positive.
 
-    Nothing waits for the device: what is not there is masked instead of left out.
+    They are the first such ids of a keyed permutation. Nothing waits for the device: where fewer than r exist, the rest
+    is masked and not left out.
 
     Args:
         num_prototypes: K.
-        num_negatives: r, or None for all there are.
+        num_negatives: r, or None for all that exist.
         positives: int64 [N] in [0, K).
-        seed: int or 0-d int64 tensor. The draw depends on nothing but it and the other arguments, on any device.
+        seed: int or 0-d int64 tensor. The draw depends on it and on the other arguments alone, not on the device.
 
     Returns:
         ids: int64 [min(r, K)] on the device of `positives`.
-        there: bool, of the same shape, True for a beginning of it: the ids that exist. None if all do in any case.
+        there: bool of the same shape, True for the ids that exist, which come first; None if all exist in any case.
     """
     height, width = grid(num_prototypes, num_negatives)
     cells = height * width
@@ -35,8 +36,8 @@ def negative_columns(
     excluded = unpermute(torch.cat([positives, holes]), height, width, seed).sort().values
     first = torch.ones_like(excluded, dtype=torch.bool)
     first[1:] = excluded[1:] != excluded[:-1]
-    # The free id number j is at position j + e if e excluded positions come before it: those, in order, whose own
-    # number of free ids before them is j or less. Repeated ones are moved out of the way.
+    # The free id number j stands at position j + e if e excluded positions come before it. These are the excluded
+    # positions that have at most j free ids before themselves. Repeated positions are moved behind all others.
     free_before = torch.where(first, excluded - (first.cumsum(0) - 1), cells).sort().values
     number = torch.arange(wanted, device=positives.device)
     position = number + torch.searchsorted(free_before, number, right=True)
@@ -47,10 +48,11 @@ def negative_columns(
 
 @lru_cache
 def grid(num_prototypes: int, num_negatives: int | None) -> tuple[int, int]:
-    """(height, width) of the permutation's grid: at least K cells, nearly square, and hardly any more than K.
+    """Return (height, width) of the permutation's grid, which has at least K cells, hardly more, and is nearly square.
 
-    A side of at least 16 makes 6 rounds enough for pairs of ids to be uniform to some 1e-3 (the deviation falls with
-    the cube of the side). All prototypes need no random order: one row, which is then turned by a random amount.
+    With sides of at least 16, 6 rounds make pairs of ids uniform to some 1e-3 (the deviation falls with the cube of the
+    side). Where all prototypes are taken they need no random order: the grid is one row, which the permutation rotates
+    by a random amount.
     """
     if num_negatives is None or num_negatives >= num_prototypes:
         return 1, num_prototypes
@@ -64,7 +66,7 @@ def grid(num_prototypes: int, num_negatives: int | None) -> tuple[int, int]:
 
 
 def permute(position: torch.Tensor, height: int, width: int, seed: int | torch.Tensor) -> torch.Tensor:
-    """Ids at int64 positions in [0, height * width): a Feistel network on the grid's rows and columns."""
+    """Return the ids at int64 positions in [0, height * width), by a Feistel network on the grid's rows and columns."""
     row, column = position // width, position % width
     for i in range(0, ROUNDS, 2):
         row = _offset(column, _round_key(seed, i), height).add_(row).remainder_(height)
@@ -73,7 +75,7 @@ def permute(position: torch.Tensor, height: int, width: int, seed: int | torch.T
 
 
 def unpermute(ids: torch.Tensor, height: int, width: int, seed: int | torch.Tensor) -> torch.Tensor:
-    """Positions of int64 ids, the inverse of `permute`."""
+    """Return the positions of int64 ids: the inverse of `permute`."""
     row, column = ids // width, ids % width
     for i in reversed(range(0, ROUNDS, 2)):
         column = (column - _offset(row, _round_key(seed, i + 1), width)) % width
@@ -82,19 +84,21 @@ def unpermute(ids: torch.Tensor, height: int, width: int, seed: int | torch.Tens
 
 
 def _round_key(seed: int | torch.Tensor, i: int) -> int | torch.Tensor:
-    """32 bits from a 64-bit seed."""
+    """Return the 32-bit key of round i under a 64-bit seed."""
     return _mix(_mix((seed & MASK) ^ (0x9E3779B9 * (i + 1) & MASK)) ^ (seed >> 32 & MASK))
 
 
 def _mix(x: int | torch.Tensor) -> int | torch.Tensor:
-    """Hash of 32 bits in which every bit of the result depends on every bit of x."""
+    """Return a 32-bit hash, every bit of which depends on every bit of x."""
     x = (x ^ x >> 16) * 0x7FEB352D & MASK
     x = (x ^ x >> 15) * 0x846CA68B & MASK
     return x ^ x >> 16
 
 
 def _offset(value: torch.Tensor, key: int | torch.Tensor, size: int) -> torch.Tensor:
-    """Hash of values to [0, size). In place where it can be: on a CPU, fresh memory costs as much as the arithmetic."""
+    """Return a hash of values, in [0, size). It works in place because on a CPU fresh memory costs as much as the
+    arithmetic.
+    """
     value = value ^ key
     value *= 0x9E3779B1
     value &= MASK

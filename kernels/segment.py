@@ -1,29 +1,30 @@
-"""Sums over clusters: the same bits every time, however the GPU schedules its work.
+"""Sums over clusters that have the same bits every time, however the GPU schedules its work.
 
-Points are sorted by cluster (stable, so within a cluster they stay in order), and one program adds up a cluster's
-points, in this order. Atomic additions in the points' own order would need no sorting, but add in any order: other bits
-every time, and k-means that ends elsewhere.
+Points are sorted by cluster (stably, so that within a cluster they stay in order), and one program adds up the points
+of a cluster in this order. Atomic additions would need no sorting, but the order in which they happen is left to
+chance: the sums would have other bits every time, and k-means could end in another place.
 """
 
-# Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
+# No `from __future__ import annotations` here: Triton 3.1's interpreter would not recognise a tl.constexpr.
 from contextlib import nullcontext
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK_D = 128  # the most entries of a row that a program adds up
+BLOCK_D = 128  # how many entries of a row a program adds up at most
 
 
 def segment_sums(
     values: torch.Tensor, assignment: torch.Tensor, k: int, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums and numbers of the rows of every cluster; 0 for a cluster without any.
+    """Return the sum and the number of the rows of every cluster; both are 0 for an empty cluster.
 
     Args:
         values: [n, d] of any floating point type up to float32, contiguous.
         assignment: [n] integers in [0, k).
-        out: [k, d] float32, contiguous, for the sums.
+        k: number of clusters.
+        out: where the sums are written, [k, d] float32, contiguous; new memory if None.
 
     Returns:
         sums [k, d] float32 (added in float32), counts [k] int64.
@@ -42,7 +43,9 @@ def segment_sums(
 
 
 def rows_at_once(n: int, k: int) -> int:
-    """Few for small clusters, which would leave most of a tile empty; many for large ones, to have enough in flight."""
+    """Return how many rows a program loads at once: few for small clusters, which would leave most of a tile empty;
+    many for large ones, so that enough loads are in flight.
+    """
     return min(64, max(16, triton.next_power_of_2(triton.cdiv(n, 4 * k))))
 
 
@@ -50,7 +53,7 @@ def rows_at_once(n: int, k: int) -> int:
 def add_segments(
     values, order, bounds, sums, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
 ):  # fmt: skip
-    """Grid: clusters x blocks of D."""
+    """Write sums [k, D]. The grid is clusters x blocks of D."""
     cluster = tl.program_id(0)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     begin = tl.load(bounds + cluster)

@@ -1,24 +1,27 @@
-"""The pass over the banks: scores, running softmax and its weighted mean of columns, tile by tile. See contrast.py."""
+"""The pass over the banks: scores, running softmax and the softmax-weighted mean of the columns, tile by tile. See
+contrast.py.
+"""
 
-# Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
+# No `from __future__ import annotations` here: Triton 3.1's interpreter would not recognise a tl.constexpr.
 import triton
 import triton.language as tl
 
 from pcl_fast.kernels.sampling import per_slot, pick
 from pcl_fast.kernels.tiles import HIDDEN, LOG2E, LOWEST, load_rows, reciprocal, store_rows
 
-# Largest exponential times weight, as an operand.
+# What the largest product of exponential and weight is scaled to when it becomes an operand.
 SHARE_SCALE = tl.constexpr(32768.0)
-# Of fp32 features before they are halved: entries are below 65504 / 1024 = 64.
+# What fp32 features are multiplied by before they are split into two fp16 numbers: entries must be below
+# 65504 / 1024 = 64.
 FEATURE_SCALE = tl.constexpr(1024.0)
 
 
 @triton.jit
 def _operands(x, OPERAND: tl.constexpr, DOT: tl.constexpr):
-    """x as it is given to the matrix units: (x, x) in a half precision type, or (high, low), the two fp16 halves of
-    fp32 numbers.
+    """Return x as the matrix units take it: (x, x) in a half-precision type, or (high, low), the two fp16 numbers whose
+    sum is an fp32 number.
 
-    DOT is the operand type, except for bf16 in Triton's interpreter, which cannot multiply that: there the rounded
+    DOT is the operand type, except for bf16 in Triton's interpreter, which cannot multiply bf16: there the rounded
     values are multiplied in fp32.
     """
     if OPERAND == tl.float32:
@@ -32,7 +35,7 @@ def _operands(x, OPERAND: tl.constexpr, DOT: tl.constexpr):
 
 @triton.jit
 def _features(x, OPERAND: tl.constexpr, DOT: tl.constexpr):
-    """`_operands` of features. fp32 ones are scaled, so that the low halves are not among fp16's subnormal numbers."""
+    """Return `_operands` of features. fp32 features are scaled, so that `low` is not among fp16's subnormal numbers."""
     if OPERAND == tl.float32:
         x = x.to(tl.float32) * FEATURE_SCALE
     return _operands(x, OPERAND, DOT)
@@ -40,7 +43,9 @@ def _features(x, OPERAND: tl.constexpr, DOT: tl.constexpr):
 
 @triton.jit
 def _product(x, x_low, y, y_low, accumulator, OPERAND: tl.constexpr):
-    """accumulator + x y in fp32. For halves without low x low, which is below fp32's resolution."""
+    """Return accumulator + x y in fp32. Of split numbers the product low x low is left out, which is below fp32's
+    resolution.
+    """
     if OPERAND == tl.float32:
         accumulator = tl.dot(x_low, y, accumulator)
         accumulator = tl.dot(x, y_low, accumulator)
@@ -52,7 +57,7 @@ def _scores(
     query, rows, row_valid, matrix, ids, valid, scores,
     D: tl.constexpr, BLOCK_D: tl.constexpr, OPERAND: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """scores [rows, ids] + products of the rows of `query` and `matrix`, BLOCK_D of their entries at a time."""
+    """Return scores [rows, ids] + the products of rows of `query` and `matrix`, BLOCK_D of their entries at a time."""
     for first in range(0, D, BLOCK_D):
         x, x_low = _features(load_rows(query, rows, row_valid, first, D, BLOCK_D), OPERAND, DOT)
         y, y_low = _features(load_rows(matrix, ids, valid, first, D, BLOCK_D), OPERAND, DOT)
@@ -65,10 +70,10 @@ def _positives(
     query, key, bank, rows, own, valid, weight, is_queue, scores, positives, first,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, OPERAND: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Store s+ [n], and of w+ p [n, D] the entries from `first` on, of a tile of rows.
+    """Store, for a tile of rows, s+ [n] and the entries of w+ p [n, D] from `first` on.
 
-    s+ is taken from the diagonal of a product like that of the negatives: were it summed in another order, a collapsed
-    encoder, all of whose scores are equal, would be right by rounding.
+    s+ is taken from the diagonal of a matrix product like that of the negatives. If it were summed in another order,
+    rounding could put it above the negatives' scores where all are equal, and a collapsed encoder would be right.
     """
     of_key, of_bank = valid & is_queue, valid & (is_queue == 0)
     positive = load_rows(key, rows, of_key, first, D, BLOCK_D).to(tl.float32)
@@ -86,7 +91,7 @@ def _positives(
 
 @triton.jit
 def _score_unit(OPERAND: tl.constexpr):
-    """From weight x product to units of log 2."""
+    """Return what weight x product is multiplied by to be a score in units of log 2."""
     if OPERAND == tl.float32:
         return LOG2E / (FEATURE_SCALE * FEATURE_SCALE)
     else:
@@ -104,13 +109,15 @@ def stream(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     USED: tl.constexpr, QUEUE: tl.constexpr, OPERAND: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """See contrast.py. Grid: parts of the launch's banks x tiles of rows, and blocks of D.
+    """Go through one part of a bank for one tile of rows per program, and write what `contrast._State` describes.
 
-    Neighbours share a part, and so the cache. A program adds up BLOCK_D entries of the gradient; if D is more, it
-    repeats the scores of the programs beside it, for registers do not hold more.
+    The grid is (parts of the launch's banks x tiles of rows, blocks of D). Neighbouring programs work on the same part,
+    and so share the cache. A program adds up BLOCK_D entries of the gradient, because registers do not hold more; where
+    D is larger, the programs for one tile of rows all compute the same scores.
 
-    State of a row: largest score, total of exponentials against it, numerator of the weighted mean in multiples of
-    unit / SHARE_SCALE (and of 1 / FEATURE_SCALE for fp32), where unit is the largest weight so far.
+    The state of a row is the largest score so far, the sum of exponentials relative to it, and the numerator of the
+    weighted mean in multiples of unit / SHARE_SCALE (and of 1 / FEATURE_SCALE for fp32), where unit is the largest
+    weight so far.
     """
     row_tiles = tl.cdiv(n, ROWS)
     part = tl.program_id(0) // row_tiles
@@ -129,7 +136,7 @@ def stream(
     is_queue = (slot == 0) & QUEUE
     number = first_bank + slot
 
-    # A row of the queue's bank is at no place in it, and hides nothing.
+    # No row has its own prototype among the keys of the queue: own = -1 hides nothing there.
     image = tl.load(index + rows, mask=row_valid & (is_queue == 0), other=0)
     own = tl.load(assignment + image, mask=row_valid & (is_queue == 0), other=-1).to(tl.int32)
     if part_of_bank == 0:
@@ -173,10 +180,10 @@ def stream(
 
         new_unit = tl.maximum(unit, tl.max(weight, axis=0))
         share, share_low = _operands(exponentials * (weight * (SHARE_SCALE / new_unit))[None, :], OPERAND, DOT)
-        # The hardware's quotient of equal numbers may be below 1.
+        # The hardware's quotient of two equal numbers may be below 1.
         change = (decay * tl.where(unit == new_unit, 1.0, unit / new_unit))[:, None]
         if OPERAND == tl.float32:
-            # fma, as the compiler would turn a sum back into an accumulator of the product.
+            # An fma, because the compiler would turn a plain sum back into the accumulator of the product.
             here = tl.zeros([ROWS, BLOCK_D], tl.float32)
             here = _product(share, share_low, columns, columns_low, here, OPERAND)
             numerator = tl.fma(numerator, tl.broadcast_to(change, numerator.shape), here)

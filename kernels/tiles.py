@@ -1,14 +1,14 @@
-"""What the kernels share: tiles of matrix rows, and units."""
+"""What the kernels share: reading and writing tiles of matrix rows, and the units of scores."""
 
-# Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
+# No `from __future__ import annotations` here: Triton 3.1's interpreter would not recognise a tl.constexpr.
 import triton
 import triton.language as tl
 
-# Scores are kept in units of log 2: exp2 is the hardware's exponential.
+# Scores are kept in units of log 2, because the hardware's exponential is exp2.
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Finite stand-ins for -inf, whose difference would be NaN. A hidden score is so far below the initial maximum that its
-# exponential is 0 against that too.
+# Finite stand-ins for -inf, because -inf - -inf is NaN. LOWEST is the maximum of no scores. A hidden score is so far
+# below it that its exponential is 0 even relative to that.
 HIDDEN = tl.constexpr(-3e30)
 LOWEST = tl.constexpr(-1e30)
 
@@ -27,21 +27,21 @@ def _places(ids, valid, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def load_rows(matrix, ids, valid, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows of a [*, D] matrix, BLOCK_D entries from `first` on: 0 where not valid and beyond D."""
+    """Return BLOCK_D entries, from `first` on, of rows of a [*, D] matrix; 0 in rows not valid and beyond D."""
     places, mask = _places(ids, valid, first, D, BLOCK_D)
     return tl.load(matrix + places, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_rows(matrix, ids, rows, valid, first, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The counterpart of `load_rows`."""
+    """Store what `load_rows` would load again."""
     places, mask = _places(ids, valid, first, D, BLOCK_D)
     tl.store(matrix + places, rows, mask=mask)
 
 
 @triton.jit
 def reciprocal(x):
-    """1 / x, correctly rounded, for a score must not depend on where its weight was computed."""
+    """Return 1 / x, correctly rounded, because a score must not depend on where its weight was computed."""
     return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), x.to(tl.float32))
 
 

@@ -1,4 +1,4 @@
-"""The E-step: features, k-means, concentration, prototypes."""
+"""The E-step: features of all images, k-means, concentration and prototypes."""
 
 from pcl_fast.clustering.backends import obstacle, pick_backend
 from pcl_fast.clustering.cluster import cluster, cluster_row

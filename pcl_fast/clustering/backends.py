@@ -13,16 +13,18 @@ import torch
 from pcl_fast.errors import MissingPackageError
 from pcl_fast.kernels import assign_plain, segment_plain
 
-# There is no triton for macOS.
+# Triton does not exist for macOS.
 _assign, _segment = (
     import_module(f"pcl_fast.kernels.{name}") if find_spec("triton") else None for name in ("assign", "segment")
 )
 
 
 class Backend(NamedTuple):
-    """nearest: (features [n, d], centroids [k, d]) -> integers [n].
+    """The two functions that k-means calls.
 
-    sums: (values [n, d], assignment [n], k, out [k, d] or None) -> (sums [k, d] float32, counts [k] int64).
+    nearest: (features [n, d], centroids [k, d]) -> integers [n], the index of each point's nearest centroid.
+    sums: (values [n, d], assignment [n], k, out [k, d] or None) -> (sums [k, d] float32, counts [k] int64) of every
+        cluster.
     """
 
     nearest: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -30,10 +32,14 @@ class Backend(NamedTuple):
 
 
 def pick_backend(name: str, device: torch.device, dtype: torch.dtype, dim: int) -> Backend:
-    """The backend for features of this type and length `dim` on this device.
+    """Return the backend for features of this type and length `dim` on this device.
+
+    Args:
+        name: "auto", "triton", "faiss" or "torch".
+        device, dtype, dim: where the features are, their type, and their length d.
 
     Raises:
-        ValueError: no such backend, or it cannot be used for these features.
+        ValueError: there is no such backend, or it cannot be used for these features.
         MissingPackageError: faiss is asked for and not installed.
     """
     if name not in ("auto", "triton", "faiss", "torch"):
@@ -50,12 +56,14 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype, dim: int) 
 
 
 def pick_sums(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """On a GPU the kernel, wherever Triton is: the same bits every time."""
+    """Return the function that adds up clusters: on a GPU, if Triton is installed, the kernel, whose sums have the same
+    bits every time.
+    """
     return _segment.segment_sums if device.type == "cuda" and _segment is not None else segment_plain.segment_sums
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
-    """Why backend "triton" cannot be used, or None."""
+    """Return why backend "triton" cannot be used for such features on this device, or None if it can."""
     if _assign is None:
         return "needs the package triton, which is not installed"
     if device.type != "cuda" and not _assign.INTERPRETED:
@@ -82,12 +90,12 @@ def _load_faiss() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         if not len(features):
             return torch.empty(0, dtype=torch.int64, device=features.device)
         if features.is_cuda:
-            # In place: faiss reads PyTorch's memory and writes to it. It wants one type for both.
+            # faiss reads and writes PyTorch's memory in place. It needs both tensors in one type.
             with torch.cuda.device(features.device):
                 arguments = _gpu_resources(features.device), features, centroids.to(features.dtype), 1
                 return faiss.knn_gpu(*arguments, device=features.device.index)[1].view(-1)
-        faiss.omp_set_num_threads(torch.get_num_threads())  # it would take all cores, on every rank
-        rows = max(1, (1 << 24) // features.shape[1])  # on a CPU it knows no float16: converted piece by piece
+        faiss.omp_set_num_threads(torch.get_num_threads())  # otherwise it takes all cores, on every rank
+        rows = max(1, (1 << 24) // features.shape[1])  # in chunks, as float16 must become float32 on a CPU
         return torch.cat([faiss.knn(chunk.float(), centroids, 1)[1].view(-1) for chunk in features.split(rows)])
 
     return nearest
@@ -95,7 +103,9 @@ def _load_faiss() -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 
 @functools.cache
 def _gpu_resources(device: torch.device) -> object:
-    """Kept, with less scratch memory than the 1.5 GB that faiss would take beside PyTorch's."""
+    """Return faiss's resources on a GPU, always the same ones. They have 512 MB of scratch memory, less than the 1.5 GB
+    that faiss would take beside PyTorch's memory.
+    """
     import faiss
 
     resources = faiss.StandardGpuResources()

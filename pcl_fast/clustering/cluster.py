@@ -32,13 +32,14 @@ def cluster(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
 ) -> list[PrototypeSet]:
-    """Cluster the features of all ranks once for every k in `ks`, all of them at the same time: while the sums of one
-    are on their way between the ranks, the others assign.
+    """Cluster the features of all ranks once for every k in `ks`.
+
+    The granularities take turns: while the sums of one are on their way between the ranks, the others assign points.
 
     Args:
-        features: [n_local, d] float32 or float16, this rank's shard; the data set is the ranks' shards one after
+        features: [n_local, d] float32 or float16, this rank's shard; the data set is the shards of all ranks, one after
             another.
-        ks: numbers of clusters.
+        ks: numbers of clusters, one per granularity.
         temperature: tau, the mean concentration.
         iterations, redo, seed, group, backend: see `kmeans`; granularity m draws with seed + m * redo.
         init: initial centroids [k, d] of every granularity, see `kmeans`.
@@ -48,7 +49,7 @@ def cluster(
         One PrototypeSet per k, the same on every rank, with the assignment of the whole data set.
 
     Raises:
-        ValueError: see `kmeans` and `concentration`; or init is not one per k.
+        ValueError: see `kmeans` and `concentration`; or init does not have one entry per k.
     """
     if init is not None and len(init) != len(ks):
         raise ValueError(f"init must be one [k, d] for each of the {len(ks)} ks, got {len(init)}")
@@ -73,7 +74,9 @@ def cluster(
 
 
 def cluster_row(k: int, assignment: torch.Tensor) -> dict[str, Any]:
-    """How large the k clusters of an assignment [n] are, for the record: how many are empty, and the deciles."""
+    """Return what metrics record of an assignment [n] to k clusters: k, the number of empty clusters, and the deciles
+    of the clusters' sizes.
+    """
     sizes = torch.bincount(assignment, minlength=k).float()
     deciles = torch.quantile(sizes, torch.linspace(0, 1, 11, device=sizes.device)).tolist()
     return {"k": k, "empty": int((sizes == 0).sum()), "size_deciles": deciles}

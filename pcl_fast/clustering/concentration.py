@@ -20,21 +20,22 @@ def concentration(
     clip: tuple[float, float] = (10, 90),
     group: dist.ProcessGroup | None = None,
 ) -> torch.Tensor:
-    """Concentration estimate of every cluster (equation 12 of the paper).
+    """Estimate the concentration of every cluster (equation 12 of the paper).
 
-    phi_c = sum_z |v'_z - c|_2 / (Z log(Z + alpha)), with Z the number of points of cluster c. A cluster with at most
-    one point takes the largest phi of the others; then phi is clipped to percentiles of itself and scaled to mean
-    `temperature`. Where the formula would give a prototype phi = 0, an infinite logit (clusters of identical points),
-    it takes the smallest positive phi; if there is none, all take `temperature`.
+    phi_c = sum_z |v'_z - c|_2 / (Z log(Z + alpha)), where Z is the number of points of cluster c. A cluster with at
+    most one point takes the largest phi of the others. Then phi is clipped to percentiles of itself and scaled to have
+    the mean `temperature`. Where the formula gives phi = 0 (a cluster of identical points), which would make logits
+    infinite, the prototype takes the smallest positive phi; if there is none, all take `temperature`.
 
     Args:
-        distance: [n_local] float32, squared L2 distance to the own centroid as k-means left it.
+        distance: [n_local] float32, each point's squared L2 distance to its centroid as k-means left it (not
+            normalised).
         assignment: [n_local] integer in [0, k).
         k: number of clusters.
         temperature: tau, the mean of the result.
-        alpha: keeps phi of small clusters from growing.
+        alpha: smoothing, which keeps small clusters from getting a large phi.
         clip: lower and upper percentile.
-        group: the ranks that hold the shards, None for this process alone.
+        group: the ranks that hold the shards; None for this process alone.
 
     Returns:
         [k] float32, positive, on the device of `distance`.
@@ -67,7 +68,7 @@ def concentration(
 
 
 def _sums_and_counts(values: torch.Tensor, assignment: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[k] float64 and [k] int64."""
+    """Return the sum of `values` and the number of points in every cluster, [k] float64 and [k] int64."""
     if values.is_cuda:
         sums, counts = pick_sums(values.device)(values[:, None], assignment, k)
         return sums[:, 0].double(), counts

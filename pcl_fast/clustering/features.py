@@ -1,4 +1,4 @@
-"""Features of the whole data set, each rank its own shard."""
+"""The features of the whole data set, of which each rank holds its own shard."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 class FeatureShard:
     """This rank's features [n_local, d], allocated once and filled again before every E-step.
 
-    float16 on a GPU, whose encoder computes in half precision anyway: half the memory, and three times the speed of
-    k-means, at an error of at most 2^-11 of each entry. float32 on a CPU.
+    They are float32 on a CPU and float16 on a GPU, where the encoder computes in half precision anyway: float16 takes
+    half the memory and makes k-means three times as fast, at a relative error of at most 2^-11 in each entry.
     """
 
     def __init__(self, length: int, dim: int, device: torch.device):
@@ -23,22 +23,22 @@ class FeatureShard:
     def fill(
         self, encode: Callable[[torch.Tensor], torch.Tensor], batches: Iterable[torch.Tensor], *, rows: int = 1
     ) -> tuple[torch.Tensor, float]:
-        """Encode the clustering view.
+        """Encode the clustering view of this rank's images.
 
         Args:
             encode: maps a batch of images to unit features [N, d].
             batches: this rank's images in the data set's order.
-            rows: as many images at least are encoded together.
+            rows: how many images are encoded at once, at least.
 
         Returns:
-            The buffer, and the images per second of this rank, waiting for the loader included.
+            The features [n_local, d], and this rank's images per second, the time of waiting for the loader included.
 
         Raises:
             RuntimeError: the batches do not hold exactly as many images as the shard.
         """
         begin = time.perf_counter()
         filled = 0
-        for images in _together(batches, rows):
+        for images in _join(batches, rows):
             features = encode(images)
             if filled + len(features) <= len(self.features):
                 self.features[filled : filled + len(features)] = features
@@ -50,8 +50,8 @@ class FeatureShard:
         return self.features, filled / (time.perf_counter() - begin)
 
 
-def _together(batches: Iterable[torch.Tensor], rows: int) -> Iterator[torch.Tensor]:
-    """The batches, as many at a time as make `rows` images; the last ones may be fewer."""
+def _join(batches: Iterable[torch.Tensor], rows: int) -> Iterator[torch.Tensor]:
+    """Yield consecutive batches joined to at least `rows` images each; the last may have fewer."""
     held: list[torch.Tensor] = []
     for batch in batches:
         held.append(batch)

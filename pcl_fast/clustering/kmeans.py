@@ -1,4 +1,4 @@
-"""Distributed k-means: Lloyd's algorithm over shards that stay where they are."""
+"""Distributed k-means: Lloyd's algorithm over shards that never leave their ranks."""
 
 from __future__ import annotations
 
@@ -27,23 +27,24 @@ def kmeans(
 
     Args:
         features: [n_local, d] float32 or float16, contiguous, this rank's shard; shards may differ in length and be
-            empty. The type is the precision of the search on a GPU: float16 is about three times as fast. Centroids,
-            sums and distances are float32 either way.
-        k: number of clusters, at most the number of points of all ranks together. If fewer points are distinct, some
-            clusters stay empty or share a centroid.
-        iterations: updates of the centroids, fewer if no assignment changes any more; the labels are then those of the
-            centroids returned. A cluster that has become empty takes half of a large one, as in faiss.
-        redo: starts; the result with the least objective is kept. Start r draws with seed + r.
-        seed: of the start (k distinct points) and of splitting. The same on every rank.
-        init: [k, d] initial centroids instead of random points; redo must be 1.
-        group: the ranks that hold the shards, None for this process alone.
-        backend: of the search for the nearest centroid. "triton", the fused kernels (d up to 256; 128 on Volta, and for
-            float32 on compute capability 10.x); "torch", chunked matrix products in float32; "faiss"; "auto", triton
-            for CUDA tensors that it takes, torch elsewhere.
+            empty. On a GPU the type decides the precision of the search: float16 is about three times as fast.
+            Centroids, sums and distances are float32 either way.
+        k: number of clusters, at most the number of points on all ranks. If fewer points are distinct, some clusters
+            stay empty or share a centroid.
+        iterations: how often the centroids are updated at most; the updates end early when no assignment changes. A
+            cluster that has become empty takes half of a large one, as in faiss.
+        redo: number of starts, of which the result with the lowest objective is kept. Start r draws with seed + r.
+        seed: decides the initial centroids (k distinct points) and how clusters are split. It must be the same on every
+            rank.
+        init: [k, d] float32, initial centroids instead of random points; redo must be 1.
+        group: the ranks that hold the shards; None for this process alone.
+        backend: what searches for the nearest centroid. "triton": the fused kernels (d up to 256; up to 128 on Volta,
+            and for float32 on compute capability 10.x); "torch": chunked matrix products in float32; "faiss"; "auto":
+            triton for CUDA tensors that it takes, torch elsewhere.
 
     Returns:
-        KMeansResult, on the device of `features`. The same seed and shards give the same bits (on a GPU, if Triton is
-        installed); other shards of the same points the same up to rounding.
+        KMeansResult, on the device of `features`. Equal seeds and shards give equal bits (on a GPU, if Triton is
+        installed); the same points in other shards give the same result up to rounding.
 
     Raises:
         ValueError: wrong shape, dtype, k, init (or NaN in it) or backend, or (on every rank) NaN or infinite features
@@ -63,7 +64,11 @@ def check_options(iterations: int, redo: int) -> None:
 
 
 def check_shards(features: torch.Tensor, group: dist.ProcessGroup | None) -> Shards:
-    """Refuse what cannot be clustered; all ranks hear of the features of one."""
+    """Return the shards of all ranks, if they can be clustered.
+
+    Raises:
+        ValueError: wrong shape, dtype or strides; or, on all ranks, features of one rank are not finite.
+    """
     if features.ndim != 2 or features.dtype not in (torch.float32, torch.float16) or not features.is_contiguous():
         raise ValueError(
             f"features must be [n, d] float32 or float16 and contiguous, got {list(features.shape)} {features.dtype} "
@@ -78,7 +83,9 @@ def check_shards(features: torch.Tensor, group: dist.ProcessGroup | None) -> Sha
 
 
 def _broken_rows(features: torch.Tensor) -> int:
-    """Rows with a NaN or infinity. Only if there are any, which the extremes tell, is memory spent on counting them."""
+    """Return how many rows have a NaN or infinity. The extremes tell whether there are any; only then are they counted,
+    which takes memory.
+    """
     if not features.numel() or torch.stack(torch.aminmax(features)).isfinite().all():
         return 0
     return sum(int((~chunk.isfinite()).any(1).sum()) for chunk in features.split(1 << 16))

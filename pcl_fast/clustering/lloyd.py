@@ -1,11 +1,11 @@
-"""Distributed Lloyd's algorithm, written so that several can take turns.
+"""Distributed Lloyd's algorithm, written so that several clusterings can take turns.
 
-Each iteration every rank assigns its own points, and only the clusters' sums and counts (k d + k + 1 floats) are added
-up over the ranks. Start, empty clusters and restarts are decided from numbers that all ranks hold alike, so one rank or
-several give the same clustering up to rounding.
+In each iteration every rank assigns its own points, and only the clusters' sums and counts and the number of changes
+(k d + k + 1 floats) are added up over the ranks. Start, empty clusters and restarts are decided from numbers that are
+the same on all ranks, so one rank or several give the same clustering up to rounding.
 
-`lloyd` is a generator that yields whenever sums are on their way between the ranks, and to the host, which must know
-whether to go on: what the others enqueue meanwhile keeps the GPU busy.
+`lloyd` is a generator. It yields whenever sums are on their way between the ranks, and to the host, which must know
+whether to go on. What the other clusterings enqueue in the meantime keeps the GPU busy.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class Shards(NamedTuple):
-    """The points: `features` [n_local, d] are this rank's, `lengths` those of all ranks, in rank order."""
+    """The points to cluster: this rank's `features` [n_local, d], and how many all ranks have, in rank order."""
 
     features: torch.Tensor
     lengths: list[int]
@@ -36,7 +36,7 @@ class Shards(NamedTuple):
 
 
 def take_turns(tasks: Sequence[Generator[None, None, Result]]) -> list[Result]:
-    """Run the generators to their ends, each a step further in turn; returns what they return."""
+    """Run the generators to their ends, in turns of one step each, and return what they return, in order."""
     results: dict[int, Result] = {}
     while len(results) < len(tasks):
         for number, task in enumerate(tasks):
@@ -51,7 +51,7 @@ def take_turns(tasks: Sequence[Generator[None, None, Result]]) -> list[Result]:
 def lloyd(
     shards: Shards, k: int, backend: Backend, *, iterations: int, redo: int, seed: int, init: torch.Tensor | None
 ) -> Generator[None, None, KMeansResult]:
-    """See `kmeans`, whose arguments these are, checked."""
+    """Yield between the steps of `kmeans`, and return its result. The arguments are those of `kmeans`, checked."""
     best: KMeansResult | None = None
     for start in range(redo):
         if init is None:
@@ -67,10 +67,10 @@ def lloyd(
 def _descend(
     shards: Shards, centroids: torch.Tensor, backend: Backend, iterations: int, seed: int
 ) -> Generator[None, None, KMeansResult]:
-    """Lloyd's iterations from these centroids, which may be overwritten."""
+    """Run Lloyd's iterations from these centroids, which are overwritten."""
     (k, d), features = centroids.shape, shards.features
-    # Sums, counts, changes: one message between the ranks. float32 counts are exact up to 2^24 points a cluster, and
-    # beyond that as good as the sums.
+    # Sums, counts and changes are one message between the ranks. float32 counts are exact up to 2^24 points a cluster,
+    # and beyond that as exact as the sums.
     totals = centroids.new_empty(k * d + k + 1)
     sums, counts, changes = totals[: k * d].view(k, d), totals[k * d : -1], totals[-1:]
     assignment = None
@@ -94,6 +94,7 @@ def _descend(
 
 
 def _label(shards: Shards, centroids: torch.Tensor, assignment: torch.Tensor) -> Generator[None, None, KMeansResult]:
+    """Return the result: distances to the assigned centroids, and their sum over all ranks."""
     distance = squared_distance(shards.features, centroids, assignment)
     objective = distance.sum(dtype=torch.float64)
     read = begin_to_read(lambda: objective, begin_all_reduce_sum(objective, shards.group), objective.device)
@@ -102,7 +103,9 @@ def _label(shards: Shards, centroids: torch.Tensor, assignment: torch.Tensor) ->
 
 
 def draw_points(shards: Shards, k: int, seed: int) -> torch.Tensor:
-    """k distinct points of all shards, chosen by their position in the whole: the same for any number of ranks."""
+    """Return k distinct points of all shards, [k, d] float32. They are chosen by their positions in the whole data set,
+    so they are the same for any number of ranks.
+    """
     features, lengths, group = shards
     rank = 0 if group is None else dist.get_rank(group)
     first = sum(lengths[:rank])
@@ -114,10 +117,11 @@ def draw_points(shards: Shards, k: int, seed: int) -> torch.Tensor:
 
 
 def _split_large(centroids: torch.Tensor, counts: torch.Tensor, seed: int) -> None:
-    """In place: an empty cluster and a large one drawn for it get the large one's centroid, shifted to either side.
+    """Split large clusters, in place: for every empty cluster a large one is drawn, and both get its centroid, shifted
+    to either side.
 
-    As in faiss the chance to be split grows with the number of points beyond the first. Each cluster is split at
-    most once an iteration; when there are more empty clusters than can be split, the rest stay empty.
+    As in faiss, the chance to be split is proportional to the number of points beyond the first. Each cluster is split
+    at most once an iteration; if there are more empty clusters than can be split, the rest stay empty.
     """
     empty = (counts == 0).nonzero().view(-1)
     weight = (counts - 1).clamp(min=0).double().cpu()
@@ -133,9 +137,9 @@ def _split_large(centroids: torch.Tensor, counts: torch.Tensor, seed: int) -> No
 
 
 def squared_distance(features: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:
-    """|x_i - c_assignment(i)|^2, [n] float32, in chunks that keep the temporaries small.
+    """Return |x_i - c_assignment(i)|^2, [n] float32, computed in chunks that keep temporary tensors small.
 
-    Summed from differences: |x|^2 + |c|^2 - 2 x.c would cancel.
+    It is summed from differences, because |x|^2 + |c|^2 - 2 x.c would cancel.
     """
     chunk = max(1, (1 << 22) // features.shape[1])
     parts = [

@@ -1,4 +1,4 @@
-"""The prototypes of a run: what the last E-step found, where every step looks for it."""
+"""The prototypes of a run: what the last E-step found, kept where every M-step reads it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pcl_fast.clustering.types import PrototypeSet
 
 
 class Prototypes(nn.Module):
-    """Holds a PrototypeSet for every number of clusters, in buffers whose addresses stay from one E-step to the next,
-    so that a captured step reads the new ones. It holds none before the first E-step.
+    """One PrototypeSet for every number of clusters; none before the first E-step.
+
+    They lie in buffers whose addresses stay the same from one E-step to the next, so that a CUDA graph, which holds
+    addresses, reads the new prototypes.
     """
 
     def __init__(self, ks: Sequence[int], dim: int, images: int, loss_dtype: torch.dtype):
@@ -20,8 +22,8 @@ class Prototypes(nn.Module):
         Args:
             ks: numbers of clusters, one per granularity; may be empty.
             dim: d, length of a prototype.
-            images: n, in the data set.
-            loss_dtype: the type in which the loss reads prototypes; those in float32 are kept beside it.
+            images: n, the number of images in the data set.
+            loss_dtype: the type in which the loss reads prototypes; they are kept in float32 as well.
         """
         super().__init__()
         self.found = False
@@ -29,25 +31,27 @@ class Prototypes(nn.Module):
         self.granularities = nn.ModuleList(_Granularity(k, dim, images, loss_dtype) for k in ks)
 
     def replace(self, sets: Sequence[PrototypeSet]) -> None:
-        """Take over what an E-step found: one set per granularity, in order."""
+        """Copy in what an E-step found: one set per granularity, in order."""
         for granularity, found in zip(self.granularities, sets, strict=True):
             granularity.fill(found)
         self.found = True
 
     def sets(self) -> list[PrototypeSet]:
-        """The granularities in float32; none before the first E-step."""
+        """Return the granularities in float32; an empty list before the first E-step."""
         return [granularity.set() for granularity in self.granularities] if self.found else []
 
     def for_loss(self) -> list[PrototypeSet]:
-        """The granularities in the type in which the loss reads them; none before the first E-step."""
+        """Return the granularities in the type in which the loss reads them; an empty list before the first E-step."""
         return [granularity.for_loss() for granularity in self.granularities] if self.found else []
 
-    # What PyTorch saves and loads beside the buffers.
+    # PyTorch saves and loads this beside the buffers.
 
     def get_extra_state(self) -> bool:
+        """Return whether there has been an E-step."""
         return self.found
 
     def set_extra_state(self, state: bool) -> None:
+        """Take up what `get_extra_state` has returned."""
         self.found = state
 
 

@@ -1,4 +1,4 @@
-"""What clustering hands to the loss."""
+"""What clustering returns: prototypes for the loss, and the result of k-means."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import torch
 
 
 class PrototypeSet(NamedTuple):
-    """One granularity of the E-step.
+    """The prototypes of one granularity.
 
     centroids: [K, d] float32, unit norm.
-    concentration: [K] float32, phi of each prototype (equation 12), a temperature: smaller is tighter.
-    assignment: [n] int32, prototype of every image of the data set.
+    concentration: [K] float32, phi of each prototype (equation 12), used as its temperature; the tighter a cluster, the
+        smaller its phi.
+    assignment: [n] int32, the prototype of every image of the data set.
     """
 
     centroids: torch.Tensor
@@ -21,9 +22,13 @@ class PrototypeSet(NamedTuple):
 
 
 class KMeansResult(NamedTuple):
-    """centroids [k, d] float32; and of this rank's points, for exactly these centroids: assignment [n_local] int32 and
-    distance [n_local] float32, the squared L2 distance. objective: sum of all ranks' distances. (Of float16 points on a
-    GPU some may have a centroid that is farther than the nearest by up to a thousandth: the search rounds centroids.)
+    """The result of k-means; the assignment belongs to exactly these centroids.
+
+    centroids: [k, d] float32, not normalised.
+    assignment: [n_local] int32, the centroid of each of this rank's points. On a GPU, float16 points may get a centroid
+        up to a thousandth farther than the nearest, because the search rounds centroids.
+    distance: [n_local] float32, squared L2 distance of each of this rank's points to its centroid.
+    objective: sum of the distances on all ranks.
     """
 
     centroids: torch.Tensor

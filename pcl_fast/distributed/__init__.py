@@ -1,5 +1,6 @@
-"""The ranks of a run: connecting.py (who they are), collectives.py (what they compute together), agreement.py (what
-they must agree on), gpu.py (whether this machine's GPU can be used)."""
+"""The ranks of a run: how they connect (connecting.py), each with a device that it can use (gpu.py), how they exchange
+tensors (collectives.py), and what they must agree on (agreement.py).
+"""
 
 from pcl_fast.distributed.agreement import all_or_none, check_same, gather_objects, main_first
 from pcl_fast.distributed.collectives import (

@@ -1,4 +1,6 @@
-"""What all ranks must agree on before one waits for another: faults, values, turns."""
+"""What all ranks must agree on before one waits for another: whether an error was raised, equal values, whose turn it
+is.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,12 @@ from pcl_fast.distributed.world import World
 from pcl_fast.errors import UserError
 
 T = TypeVar("T")
-# What a user can mend, and all ranks are to hear of.
+# Errors that a user can mend, and that are raised on all ranks.
 _FAULTS = (UserError, ValueError, OSError)
 
 
 def gather_objects(item: Any, world: World) -> list[Any]:
-    """Every rank's `item` (picklable), in rank order, on all ranks."""
+    """Return every rank's `item` (picklable), in rank order, on all ranks."""
     if world.group is None:
         return [item]
     items: list[Any] = [None] * world.size
@@ -27,11 +29,13 @@ def gather_objects(item: Any, world: World) -> list[Any]:
 
 
 def all_or_none(work: Callable[[], T], world: World) -> T:
-    """work() on every rank; returns each rank's own result when all are done. It must not use collectives itself.
+    """Run work() on all ranks and return each rank's own result; if it fails on one rank, raise its error on all.
+
+    So no rank waits for another that has ended. All ranks must call this; work() itself must not use collectives.
 
     Raises:
-        UserError, ValueError, OSError: what work() raised here, or else on the first rank where it did; so that none is
-            left waiting for one that is gone. What comes from another machine is a UserError that names it.
+        UserError, ValueError, OSError: what work() raised on this rank; or else what it raised on the first rank where
+            it failed. An error of another machine becomes a UserError that names the machine.
     """
     result, fault = None, None
     try:
@@ -43,11 +47,13 @@ def all_or_none(work: Callable[[], T], world: World) -> T:
 
 
 def main_first(work: Callable[[], T], world: World) -> T:
-    """work() on the main rank, then on one rank of every other machine, then on all others; each turn finds what the
-    one before has left, if only on its own disk. Returns each rank's own result.
+    """Run work() on the main rank, then on one rank of every other machine, then on all others; return each rank's own
+    result.
+
+    So every rank finds the files that an earlier turn has written, even if machines do not share a disk.
 
     Raises:
-        UserError, ValueError, OSError: as `all_or_none` does; the turns that follow then do not call it.
+        UserError, ValueError, OSError: see `all_or_none`; later turns do not run work() then.
     """
     turn = 0 if world.is_main else 1 if int(os.environ.get("LOCAL_RANK", "0")) == 0 else 2
     results = [all_or_none(work if turn == now else lambda: None, world) for now in range(3)]
@@ -55,22 +61,22 @@ def main_first(work: Callable[[], T], world: World) -> T:
 
 
 def check_same(what: str, value: str, world: World, *, advice: str) -> None:
-    """Whether `value` is the same on all ranks.
+    """Refuse a `value` that is not the same on all ranks.
 
     Args:
         what: the value's name, for the message.
-        value: this rank's.
+        value: this rank's value.
         world: the ranks.
-        advice: what to do if they differ.
+        advice: what the user should do if ranks differ.
 
     Raises:
-        ValueError: on every rank, if they differ; says which machines have which.
+        ValueError: on every rank, if they differ; says which machines have which value.
     """
     compare(what, gather_objects((socket.gethostname(), value), world), advice)
 
 
 def compare(what: str, values: Sequence[tuple[str, str]], advice: str) -> None:
-    """values: (host, value) of every rank."""
+    """Refuse values that are not all the same; `check_same` with the (host, value) of every rank at hand."""
     ranks: dict[str, dict[str, list[int]]] = {}
     for rank, (host, value) in enumerate(values):
         ranks.setdefault(value, {}).setdefault(host, []).append(rank)
@@ -84,7 +90,12 @@ def compare(what: str, values: Sequence[tuple[str, str]], advice: str) -> None:
 
 
 def raise_fault(faults: Sequence[tuple[str, Exception | None]], rank: int) -> None:
-    """Raise this rank's fault, which knows where it came from, or else the first. faults: (host, fault) of each."""
+    """Raise this rank's own error, or else the first of another rank; nothing if there is none.
+
+    Args:
+        faults: (host, error or None) of every rank.
+        rank: this rank.
+    """
     here, own = faults[rank]
     for host, fault in [(here, own), *faults]:
         if fault is not None:

@@ -1,4 +1,4 @@
-"""What ranks tell each other while they compute. Everything works on a single process too."""
+"""The tensors that ranks exchange while they compute. All functions work for a single process too (group = None)."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ import torch.distributed as dist
 
 
 def shard_bounds(total: int, rank: int, size: int) -> tuple[int, int]:
-    """Rank's half-open range of `total` items in order; ranges differ in length by at most one."""
+    """Return the half-open range of a rank's share of `total` items; shares differ in length by at most one."""
     return total * rank // size, total * (rank + 1) // size
 
 
 def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Sum over the ranks, in place; returns `tensor`."""
+    """Replace `tensor` by its sum over the ranks, in place, and return it."""
     if group is not None:
         dist.all_reduce(tensor, group=group)
     return tensor
 
 
 def begin_all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> Callable[[], Any]:
-    """Sum over the ranks, in place, while other work goes on; call what is returned before the sums are used.
+    """Begin to replace `tensor` by its sum over the ranks, in place; return a function that waits for the sums.
 
-    On a GPU that call makes the work enqueued after it wait for the sums, not the host.
+    Other work may go on until that function is called, which must be before the sums are used. On a GPU it makes the
+    work that is enqueued after it wait, not the host.
     """
     if group is None:
         return lambda: None
@@ -35,12 +36,19 @@ def begin_all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None) 
 def begin_to_read(
     values: Callable[[], torch.Tensor], wait: Callable[[], Any], device: torch.device
 ) -> Callable[[], Any]:
-    """Bring values() to the host when `wait` (see above) has been called; call what is returned for their list.
+    """Begin to copy values() to the host as soon as sums have arrived; return a function that returns them as a list.
 
-    On a GPU this goes on beside the work that is enqueued meanwhile: the host gets the values as soon as they are
-    there, and the GPU need not run dry until it has seen them. What is enqueued after the call sees what `wait` is for.
-    What `values` and `wait` refer to is kept until then: freed before, its memory would be given to work that waits
-    neither for the sums nor for the copy.
+    On a GPU the copy runs on a stream of its own, beside the work that is enqueued in the meantime: the host gets the
+    values early, and the GPU has work while the host looks at them. Work that is enqueued after the returned function
+    was called sees the sums.
+
+    Everything that `values` and `wait` refer to is kept until that function has returned. If it were freed earlier, its
+    memory could go to work that waits neither for the sums nor for the copy.
+
+    Args:
+        values: computes the tensor to copy, from the sums.
+        wait: waits for the sums; what `begin_all_reduce_sum` has returned.
+        device: the device of the values.
     """
     if device.type != "cuda":
         return lambda: (wait(), values().tolist())[1]
@@ -62,14 +70,16 @@ def begin_to_read(
 
 @functools.cache
 def _second_stream(device: torch.device) -> torch.cuda.Stream:
-    """Of high priority: a search fills the GPU for as long as it runs."""
+    """Return a stream of high priority on this device, always the same. With a lower one the copy would wait for
+    k-means, which fills the GPU for as long as a search runs.
+    """
     return torch.cuda.Stream(device, priority=-1)
 
 
 def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The rows [n_r, ...] of all ranks, one after another, when every rank has equally many.
+    """Return the rows [n_r, ...] of all ranks, one after another, if every rank has equally many.
 
-    For unequal shards see `all_gather_shards`.
+    For shards of unequal lengths there is `all_gather_shards`.
     """
     if group is None:
         return rows
@@ -79,7 +89,7 @@ def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None) -> torc
 
 
 def all_gather_shards(shard: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """The shards [n_r, ...] of all ranks, one after another; lengths may differ."""
+    """Return the shards [n_r, ...] of all ranks, one after another; lengths may differ."""
     if group is None:
         return shard
     lengths = shard_lengths(len(shard), group, shard.device)
@@ -91,7 +101,7 @@ def all_gather_shards(shard: torch.Tensor, group: dist.ProcessGroup | None) -> t
 
 
 def shard_lengths(length: int, group: dist.ProcessGroup | None, device: torch.device) -> list[int]:
-    """How many rows each rank of the group holds, in rank order."""
+    """Return how many rows each rank of the group holds, in rank order; `length` is this rank's."""
     if group is None:
         return [length]
     mine = torch.tensor([length], device=device)

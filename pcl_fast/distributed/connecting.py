@@ -1,4 +1,4 @@
-"""Joining the ranks of a run, each with a device that it can use."""
+"""How the ranks of a run connect, each with a device that it can use."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from pcl_fast.distributed.agreement import compare, raise_fault
 from pcl_fast.distributed.gpu import check_gpu, check_no_gpu
 from pcl_fast.distributed.world import World
 
-# One rank may keep the others waiting for long: AMI at ImageNet's size, a slow disk.
+# How long a rank may keep the others waiting, for example with AMI at ImageNet's size or on a slow disk.
 _TIMEOUT = timedelta(hours=2)
-# For all ranks to start Python and import PyTorch, perhaps from a network disk.
+# How long ranks may take to start Python and import PyTorch, perhaps from a network disk.
 _TIME_TO_START = timedelta(minutes=15)
 
 
 def connect() -> World:
-    """Join the process group that torchrun describes in the environment, or stand alone without torchrun.
+    """Join the process group that torchrun describes in the environment; without torchrun, be the only rank.
 
     Raises:
-        ValueError: a rank has no GPU that it can use, or they would compute on different kinds of device; on all ranks.
+        ValueError: on all ranks, if one has no GPU that it can use, or if they would compute on different kinds of
+            device.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -35,7 +36,7 @@ def connect() -> World:
 
 
 def _pick_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none; looked at before anything uses it.
+    """Return this rank's GPU, or the CPU if there is none. The GPU is checked before anything uses it.
 
     Raises:
         ValueError: more ranks than GPUs on this machine, or a GPU that the installed stack cannot use.
@@ -56,10 +57,10 @@ def _pick_device() -> torch.device:
 
 
 def _join() -> torch.device:
-    """Initialise the process group when all ranks have found devices of one kind; returns this rank's.
+    """Initialise the process group once all ranks have found devices of one kind; return this rank's device.
 
-    They tell each other by the store: one that is missing would keep the others waiting in the first collective, and
-    on another machine no launcher would end them.
+    Ranks exchange what they have found through the store, before there is a group: in the group's first collective the
+    others would wait for a rank that has failed, and the launcher of another machine would not end them.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=_TIME_TO_START))
     device, fault = None, None
@@ -73,10 +74,10 @@ def _join() -> torch.device:
     compare("the device that they train on", [(host, kind) for host, (_, kind) in told], advice)
     store.set_timeout(_TIMEOUT)
     cuda = device.type == "cuda"
-    # Of high priority: sums are to travel while k-means searches, not after it has filled the GPU.
+    # High priority, so that sums travel while k-means fills the GPU and not only afterwards.
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True) if cuda else None
     if options is not None:
-        options._timeout = _TIMEOUT  # else it warns of two
+        options._timeout = _TIMEOUT  # otherwise PyTorch warns of two different timeouts
     dist.init_process_group(
         "nccl" if cuda else "gloo",
         timeout=_TIMEOUT,
@@ -89,7 +90,9 @@ def _join() -> torch.device:
 
 
 def _kind_of(device: torch.device) -> str:
-    """What ranks must have in common to work together: bits differ between versions, and types between GPUs."""
+    """Return what all ranks of a run must have in common, in words: the kind of device and PyTorch's version. Versions
+    compute different bits, and GPUs different types.
+    """
     kind = "the CPU"
     if device.type == "cuda":
         half = "float16" if torch.cuda.get_device_capability(device) < (8, 0) else "bfloat16"
@@ -98,10 +101,10 @@ def _kind_of(device: torch.device) -> str:
 
 
 def _exchange(item: Any, store: dist.Store, rank: int, size: int) -> list[tuple[str, Any]]:
-    """(host, item) of every rank, before there is a process group.
+    """Return (host, item) of every rank, before there is a process group.
 
     Raises:
-        ValueError: a rank is not there in time.
+        ValueError: a rank has not started in time.
     """
     store.set(str(rank), pickle.dumps((socket.gethostname(), item)))
     try:
@@ -111,5 +114,6 @@ def _exchange(item: Any, store: dist.Store, rank: int, size: int) -> list[tuple[
 
 
 def disconnect(world: World) -> None:
+    """Leave the process group, if there is one."""
     if world.group is not None:
         dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Whether the installed PyTorch has code for this machine's GPU, and which stack has."""
+"""Whether the installed PyTorch has code for this machine's GPU, and which stack has it."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from pathlib import Path
 import torch
 
 _V100 = "requirements/v100.txt (`make setup STACK=v100`, then .venv-v100)"
-# Every stack and the GPUs that it is for.
+# Every stack, and the architectures that its PyTorch has code for.
 _STACKS = {
     "requirements/cu13.txt (`make setup`, then .venv)": ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"),
     _V100: ("sm_70",),
 }
-# The oldest that Triton has code for, whatever PyTorch has.
+# The oldest compute capability that Triton supports, whatever PyTorch has code for.
 _OLDEST = (7, 0)
 _NAME = re.compile(r"(sm|compute)_(\d+)(\d)([a-z]?)")
 
 
 def check_gpu(device: torch.device) -> None:
-    """Whether the installed stack runs on a GPU. If it does not, the first kernel would fail, whichever that is.
+    """Refuse a GPU that the installed stack does not run on, before the first kernel fails on it.
 
     Raises:
-        ValueError: it does not; names the GPU, what PyTorch has code for, and the requirements file to install.
+        ValueError: it does not run there; names the GPU, what PyTorch has code for, and the requirements file to
+            install.
     """
     capability = torch.cuda.get_device_capability(device)
     architectures = [name for name in torch.cuda.get_arch_list() if _NAME.fullmatch(name)]
-    # A build that does not say what it has code for is taken to work.
+    # If a build does not say what it has code for, assume that it works.
     if capability >= _OLDEST and (not architectures or has_code_for(capability, architectures)):
         return
     fitting = [stack for stack, names in _STACKS.items() if has_code_for(capability, names)]
@@ -46,10 +47,10 @@ def check_gpu(device: torch.device) -> None:
 
 
 def has_code_for(capability: tuple[int, int], architectures: Sequence[str]) -> bool:
-    """Whether code for `architectures` (as torch.cuda.get_arch_list names them) runs on a GPU.
+    """Return whether code for one of `architectures` (named as in torch.cuda.get_arch_list) runs on a GPU.
 
-    sm_XY, machine code, runs on the same major version from its minor on; compute_XY, which the driver translates, on
-    any GPU from XY on; with an "a" behind it either runs on exactly that GPU.
+    Machine code for sm_XY runs on the same major version X from minor version Y on; code for compute_XY, which the
+    driver translates, runs on every GPU from XY on. With an "a" after the number, either runs on exactly that GPU.
     """
     for name in architectures:
         kind, major, minor, suffix = _NAME.fullmatch(name).groups()
@@ -62,10 +63,10 @@ def has_code_for(capability: tuple[int, int], architectures: Sequence[str]) -> b
 
 
 def check_no_gpu() -> None:
-    """Whether there is no GPU where PyTorch finds none: a driver that is too old for it makes it see none.
+    """Refuse a machine whose GPU PyTorch does not find, most likely because the driver is too old.
 
     Raises:
-        ValueError: the driver is there and has a GPU, which has not been hidden on purpose.
+        ValueError: the machine has a GPU, which was not hidden on purpose.
     """
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     if hidden or torch.version.cuda is None or not any(Path("/dev").glob("nvidia[0-9]*")):

@@ -1,4 +1,4 @@
-"""A process among the ranks."""
+"""What a process knows about the ranks of its run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import torch.distributed as dist
 
 @dataclass(frozen=True)
 class World:
-    """This process among the ranks. `group` is None when it is alone."""
+    """This process's rank, the number of ranks, the device that it computes on, and the process group of all ranks,
+    which is None if there is only one.
+    """
 
     rank: int
     size: int
@@ -19,4 +21,5 @@ class World:
 
     @property
     def is_main(self) -> bool:
+        """Return whether this is rank 0, which writes what the run leaves."""
         return self.rank == 0

@@ -1,4 +1,4 @@
-"""How good features are, by labels that training never sees."""
+"""How good features are, judged by labels that training never sees."""
 
 from pcl_fast.evaluation.ami import adjusted_mutual_information, expected_mutual_information
 from pcl_fast.evaluation.knn import knn_accuracy

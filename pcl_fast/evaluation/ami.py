@@ -10,25 +10,26 @@ from sklearn.metrics import mutual_info_score
 
 
 def adjusted_mutual_information(assignment: torch.Tensor, labels: torch.Tensor) -> float:
-    """AMI between clusters and classes, both integer [n]: 0 for chance, 1 for the same partition.
+    """Return the AMI between clusters and classes, both integer [n]: 0 by chance, 1 for the same partition.
 
-    As scikit-learn's adjusted_mutual_info_score, which takes most of a minute for each of ImageNet's granularities: it
-    adds up what is expected by chance for every class and cluster, here it is for every pair of their sizes.
+    It equals scikit-learn's adjusted_mutual_info_score, which takes most of a minute for each of ImageNet's
+    granularities: that adds up what is expected by chance over all classes and clusters, this over all pairs of their
+    sizes.
     """
     labels, assignment = labels.cpu().numpy(), assignment.cpu().numpy()
     classes, clusters = (np.unique(partition, return_counts=True)[1] for partition in (labels, assignment))
     if len(classes) == len(clusters) and len(classes) in (1, len(labels)):
-        return 1.0  # there is no other partition of the kind, and so no chance
+        return 1.0  # there is only one partition of this kind, so nothing is left to chance
     expected = expected_mutual_information(classes, clusters)
     most = (entropy(classes) + entropy(clusters)) / 2
     return float((mutual_info_score(labels, assignment) - expected) / (most - expected))
 
 
 def expected_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two partitions with parts of sizes a and b, over all ways to deal n items out to them, in nats.
+    """Return the expected mutual information, in nats, of two random partitions of n items into parts of sizes a and b.
 
-    sum_ij sum_m P(m) m/n log(n m / (a_i b_j)) with P hypergeometric (Vinh, Epps and Bailey 2010, eq. 24a). It depends
-    on i and j by their sizes alone.
+    It is sum_ij sum_m P(m) m/n log(n m / (a_i b_j)) with hypergeometric P (Vinh, Epps and Bailey 2010, eq. 24a). A term
+    depends on the sizes a_i and b_j alone, so equal sizes are computed once.
     """
     n = int(a.sum())
     log_factorial = gammaln(np.arange(n + 2) + 1.0)
@@ -44,5 +45,5 @@ def expected_mutual_information(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _log_choose(n: np.ndarray | int, k: np.ndarray, log_factorial: np.ndarray) -> np.ndarray:
-    """Of no meaning where k > n or k < 0."""
+    """Return log(n choose k); where k > n or k < 0 the result has no meaning."""
     return log_factorial[n] - log_factorial[k] - log_factorial[n - k]

@@ -1,4 +1,4 @@
-"""Online evaluation of features whose labels are known. Training never sees any of it."""
+"""Weighted kNN: how well an image's class follows from the classes of its nearest neighbours."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from pcl_fast.distributed import all_gather_rows, all_reduce_sum, shard_lengths
 
-# Similarities held at once, in elements.
+# How many similarities are held at once.
 _CHUNK = 1 << 26
 
 
@@ -21,18 +21,18 @@ def knn_accuracy(
     temperature: float,
     group: dist.ProcessGroup | None = None,
 ) -> float:
-    """Share of the queries that their neighbours classify right (weighted kNN; paper, section 4.3).
+    """Return the share of the queries that their neighbours classify correctly (weighted kNN; paper, section 4.3).
 
-    Every query is an image of the data set, classified by its nearest `neighbours` other images, which vote for their
-    class with weight exp(v.v'/temperature).
+    Every query is an image of the data set. Its nearest `neighbours` other images each vote for their own class, with
+    the weight exp(v.v'/temperature).
 
     Args:
         features: [n_local, d] unit features, this rank's shard.
         labels: int64 [n], classes of the whole data set.
         queries: int64 [Q], positions in the data set, the same on every rank.
-        neighbours: k; fewer where the data set is smaller.
+        neighbours: k; a smaller data set gives fewer.
         temperature: tau.
-        group: the ranks that hold the shards, None for this process alone.
+        group: the ranks that hold the shards; None for this process alone.
     """
     lengths = shard_lengths(len(features), group, features.device)
     first = sum(lengths[: 0 if group is None else dist.get_rank(group)])
@@ -48,7 +48,7 @@ def knn_accuracy(
 
 
 def _nearest_others(features, queries, first, neighbours, group) -> tuple[torch.Tensor, torch.Tensor]:
-    """(similarities, positions), each [Q, k]: the queries' nearest images among all shards, without themselves."""
+    """Return (similarities, positions), each [Q, k], of the queries' nearest other images in all shards."""
     mine = (queries >= first) & (queries < first + len(features))
     vectors = features.new_zeros(len(queries), features.shape[1])
     vectors[mine] = features[queries[mine] - first]
@@ -59,7 +59,7 @@ def _nearest_others(features, queries, first, neighbours, group) -> tuple[torch.
     k = min(neighbours, len(features))
     best, position = similarity.topk(k, dim=1)
     best = best.float()  # features may be half precision
-    # A shard smaller than k leaves places that lose against everything; their class does not matter.
+    # A shard smaller than k fills up with places that lose against everything, so that their class does not matter.
     best_padded = best.new_full((len(queries), neighbours), -torch.inf)
     position_padded = position.new_zeros(len(queries), neighbours)
     best_padded[:, :k], position_padded[:, :k] = best, position + first

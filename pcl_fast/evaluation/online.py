@@ -1,4 +1,4 @@
-"""Evaluation while a run trains, wherever the data set has labels: kNN and adjusted mutual information."""
+"""Evaluation while a run trains, if its data set has labels: kNN and adjusted mutual information."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from pcl_fast.seeds import Purpose, mix_seeds
 
 
 def number_classes(labels: Sequence[int] | None, device: torch.device) -> torch.Tensor | None:
-    """int64 [n] labels numbered without gaps, for kNN counts votes for every number up to the largest; None without."""
+    """Return labels as int64 [n], numbered without gaps, because kNN counts votes for every number up to the largest;
+    None if there are none.
+    """
     return None if labels is None else torch.as_tensor(labels).unique(return_inverse=True)[1].to(device)
 
 
@@ -28,12 +30,16 @@ def evaluate_features(
     epoch: int,
     world: World,
 ) -> dict[str, Any] | None:
-    """What online evaluation records of an epoch's features.
+    """Return what online evaluation records of an epoch's features.
 
     Args:
         features: [n_local, d] unit features, this rank's shard.
         labels: int64 [n], classes of the whole data set.
-        clusterings: assignments [n] that training has made, by name; those of config.evaluation.ks are made here.
+        clusterings: assignments [n] that training has made, by name. Those of config.evaluation.ks that are not among
+            them are made here.
+        config: the run's recipe.
+        epoch: the epoch that the features belong to, which seeds k-means.
+        world: the ranks.
 
     Returns:
         {"knn": accuracy, "ami": {name: AMI}} on the main rank, None on the others.
@@ -56,6 +62,6 @@ def evaluate_features(
 
 
 def _assignment(features: torch.Tensor, k: int, config: Config, epoch: int, world: World) -> torch.Tensor:
-    """k-means of the features, int32 [n] of the whole data set."""
+    """Return the assignment that k-means finds for the features, int32 [n] of the whole data set."""
     seed = mix_seeds(config.seed, Purpose.EVALUATION, epoch)
     return all_gather_shards(kmeans(features, k, seed=seed, group=world.group).assignment, world.group)

@@ -1,4 +1,4 @@
-"""The losses, as users call them."""
+"""The losses that users call."""
 
 from pcl_fast.losses.contrast import (
     ContrastResult,

@@ -2,13 +2,16 @@
 
 Keys, queue and prototypes are constants: the only gradient is with respect to the query.
 
-backend, in all of these: "triton", the fused kernels; "torch", plain PyTorch operations; "auto", triton for CUDA
-tensors of the types that it takes, torch elsewhere. Both draw the same negatives and, but for rounding, return the
-same. The kernels take float32, float16 and bfloat16, d up to 512 (on Volta 128, and no bfloat16), and entries of
-float32 features below 64 in absolute value.
+All losses have an argument `backend`: "triton" means the fused kernels; "torch", plain PyTorch operations; "auto",
+triton for CUDA tensors of the types that it takes, torch elsewhere. Both draw the same negatives and, up to rounding,
+return the same. The kernels take float32, float16 and bfloat16, d up to 512 (on Volta up to 128, and no bfloat16), and
+entries of float32 features below 64 in absolute value.
 
-Shapes, types and devices are always checked. Values are checked where looking costs nothing, on the CPU; on a GPU it
-would wait for the GPU, and is only done if PCL_FAST_DEBUG=1 is set in the environment.
+Shapes, types and devices are always checked. Values are checked on the CPU, where this costs nothing; on a GPU the host
+would have to wait, so there they are only checked if PCL_FAST_DEBUG=1 is set in the environment.
+
+The names of the losses: `info_nce` is equation 1, `proto_nce` one granularity of equation 11, and `pcl_loss` the whole
+loss, which the paper calls ProtoNCE; so `protonce` is another name for it.
 """
 
 from __future__ import annotations
@@ -25,13 +28,15 @@ import torch
 from pcl_fast.clustering.types import PrototypeSet
 from pcl_fast.kernels import contrast_plain, sampling_plain
 
-# There is no triton for macOS.
+# Triton does not exist for macOS.
 fused_kernels = import_module("pcl_fast.kernels.contrast") if find_spec("triton") else None
 
 
 class ContrastResult(NamedTuple):
-    """Per row: loss [N] float32 (float64 for a float64 query), and correct [N] bool, whether the positive scored
-    strictly above every negative.
+    """A contrast's result, row by row.
+
+    loss: [N] float32 (float64 for a float64 query).
+    correct: [N] bool, whether the positive scored strictly above every negative.
     """
 
     loss: torch.Tensor
@@ -39,7 +44,12 @@ class ContrastResult(NamedTuple):
 
 
 class ProtoNCEResult(NamedTuple):
-    """loss: scalar, mean InfoNCE + mean over granularities of mean ProtoNCE; and its parts, row by row."""
+    """The whole loss, and the parts that it is made of.
+
+    loss: scalar, mean InfoNCE + mean over the granularities of mean ProtoNCE.
+    instance: InfoNCE, row by row.
+    prototype: ProtoNCE of every granularity, row by row.
+    """
 
     loss: torch.Tensor
     instance: ContrastResult
@@ -49,15 +59,15 @@ class ProtoNCEResult(NamedTuple):
 def info_nce(
     query: torch.Tensor, key: torch.Tensor, queue: torch.Tensor, temperature: float, *, backend: str = "auto"
 ) -> ContrastResult:
-    """Equation 1: loss_i = -log( exp(q_i.k_i/tau) / (exp(q_i.k_i/tau) + sum_j exp(q_i.queue_j/tau)) ).
+    """Return InfoNCE (equation 1): loss_i = -log( exp(q_i.k_i/tau) / (exp(q_i.k_i/tau) + sum_j exp(q_i.queue_j/tau)) ).
 
     Args:
         query: [N, d] unit features, any floating dtype; sums are taken in float32. The kernels round a float32 query
             to the precision of what it is contrasted with; its gradient is float32 all the same.
-        key: [N, d] momentum features of the other view.
+        key: [N, d] momentum features of the other view of each image.
         queue: [R, d] keys of earlier batches.
         temperature: tau > 0.
-        backend: see the module.
+        backend: see the module's docstring.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, an empty queue, temperature <= 0, or a backend that is
@@ -81,24 +91,25 @@ def proto_nce(
     seed: int | torch.Tensor,
     backend: str = "auto",
 ) -> ContrastResult:
-    """Equation 11, one granularity: each query against its own prototype and r others, scores q.c over c's phi.
+    """Return ProtoNCE of one granularity (equation 11): each query q contrasts its own prototype with others, and the
+    score of a prototype c is q.c/phi_c.
 
-    Negatives of row i are the r prototypes of `sample_negatives`, and the prototypes of the batch's other rows, one
-    column per other row; a row that shares i's prototype (a twin) adds none.
+    The negatives of row i are the r prototypes of `sample_negatives` and the prototypes of the batch's other rows, one
+    column per row. A twin of row i (another row that has the same prototype) adds none.
 
     Args:
         query: [N, d] unit features, any floating dtype; sums are taken in float32. The kernels round a float32 query
             to the precision of what it is contrasted with; its gradient is float32 all the same.
         prototypes: centroids [K, d], concentration [K], assignment [n].
         index: int64 [N], positions of the rows' images in the data set, in [0, n).
-        num_negatives: r; None, or more than exist: all.
-        seed: of the draw; int, or 0-d int64 tensor on the query's device, which is read there: a CUDA graph draws
-            afresh at every replay if the tensor has changed.
-        backend: see the module.
+        num_negatives: r. If it is None, or more than exist, all are taken.
+        seed: decides the draw; an int, or a 0-d int64 tensor on the query's device, which is read there, so that a CUDA
+            graph draws afresh at every replay for which the tensor has changed.
+        backend: see the module's docstring.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, no prototypes, r < 1, a backend that is unknown or cannot
-            be used here, or (where values are looked at) an index out of range or a concentration <= 0.
+            be used here, or (where values are checked) an index out of range or a concentration <= 0.
     """
     _check_rows("query", query)
     _check_draw(num_negatives, seed, query.device)
@@ -111,8 +122,8 @@ def proto_nce(
     negatives, there = sampling_plain.negative_columns(len(prototypes.centroids), num_negatives, positives, seed)
     columns = torch.cat([positives, negatives])
     weight = 1 / prototypes.concentration
-    # Hidden: the rows' columns that are a row's own prototype, which the sampled ones cannot be.
-    twin = positives[:, None] == positives
+    # Hidden from a row are its own column and those of its twins. The sampled prototypes are nobody's own.
+    hidden = positives[:, None] == positives
     with _full_precision(query):
         return ContrastResult(
             *contrast_plain.contrast(
@@ -121,7 +132,7 @@ def proto_nce(
                 weight[positives],
                 prototypes.centroids.index_select(0, columns),  # a quarter of the time of [columns] on a CPU
                 weight[columns],
-                twin,
+                hidden,
                 there,
             )
         )
@@ -130,19 +141,19 @@ def proto_nce(
 def sample_negatives(
     num_prototypes: int, num_negatives: int | None, positives: torch.Tensor, *, seed: int | torch.Tensor
 ) -> torch.Tensor:
-    """The negative prototypes that `proto_nce` contrasts with when given the same seed.
+    """Return the negative prototypes that `proto_nce` draws with the same seed.
+
+    If r may be more than exist, this waits for the GPU to count them; the losses themselves never wait.
 
     Args:
         num_prototypes: K.
-        num_negatives: r; None, or more than exist: all.
+        num_negatives: r. If it is None, or more than exist, all are taken.
         positives: int64 [N], the rows' own prototypes, in [0, K).
-        seed: int, or 0-d int64 tensor.
+        seed: int, or 0-d int64 tensor on the device of `positives`.
 
     Returns:
-        int64 [r']: distinct, uniform over the prototypes that are not in `positives`, in random order. r' = r, or fewer
-        if there are no more.
-
-    Where r may be more than there are, counting them waits for the GPU; the losses themselves never do.
+        int64 [r'], distinct ids, drawn uniformly from the prototypes that are not in `positives`, in random order; r'
+        is r, or less if no more exist.
 
     Raises:
         ValueError: K < 1, r < 1, or a seed beyond 64 bits or on another device.
@@ -166,10 +177,13 @@ def pcl_loss(
     seed: int | torch.Tensor,
     backend: str = "auto",
 ) -> ProtoNCEResult:
-    """The whole loss of PCL: mean_i InfoNCE_i + (1/M) sum_m mean_i ProtoNCE_im.
+    """Return the whole loss of PCL: mean_i InfoNCE_i + (1/M) sum_m mean_i ProtoNCE_im.
 
-    Args: see `info_nce` and `proto_nce`. `prototypes` may be empty (warm-up, MoCo): InfoNCE alone. Granularity m draws
-    its negatives with seed + m.
+    Args:
+        query, key, queue, temperature: see `info_nce`.
+        prototypes: the M granularities; with none (during warm-up, or for MoCo) the loss is InfoNCE alone.
+        index, num_negatives, seed: see `proto_nce`; granularity m draws its negatives with seed + m.
+        backend: see the module's docstring.
 
     Raises:
         ValueError: see `info_nce` and `proto_nce`.
@@ -195,17 +209,21 @@ def pcl_loss(
     return ProtoNCEResult(loss, instance, parts)
 
 
-# The loss's name in the paper, one underscore away from one granularity's.
+# The paper's name for the whole loss. The code says pcl_loss, which nobody mistakes for one granularity's `proto_nce`.
 protonce = pcl_loss
 
 
 def _full_precision(query: torch.Tensor) -> torch.autocast:
-    """Autocast would round the products to half precision."""
+    """Return a context without autocast, which would round the products to half precision."""
     return torch.autocast(query.device.type, enabled=False)
 
 
 def _fused(backend: str, query: torch.Tensor, *banks: torch.Tensor) -> ModuleType | None:
-    """The module of the fused kernels, if it is to be used."""
+    """Return the module of the fused kernels, or None if plain PyTorch is to be used.
+
+    Raises:
+        ValueError: an unknown backend, or the fused kernels are asked for and cannot be used; says why.
+    """
     if backend not in ("auto", "triton", "torch"):
         raise ValueError(f'the loss has the backends "auto", "triton" and "torch", not {backend!r}')
     if backend == "torch" or (backend == "auto" and not query.is_cuda):
@@ -219,7 +237,7 @@ def _fused(backend: str, query: torch.Tensor, *banks: torch.Tensor) -> ModuleTyp
 
 
 def _obstacle(query: torch.Tensor, banks: Sequence[torch.Tensor]) -> str | None:
-    """Why the fused kernels cannot be used, or None."""
+    """Return why the fused kernels cannot be used, or None if they can."""
     if fused_kernels is None:
         return "needs the package triton, which is not installed"
     if not query.is_cuda and not fused_kernels.INTERPRETED:
@@ -264,7 +282,7 @@ def _check_rows(name: str, rows: torch.Tensor) -> None:
 
 
 def _check_like(name: str, rows: torch.Tensor, query: torch.Tensor, length: int | None = None) -> None:
-    """rows: [length, d] (any length if None) floating point beside the query."""
+    """Refuse rows that are not [length, d] (any length if None), floating point, and on the query's device."""
     wanted = f"[{'R' if length is None else length}, {query.shape[1]}]"
     fits = rows.ndim == 2 and rows.shape[1] == query.shape[1] and length in (None, len(rows))
     if not fits or not rows.is_floating_point():

@@ -1,1 +1,1 @@
-"""Networks and their parts."""
+"""Encoders and what training adds to them: momentum encoder, queue, batch norm, precision."""

@@ -1,4 +1,4 @@
-"""Batch norm in parts of a batch, folded into convolutions, and its statistics among ranks."""
+"""Batch norm: over parts of a batch, folded into convolutions, and with statistics averaged over ranks."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class SplitBatchNorm(nn.BatchNorm2d):
-    """Batch norm that treats the batch as `splits` equal parts, one after another, each with its own statistics, as
-    `splits` ranks would. The running statistics take the parts' mean.
+    """Batch norm that divides the batch into `splits` equal consecutive parts and normalises each with its own
+    statistics, as `splits` ranks would. The running statistics become the mean of those of the parts.
 
-    Its state is that of nn.BatchNorm2d, and in eval mode it is one.
+    Its state is that of nn.BatchNorm2d, and in eval mode it does the same.
     """
 
     splits: int = 1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """
+        """Normalise x [N, C, H, W].
+
         Raises:
-            ValueError: in training, the batch does not divide into `splits` parts.
+            ValueError: in training mode, if the batch does not divide into `splits` equal parts.
         """
         if not self.training:
             return super().forward(x)
@@ -44,7 +45,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 def split_batch_norm(module: nn.Module, splits: int) -> None:
-    """Make every nn.BatchNorm2d in the module a SplitBatchNorm, parameters and buffers staying as they are."""
+    """Turn every nn.BatchNorm2d in the module into a SplitBatchNorm, in place; parameters and buffers stay the same."""
     for part in module.modules():
         if type(part) is nn.BatchNorm2d:
             part.__class__ = SplitBatchNorm
@@ -52,16 +53,16 @@ def split_batch_norm(module: nn.Module, splits: int) -> None:
 
 
 def fold_batch_norm(encoder: nn.Module) -> nn.Module:
-    """A copy of an encoder in eval mode, in which batch norm has become part of the convolutions before it.
+    """Return a copy of an encoder in eval mode whose convolutions do the work of the batch norms that follow them.
 
-    With running statistics batch norm is y = a x + b for each channel, and so are weights and bias of a convolution:
-    the same features, but for rounding, without a pass over every activation.
+    With running statistics batch norm is y = a x + b in each channel, which a convolution's weights and bias can
+    absorb. The features are the same up to rounding, and one pass over every activation is saved.
     """
     encoder = copy.deepcopy(encoder).eval()
     for module in encoder.modules():
         children = list(module.named_children())
         for (name, conv), (after, norm) in itertools.pairwise(children):
-            # In a ResNet what is registered behind a convolution is what its output goes to.
+            # In a ResNet the module registered after a convolution is the one that takes its output.
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, after, nn.Identity())
@@ -69,7 +70,7 @@ def fold_batch_norm(encoder: nn.Module) -> nn.Module:
 
 
 def batch_norm_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, buffer) of all batch-norm statistics in a module."""
+    """Yield (name, buffer) of all batch-norm statistics in a module."""
     for prefix, part in module.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             yield from part.named_buffers(prefix, recurse=False)
@@ -77,7 +78,9 @@ def batch_norm_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 @torch.no_grad()
 def average_statistics(module: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Make the batch-norm statistics of all ranks their mean, in one all-reduce. Every rank sees other batches."""
+    """Replace the batch-norm statistics of every rank, which has seen its own batches, by the mean over all ranks, in
+    one all-reduce.
+    """
     buffers = [buffer for _, buffer in batch_norm_buffers(module) if buffer.is_floating_point()]
     if group is None or not buffers:
         return

@@ -1,4 +1,4 @@
-"""The encoder: a ResNet and a projection head."""
+"""The encoder: a ResNet with a projection head."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pcl_fast.nn.batch_norm import split_batch_norm
 
 
 class Encoder(nn.Module):
-    """A ResNet and a projection head: images [N, 3, H, W] -> unit features [N, dim] float32."""
+    """A ResNet with a projection head, which maps images [N, 3, H, W] to unit features [N, dim] float32."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -33,7 +33,11 @@ class Encoder(nn.Module):
 
 
 def _build_backbone(config: ModelConfig) -> tuple[nn.Module, int]:
-    """(backbone with pooled features as output, their number)."""
+    """Return (backbone, whose output is its pooled features; how many features these are).
+
+    Raises:
+        ValueError: no such architecture; names those that there are.
+    """
     if depth := re.fullmatch(r"cifar_resnet(\d+)", config.arch):
         return _cifar_resnet(int(depth[1]))
     names = [name for name in torchvision.models.list_models(torchvision.models) if "resne" in name]
@@ -51,7 +55,9 @@ def _build_backbone(config: ModelConfig) -> tuple[nn.Module, int]:
 
 
 def _cifar_resnet(depth: int) -> tuple[nn.Module, int]:
-    """The 6n+2-layer ResNet for 32 px images of He et al. 2016, section 4.2: widths 16, 32, 64."""
+    """Return the ResNet of 6n+2 layers for 32 px images (He et al. 2016, section 4.2; widths 16, 32, 64), and its
+    number of features.
+    """
     if depth < 8 or depth % 6 != 2:
         raise ValueError(f"--model.arch cifar_resnet{depth}: the depth must be 6n+2 (8, 14, 20, ...)")
     layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU()]
@@ -68,7 +74,9 @@ def _cifar_resnet(depth: int) -> tuple[nn.Module, int]:
 
 
 def _basic_block(width_in: int, width: int) -> BasicBlock:
-    """Two 3x3 convolutions; where the width grows the side is halved and the shortcut becomes a 1x1 convolution."""
+    """Return two 3x3 convolutions with a shortcut; where the width grows, the side is halved and the shortcut is a 1x1
+    convolution.
+    """
     if width_in == width:
         return BasicBlock(width, width)
     shortcut = nn.Sequential(nn.Conv2d(width_in, width, 1, stride=2, bias=False), nn.BatchNorm2d(width))

@@ -1,4 +1,4 @@
-"""The momentum encoder: a moving average of an encoder's weights."""
+"""The momentum encoder: an encoder whose weights are a moving average of another's."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from torch import nn
 
 
 def momentum_copy(encoder: nn.Module) -> nn.Module:
-    """A copy of an encoder that no gradient reaches."""
+    """Return a copy of an encoder whose parameters take no gradient."""
     return copy.deepcopy(encoder).requires_grad_(False)
 
 
 class MovingAverage:
-    """Moves the parameters of a momentum encoder behind those of an encoder. Batch-norm statistics stay its own."""
+    """Moves a momentum encoder's parameters towards another encoder's. Its batch-norm statistics stay its own."""
 
     def __init__(self, average: nn.Module, of: nn.Module, momentum: float):
         """
         Args:
             average: the momentum encoder.
-            of: the encoder that it follows, with the same parameters.
-            momentum: share of itself that it keeps at each update.
+            of: the encoder that it follows, which has the same architecture.
+            momentum: the share of its own weights that the momentum encoder keeps at each update.
         """
         self.momentum = momentum
         self._pairs = (list(average.parameters()), list(of.parameters()))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Set average = momentum * average + (1 - momentum) * of, all parameters in one call."""
+        """Set average = momentum * average + (1 - momentum) * of, for all parameters in one call."""
         averages, sources = self._pairs
         torch._foreach_lerp_(averages, sources, 1 - self.momentum)

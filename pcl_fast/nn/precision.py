@@ -1,4 +1,4 @@
-"""In which precision a device computes."""
+"""The precision in which a device computes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 
 
 def encoder_dtype(device: torch.device) -> torch.dtype:
-    """The type of images and of the encoder's products: bf16 from sm_80 on, fp16 on older GPUs (which lack bf16), fp32
-    on CPUs.
+    """Return the type of images and of the encoder's products: bf16 from sm_80 on, fp16 on older GPUs, which have no
+    bf16, and fp32 on CPUs.
     """
     if device.type != "cuda":
         return torch.float32
@@ -15,15 +15,14 @@ def encoder_dtype(device: torch.device) -> torch.dtype:
 
 
 def loss_dtype(device: torch.device) -> torch.dtype:
-    """The type of keys and prototypes in the loss: on GPUs fp16, which has three bits more than bf16 for unit features.
-
-    Queries stay in fp32, and with them the gradient.
+    """Return the type of keys and prototypes in the loss: fp32 on CPUs, and fp16 on GPUs, which has three more bits
+    than bf16 for the entries of unit features. Queries and their gradient are fp32 on both.
     """
     return torch.float16 if device.type == "cuda" else torch.float32
 
 
 def autocast(device: torch.device) -> torch.autocast:
-    """A context in which an encoder computes in `encoder_dtype`."""
+    """Return a context in which an encoder computes in `encoder_dtype`."""
     dtype = encoder_dtype(device)
     if dtype is torch.float32:
         return torch.autocast(device.type, enabled=False)
@@ -31,7 +30,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 
 def loss_scaler(device: torch.device) -> torch.amp.GradScaler:
-    """Scales the loss where gradients are fp16, whose smallest numbers they would fall below; elsewhere it does
-    nothing.
+    """Return what scales the loss where gradients are fp16, because small gradients would be 0 in fp16; elsewhere it
+    does nothing.
     """
     return torch.amp.GradScaler(device.type, enabled=encoder_dtype(device) is torch.float16)

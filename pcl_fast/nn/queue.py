@@ -1,4 +1,4 @@
-"""The queue of keys."""
+"""The queue: momentum keys of earlier batches, which are the negatives of InfoNCE."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 
 
 class KeyQueue(nn.Module):
-    """The last `size` momentum keys, [size, dim], in a ring. Starts with random unit vectors.
+    """The last `size` momentum keys [size, dim], in a ring that begins with random unit vectors.
 
-    Takes any number of keys at a time: it wraps, and of more than `size` keeps the last.
+    Any number of keys may be enqueued at a time; of more than `size` the last ones are kept.
     """
 
     def __init__(
@@ -22,7 +22,7 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def enqueue(self, keys: torch.Tensor) -> None:
-        """Replace the oldest keys by `keys` [B, dim]. Without waiting for the device: the position lives there."""
+        """Replace the oldest keys by `keys` [B, dim]. Nothing waits for the device, where the ring's position lies."""
         size = len(self.keys)
         skipped = max(0, len(keys) - size)
         keys = keys[skipped:]

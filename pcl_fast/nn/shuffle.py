@@ -1,7 +1,7 @@
-"""Shuffled batches: every key is normalised with other images than its query.
+"""Shuffled batches, in which batch norm normalises a key together with other images than its query.
 
-Were a key normalised with the same images as its query, the statistics of the batch would tell which belong together,
-without a look at what they show (He et al. 2020, section 3.3).
+If a key were normalised with the same images as its query, the batch's statistics would tell which key belongs to which
+query, whatever the images show (He et al. 2020, section 3.3).
 """
 
 from __future__ import annotations
@@ -15,15 +15,20 @@ Restore = Callable[[torch.Tensor], torch.Tensor]
 
 
 class BatchShuffle:
-    """Exchanges a batch's rows among ranks and among the parts of their batches, so that no key is normalised with its
-    own query's part.
+    """Exchanges a batch's rows among ranks and among the parts of their batches (see SplitBatchNorm), so that keys are
+    normalised in other company than their queries.
 
-    Every rank permutes its N rows and sends an even share of them to each rank by one all_to_all: N/G rows travel to
-    each of the G ranks, instead of all rows to all. What arrives is dealt out to the parts like cards.
+    Every rank permutes its N rows and sends an equal share of them to each of the G ranks, itself included, in one
+    all_to_all: N/G rows to each rank, instead of all rows to all. What arrives is dealt out to the parts like cards.
     """
 
     def __init__(self, rows: int, group: dist.ProcessGroup | None, splits: int = 1):
-        """rows: N, the batch of every rank; splits: parts of it, a divisor of N."""
+        """
+        Args:
+            rows: N, the batch of every rank.
+            group: the ranks that exchange rows; None for this process alone.
+            splits: the number of parts of every rank's batch, a divisor of N.
+        """
         self.rows, self.splits, self.group = rows, splits, group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
@@ -31,24 +36,26 @@ class BatchShuffle:
         self._received = [_rows_sent(rows, source, self.rank, self.size) for source in range(self.size)]
 
     def order(self, seed: int) -> torch.Tensor | None:
-        """A permutation of this rank's rows for `begin`, int64 [N] on the CPU; None if there is nobody to shuffle with.
+        """Draw a permutation of this rank's rows for `begin`, int64 [N] on the CPU; None if there is only one part on
+        one rank, and so nothing to shuffle.
 
-        Drawn on the host, so that every device shuffles alike and a captured step can be given another.
+        It is drawn on the host, so that all devices shuffle alike and a CUDA graph can be given another.
         """
         if self.size == self.splits == 1:
             return None
         return torch.randperm(self.rows, generator=torch.Generator().manual_seed(seed))
 
     def begin(self, rows: torch.Tensor, order: torch.Tensor | None) -> Callable[[], tuple[torch.Tensor, Restore]]:
-        """Send rows on their way; other work may go on meanwhile.
+        """Begin to exchange rows; other work may go on in the meantime.
 
         Args:
             rows: [N, ...] of any dtype.
-            order: of `order`, beside the rows.
+            order: what `order` has drawn, on the device of the rows.
 
         Returns:
-            A function to call when they are needed, for (shuffled [N, ...], restore): restore maps [N, ...] results
-            for the shuffled rows to this rank's own rows in their first order.
+            A function that waits for the rows and returns (shuffled [N, ...], restore). The function restore takes
+            results [N, ...] for the shuffled rows, sends them back, and returns those for this rank's own rows, in the
+            rows' first order.
         """
         if order is None:
             return lambda: (rows, lambda results: results)
@@ -64,15 +71,20 @@ class BatchShuffle:
         return finish
 
     def _deal(self, rows: torch.Tensor) -> torch.Tensor:
-        """Rows 0, S, 2S, ... to the first of S parts, and so on: each gets as many from every rank."""
+        """Give rows 0, S, 2S, ... to the first of S parts, rows 1, S + 1, ... to the second, and so on, so that every
+        part has equally many rows of each rank.
+        """
         return rows if self.splits == 1 else rows.unflatten(0, (-1, self.splits)).transpose(0, 1).flatten(0, 1)
 
     def _collect(self, rows: torch.Tensor) -> torch.Tensor:
-        """Undoes `_deal`."""
+        """Undo `_deal`."""
         return rows if self.splits == 1 else rows.unflatten(0, (self.splits, -1)).transpose(0, 1).flatten(0, 1)
 
     def _exchange(self, rows: torch.Tensor, sent: list[int], received: list[int]) -> Callable[[], torch.Tensor]:
-        """all_to_all of consecutive shares, as bytes: gloo and NCCL then take any dtype."""
+        """Begin an all_to_all of consecutive shares of the rows, and return a function that waits for what arrives.
+
+        Rows travel as bytes, so that gloo and NCCL take any dtype.
+        """
         if self.size == 1:
             return lambda: rows
         rows = rows.contiguous()
@@ -94,8 +106,9 @@ class BatchShuffle:
 
 
 def _rows_sent(rows: int, source: int, to: int, size: int) -> int:
-    """How many of its rows `source` sends to `to`: N/G, and one more to the N mod G ranks after `source`.
+    """Return how many of its N rows rank `source` sends to rank `to`: N // G, and one more to each of the N mod G ranks
+    after `source`.
 
-    Every rank then receives N rows too, and even single rows travel.
+    So every rank receives N rows too, and a batch of a single row goes to another rank.
     """
     return rows // size + ((to - source - 1) % size < rows % size)

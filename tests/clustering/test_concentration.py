@@ -1,4 +1,4 @@
-"""Concentration against a slow version of equation 12."""
+"""Concentration against a literal, slow version of equation 12."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pcl_fast.clustering import concentration
 
 
 def slow(distance, assignment, k, temperature, alpha=10.0, clip=(10, 90)):
-    """Cluster by cluster, as the formula reads."""
+    """Compute equation 12 cluster by cluster, as it is written."""
     phi = [None] * k
     for c in range(k):
         members = [math.sqrt(x) for x, a in zip(distance.tolist(), assignment.tolist(), strict=True) if a == c]
@@ -26,7 +26,9 @@ def slow(distance, assignment, k, temperature, alpha=10.0, clip=(10, 90)):
 
 
 def case(n: int = 400, k: int = 30, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Clusters 0 and 1 are empty, 2 and 3 have a single point, far from its centroid."""
+    """Return (distance, assignment, k), in which clusters 0 and 1 are empty, and 2 and 3 have a single point, far from
+    its centroid.
+    """
     generator = torch.Generator().manual_seed(seed)
     distance = torch.rand(n, generator=generator)
     assignment = torch.randint(4, k, (n,), generator=generator, dtype=torch.int32)
@@ -64,7 +66,7 @@ def test_two_ranks_equal_one():
 
 
 def test_identical_points_do_not_make_infinite_logits():
-    """A third of the clusters have distance 0 throughout, so the 10th percentile is 0 too."""
+    """In a third of the clusters all distances are 0, so the 10th percentile of phi is 0 too."""
     distance, assignment = torch.full((90,), 0.3), torch.arange(90) % 9
     distance[assignment < 3] = 0
     phi = concentration(distance, assignment, 9, temperature=0.2)

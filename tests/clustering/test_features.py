@@ -1,4 +1,4 @@
-"""Features of the data set, on one rank and several."""
+"""The features of a data set, on one rank and on several."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""k-means against scikit-learn, on one rank and several."""
+"""k-means against scikit-learn and faiss, on one rank and on several."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BACKENDS = [
 
 
 def blobs(n: int, d: int = 16, centres: int = 12, seed: int = 0) -> torch.Tensor:
-    """Unit features with cluster structure."""
+    """Return unit features [n, d] around so many centres."""
     generator = torch.Generator().manual_seed(seed)
     middle = torch.randn(centres, d, generator=generator)
     labels = torch.randint(0, centres, (n,), generator=generator)
@@ -85,7 +85,7 @@ def kmeans_of_shard(world, features, bounds, backend):
 )
 @pytest.mark.parametrize("bounds", [(0, 400, 900), (0, 0, 900), (0, 350, 380, 900)])
 def test_ranks_with_unequal_shards_equal_one_rank(backend, dtype, bounds):
-    """gloo, on the CPU."""
+    """The ranks are CPU processes, connected by gloo."""
     if backend == "faiss":
         pytest.importorskip("faiss")
     if backend == "triton" and DEVICE == "cuda":
@@ -101,7 +101,7 @@ def test_ranks_with_unequal_shards_equal_one_rank(backend, dtype, bounds):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_objective_after_20_iterations(backend):
-    """Within 0.1% of scikit-learn's and faiss's from the same start, in either precision."""
+    """In either precision it is within 0.1% of scikit-learn's and of faiss's from the same start."""
     features = blobs(500, seed=7)
     init = features[:20].clone()
     theirs = scikit_learn(features, init, iterations=20)
@@ -144,7 +144,7 @@ def test_stops_when_no_assignment_changes(monkeypatch):
     patient = kmeans(features, 6, iterations=500)
     needed = len(searches)
     assert needed < 60
-    # The last search found what the one before had found: as many updates as searches, but for these two.
+    # The last search found what the one before it had found, so no update followed: one update fewer gives the same.
     same = kmeans(features, 6, iterations=needed - 1)
     assert torch.equal(same.centroids, patient.centroids)
     assert torch.equal(same.assignment, patient.assignment)
@@ -152,7 +152,7 @@ def test_stops_when_no_assignment_changes(monkeypatch):
 
 
 def count_searches(monkeypatch) -> list:
-    """Grows by the number of clusters at every search."""
+    """Return a list to which every search from now on appends its number of clusters."""
     searches = []
 
     def counting(*arguments):
@@ -164,13 +164,13 @@ def count_searches(monkeypatch) -> list:
 
         return backend._replace(nearest=nearest)
 
-    for module in ("kmeans", "cluster"):  # whose functions hide them in the package
+    for module in ("kmeans", "cluster"):  # by name, as the package's attributes are their functions
         monkeypatch.setattr(import_module(f"pcl_fast.clustering.{module}"), "pick_backend", counting)
     return searches
 
 
 def test_granularities_take_turns(monkeypatch):
-    """One searches while the other's sums travel; one that needs no more is left alone."""
+    """One granularity searches while the other's sums travel."""
     events = count_searches(monkeypatch)
 
     def begin(tensor, group):
@@ -214,7 +214,7 @@ def test_as_many_clusters_as_points(backend):
 
 
 def test_empty_clusters_take_from_large_ones():
-    """Half of the initial centroids are far from everything; after a few iterations none is empty."""
+    """Half of the initial centroids are far from all points; after a few iterations no cluster is empty."""
     features = blobs(600)
     far = 100 + torch.rand(8, 16, generator=torch.Generator().manual_seed(0))
     init = torch.cat([features[:8], far.to(DEVICE)])
@@ -226,7 +226,9 @@ def test_empty_clusters_take_from_large_ones():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_goes_on_while_a_cluster_is_empty(seed):
-    """Splitting a heap of equal points changes no assignment; it must be tried until a cluster of others is drawn."""
+    """To split a cluster of equal points changes no assignment, so k-means must go on until it draws another cluster to
+    split.
+    """
     features = torch.cat([blobs(1).expand(40, -1), blobs(8, centres=1, seed=1)]).contiguous()
     init = torch.stack([features[0], features[40:].mean(0), torch.full((16,), 50.0, device=DEVICE)])
     result = kmeans(features, 3, iterations=60, init=init, seed=seed)
@@ -244,7 +246,7 @@ def test_a_split_moves_two_centroids_apart_around_the_large_one():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_all_points_equal(backend):
-    """Nothing to split: one cluster holds everything, and centroids without points stay where they are."""
+    """One cluster holds all points, and splitting it does not help: the other clusters stay empty."""
     result = kmeans(torch.ones(10, 4, device=DEVICE), 3, iterations=5, backend=backend)
     torch.testing.assert_close(result.centroids.cpu(), torch.ones(3, 4), rtol=0, atol=2e-3)
     assert result.objective < 1e-4
@@ -295,7 +297,7 @@ def test_faiss_reads_the_features_where_they_lie(monkeypatch):
         pointers.append(arguments[1 if DEVICE == "cuda" else 0].data_ptr())
         return search(*arguments, **options)
 
-    pick_backend("faiss", torch.device(DEVICE), torch.float32, 16)  # replaces faiss's functions by those for tensors
+    pick_backend("faiss", torch.device(DEVICE), torch.float32, 16)  # makes faiss's functions take tensors
     monkeypatch.setattr(faiss, name, recording)
     features = blobs(300)
     copy = features.clone()

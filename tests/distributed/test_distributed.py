@@ -1,4 +1,4 @@
-"""What ranks tell each other so that none waits for one that is gone."""
+"""What ranks tell each other, so that none waits for one that has ended."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ CPU = torch.device("cpu")
 
 
 def on_machines(world: World, names: list[str], function, *args) -> tuple[str, str]:
-    """function(world, *args) with a host name per rank, local ranks to match: type and text of what it raised."""
+    """Call function(world, *args) with a host name per rank, and local ranks to match.
+
+    Return type and text of the error that it raised, or ("nothing", its result).
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("socket.gethostname", lambda: names[world.rank])
         patch.setenv("LOCAL_RANK", str(names[: world.rank].count(names[world.rank])))
@@ -51,7 +54,7 @@ def test_what_one_rank_raises_is_raised_by_all():
 
 
 def work_in_turn(world: World, folder: Path, failing: int) -> list[str]:
-    """What was there when this rank's turn came."""
+    """Return which files were there when this rank's turn came."""
 
     def work() -> list[str]:
         if world.rank == failing:
@@ -65,7 +68,7 @@ def work_in_turn(world: World, folder: Path, failing: int) -> list[str]:
 
 
 def test_machines_take_turns(tmp_path):
-    """The main rank, then one of the other machine, then the rest."""
+    """The main rank comes first, then one rank of the other machine, then the rest."""
     found = run_ranks(3, on_machines, ["a", "a", "b"], work_in_turn, tmp_path, -1)
     assert [text for _, text in found] == [[], ["0", "2"], ["0"]]
 
@@ -106,7 +109,7 @@ def test_machines_with_other_images_are_named(image_folder, tmp_path):
 
 
 def test_a_broken_header_ends_all_ranks(image_folder, tmp_path):
-    """Found by the one that looks at it."""
+    """One rank finds it, and all raise the error."""
     for number, path in enumerate(sorted((image_folder / "class_0").iterdir())):
         (tmp_path / path.name).write_bytes(path.read_bytes() if number != 5 else b"no image")
     for kind, text in run_ranks(2, on_machines, ["a", "a"], open_own, [tmp_path] * 2):
@@ -148,7 +151,10 @@ def test_ranks_go_on_from_the_same_checkpoint_or_not_at_all(tmp_path):
 
 
 def join_with(world: World, folder: Path, found: list) -> str:
-    """connect() as it is before there is a process group; `found`: each rank's device, or why it has none."""
+    """Call connect() as if there were no process group yet; `found` has each rank's device, or why it has none.
+
+    Return the backend of the group and this rank's device.
+    """
     joined = []
 
     def pick() -> torch.device:

@@ -1,4 +1,4 @@
-"""A GPU that the installed PyTorch has no code for is refused by name, with the stack that has."""
+"""A GPU that the installed PyTorch has no code for is refused by name, and the error says which stack to install."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from pcl_fast.distributed import connect
 from pcl_fast.distributed.gpu import check_gpu, check_no_gpu, has_code_for
 
-# What torch.cuda.get_arch_list() returns on a GPU, with requirements/cu13.txt and with v100.txt.
+# What torch.cuda.get_arch_list() returns on a machine with a GPU, with requirements/cu13.txt and with v100.txt.
 CU13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
 V100 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
 
@@ -30,7 +30,7 @@ def test_the_lists_are_the_installed_ones():
         ((7, 5), True, True),
         ((8, 0), True, True),
         ((8, 6), True, True),
-        ((8, 9), True, True),  # sm_86 is for all of its major version that came later
+        ((8, 9), True, True),  # code for sm_86 runs on later GPUs of the same major version
         ((9, 0), True, True),
         ((10, 0), True, False),
         ((10, 3), True, False),
@@ -62,7 +62,7 @@ def test_what_code_runs_where(name, runs_on, not_on):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Sets the machine's GPU and what PyTorch has code for."""
+    """Return a function that sets the machine's GPU and what PyTorch has code for."""
 
     def set_up(name: str, capability: tuple[int, int], architectures: list[str]) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)

@@ -1,4 +1,4 @@
-"""Runs over several machines: two launchers that find each other, and what goes wrong only there."""
+"""Runs on several machines: two launchers that find each other, and what goes wrong only there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pcl_fast.run.checkpoint import load_checkpoint
 class Machines(NamedTuple):
     """Two machines.
 
-    prefixes: of a command that is to run on the first or the second.
+    prefixes: what a command begins with that is to run on the first, or on the second.
     names: their host names.
     endpoint: where the launchers meet.
     """
@@ -32,7 +32,7 @@ class Machines(NamedTuple):
     def run(
         self, data: Path, outputs: tuple[Path, Path], program: tuple[str, ...] = ()
     ) -> tuple[tuple[int, int], tuple[str, str]]:
-        """A run with a launcher and a rank on each; exit codes and outputs of the launchers."""
+        """Run training with a launcher and a rank on each machine; return the launchers' exit codes and outputs."""
         meet = ("--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}", "--rdzv-id=1")
         launch = ("--nnodes=2", "--nproc-per-node=1", *meet)
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
@@ -52,8 +52,8 @@ class Machines(NamedTuple):
 
 @pytest.fixture(scope="module")
 def machines(tmp_path_factory) -> Iterator[Machines]:
-    """Network namespaces with a cable between them, which know each other by name; or this machine twice, where they
-    may not be made.
+    """Yield two network namespaces with a cable between them, which know each other by name; or this machine twice, if
+    it does not allow namespaces to be made.
     """
     hosts = tmp_path_factory.mktemp("etc") / "hosts"
     hosts.write_text("127.0.0.1 localhost\n10.77.0.1 node1\n10.77.0.2 node2\n")
@@ -93,8 +93,8 @@ def connect(spaces: list[str]) -> None:
         ip(f"-n {space} link set lo up")
 
 
-# The launcher of rank 0 alone is signalled. Saving takes long, and rank 1 says at its end what has been saved by then;
-# then it ends its launcher, which would wait five minutes for the other.
+# Only the launcher of rank 0 gets a signal. Saving takes long; at its end rank 1 prints what has been saved by then,
+# and ends its own launcher, which would wait five minutes for the other.
 STOPPING = """
 import os, signal, sys, time
 from pathlib import Path
@@ -122,7 +122,7 @@ if rank == 1:
 
 
 def test_a_signal_to_one_machine_stops_both_and_they_continue_as_one_would(two_ranks, image_folder, machines, tmp_path):
-    """Bit for bit as two processes of one launcher."""
+    """They end bit for bit where two processes of one launcher end."""
     (tmp_path / "stopping.py").write_text(STOPPING)
     run = tmp_path / "run"
     _, texts = machines.run(image_folder, (run, run), program=(str(tmp_path / "stopping.py"),))

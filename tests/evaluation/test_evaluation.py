@@ -1,4 +1,4 @@
-"""kNN against a plain version, and on two ranks."""
+"""kNN against a slow version and on two ranks, and AMI against scikit-learn's."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_equals_the_slow_version(neighbours, temperature):
 
 
 def test_an_image_is_not_its_own_neighbour():
-    """Every point is its own class: with itself left out nothing can be right."""
+    """Every image is a class of its own, so no other image can give the right answer."""
     features, _ = labelled()
     everything = torch.arange(120)
     assert knn_accuracy(features, everything, everything, neighbours=1, temperature=0.1) == 0
@@ -68,7 +68,9 @@ def test_ami_is_one_for_equal_partitions_and_zero_by_chance():
 
 @pytest.mark.parametrize(("n", "clusters", "classes"), [(50, 3, 4), (400, 20, 7), (300, 250, 2), (40, 1, 3), (9, 5, 9)])
 def test_ami_is_scikit_learn_s(n, clusters, classes):
-    """Classes of very unequal sizes, two of which may be more than all images, and clusters that know half of them."""
+    """Classes have very unequal sizes, two of which may add up to more than all images, and half of the images are in
+    the cluster of their class.
+    """
     generator = torch.Generator().manual_seed(n)
     labels = (torch.rand(n, generator=generator) ** 3 * classes).long()
     assignment = torch.where(
@@ -79,7 +81,7 @@ def test_ami_is_scikit_learn_s(n, clusters, classes):
 
 
 def test_ami_of_parts_that_must_overlap():
-    """A class and a cluster of four among five images have at least three in common."""
+    """A class of four and a cluster of four among five images have at least three images in common."""
     labels, assignment = torch.tensor([0, 0, 0, 0, 1]), torch.tensor([0, 0, 0, 1, 0])
     expected = adjusted_mutual_info_score(labels.numpy(), assignment.numpy())
     assert adjusted_mutual_information(assignment, labels) == pytest.approx(expected, abs=1e-12)
@@ -93,7 +95,7 @@ def test_ami_of_partitions_that_cannot_differ(n):
 
 
 def test_float16_features():
-    """As a GPU's shard holds them; the votes are counted in float32."""
+    """A GPU's shard holds float16; the votes are counted in float32."""
     features, labels = labelled()
     half, full = (
         knn_accuracy(x, labels, torch.arange(120), neighbours=9, temperature=0.1) for x in (features.half(), features)

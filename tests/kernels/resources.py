@@ -1,9 +1,9 @@
-"""Compiles the kernels for GPUs that need not be there, and prints what they take, one line per kernel and target.
+"""Compiles the kernels for GPUs that need not be present, and prints what they take, one line per kernel and target.
 
     python tests/kernels/resources.py 80 90
 
-Exits with 1 if a kernel spills registers to memory, wants more shared memory than there is, or a product does not run
-on the matrix units. Must run without TRITON_INTERPRET, which replaces the kernels by Python.
+The exit code is 1 if a kernel spills registers to memory, needs more shared memory than the GPU has, or if a product
+does not run on the matrix units. This must run without TRITON_INTERPRET, which replaces the kernels by Python.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ SHARED = {
 }  # fmt: skip
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
-# Pointers of every kernel by name, if not to float32; what ends in a digit goes without it.
+# Types of the kernels' pointers, by the arguments' names (without the digits at their ends), where these are not
+# pointers to float32.
 INTEGERS = {
     "index": "*i64", "assignment": "*i32", "list_ids": "*i32", "ends": "*i32", "correct": "*u8", "found": "*i32",
     "order": "*i64", "bounds": "*i64", "images": "*u8", "jittered": "*u8", "source": "*u8",
@@ -48,7 +49,9 @@ NUMBERS = (
 
 
 class Case(NamedTuple):
-    """A kernel with its constants; features: the type of query and banks, of points, or of what is made of images."""
+    """A kernel to compile: its constants, the type of the features that it reads or of the images that it writes, its
+    options, and whether it should use the matrix units (products).
+    """
 
     name: str
     kernel: triton.JITFunction
@@ -59,7 +62,7 @@ class Case(NamedTuple):
 
 
 def cases(capability: int) -> Iterator[Case]:
-    """Every kernel as `contrast` launches it on this architecture, by type of operand and width."""
+    """Yield every kernel as the package launches it on this architecture, by type of operand and width."""
     half = [torch.float16] if capability < 80 else [torch.float16, torch.bfloat16]
     widths = (128,) if capability < 80 else (128, 512)
     for features in (*half, torch.float32):
@@ -114,7 +117,7 @@ def cases_of_views() -> Iterator[Case]:
 
 
 def build(case: Case, capability: int):
-    """The compiled kernel."""
+    """Compile the kernel of a case."""
     signature = {name: _type(name, case) for name in case.kernel.arg_names if name not in case.constants}
     aligned = [i for i, name in enumerate(case.kernel.arg_names) if signature.get(name, "").startswith("*")]
     if "constexprs" in inspect.signature(ASTSource).parameters:
@@ -143,6 +146,8 @@ def _type(name: str, case: Case) -> str:
 
 
 class Resources(NamedTuple):
+    """What a compiled kernel takes."""
+
     registers: int
     spills: int  # instructions that move a register to or from local memory
     shared: int  # bytes
@@ -154,7 +159,7 @@ class Resources(NamedTuple):
 
 
 def resources(compiled) -> Resources:
-    """Read from the machine code."""
+    """Read from its machine code what a compiled kernel takes."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -1,4 +1,4 @@
-"""The fused search for the nearest centroid against float64. Without a GPU it runs in Triton's interpreter."""
+"""The search for the nearest centroid against float64. Without a GPU the kernels run in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DTYPES = [torch.float16, torch.float32]
 
 
 def clustered(n: int, k: int, d: int, dtype: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit features around k / 2 centres, and centroids near some of them, as in the course of k-means."""
+    """Return unit features around k / 2 centres, and centroids near some of them, as k-means meets them."""
     generator = torch.Generator().manual_seed(seed)
     centres = torch.randn(max(1, k // 2), d, generator=generator)
     labels = torch.randint(0, len(centres), (n + k,), generator=generator)
@@ -25,12 +25,12 @@ def clustered(n: int, k: int, d: int, dtype: torch.dtype, seed: int = 0) -> tupl
 
 
 def distances(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
-    """[n, k] float64, from differences."""
+    """Return squared distances [n, k] float64, summed from differences."""
     return torch.stack([(row.double() - centroids.double()).square().sum(1) for row in features])
 
 
 def excess(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """[n] float64: how much farther than the nearest the centroid is that was found."""
+    """Return how much farther each found centroid is than the nearest, [n] float64."""
     assert found.min() >= 0
     assert found.max() < exact.shape[1]
     return exact.gather(1, found.long()[:, None])[:, 0] - exact.min(1).values
@@ -78,7 +78,7 @@ def test_labels_on_clustered_features(dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_column_can_win(dtype):
-    """Every point is a centroid: in all tiles and classes, and at either end of a class."""
+    """Every point is a centroid, so the nearest ones lie in all tiles and classes, and at both ends of a class."""
     k = 2 * nearest_tile(90, dtype.itemsize)[128].columns + 3
     features, _ = clustered(k, k, 24, dtype, seed=2)
     order = torch.randperm(k, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -87,16 +87,18 @@ def test_every_column_can_win(dtype):
 
 @pytest.mark.parametrize("magnitude", [1e-12, 1e-3, 300.0, 1e12])
 def test_float32_features_of_any_magnitude(magnitude):
-    """What is split in two halves of fp16 is scaled to their range first."""
+    """Numbers are scaled to the range of fp16 before they are split into two fp16 numbers."""
     features, centroids = clustered(150, 140, 40, torch.float32, seed=3)
-    centroids[::7] *= 0.01  # and of different magnitudes among each other
+    centroids[::7] *= 0.01  # so that centroids differ in magnitude too
     exact = distances(features, centroids)
     found = nearest(features * magnitude, centroids * magnitude)
     assert (excess(found, exact) <= excess(assign_plain.nearest(features, centroids), exact) + 1e-6).all()
 
 
 def test_float32_points_at_the_border_of_two_clusters():
-    """On either side of it by 1e-5 of the centroids' distance: rounded to fp16, point or centroid would cross it."""
+    """Points lie on either side of the border by 1e-5 of the centroids' distance, and would cross it if points or
+    centroids were rounded to fp16.
+    """
     generator = torch.Generator().manual_seed(0)
     one, other = F.normalize(torch.randn(2, 64, generator=generator), dim=1)
     along = torch.randn(300, 64, generator=generator)
@@ -105,18 +107,18 @@ def test_float32_points_at_the_border_of_two_clusters():
     side = torch.randint(0, 2, (300,), generator=generator)
     points = (one + other) / 2 + 0.05 * along + 1e-5 * (1 - 2 * side[:, None]) * (one - other)
     centroids = 3 * F.normalize(torch.randn(200, 64, generator=generator), dim=1)
-    places = torch.tensor([3, 140])  # of different classes, so that nothing is settled between them
+    places = torch.tensor([3, 140])  # in different classes, so that `sweep` and not `settle` decides between them
     centroids[places] = torch.stack([one, other])
     assert torch.equal(nearest(points.to(DEVICE), centroids.to(DEVICE)).cpu().long(), places[side])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_correlated_features(dtype):
-    """All far from the origin in one direction: products are large and nearly equal."""
+    """All features are far from the origin in one direction, so products are large and nearly equal."""
     features, centroids = clustered(200, 150, 64, torch.float32, seed=4)
     features, centroids = (features + 2).to(dtype), centroids + 2
     exact = distances(features, centroids)
-    if dtype == torch.float16:  # which has a unit of 2^-9 there, in each of 64 entries
+    if dtype == torch.float16:  # whose rounding error there is up to 2^-10 in each of 64 entries
         tolerance = 0.05 * exact.min(1).values
     else:
         tolerance = 2 * excess(assign_plain.nearest(features, centroids), exact).max() + 1e-5
@@ -147,8 +149,8 @@ def test_no_points(dtype):
     assert nearest(features, centroids).shape == (0,)
 
 
-def test_the_plain_twin_takes_the_lowest_of_equals():
-    """Across its groups of columns too; the last group is short."""
+def test_the_plain_version_takes_the_lowest_of_equals():
+    """This holds across its groups of columns too, of which the last is shorter."""
     features, centroids = clustered(300, 70, 16, torch.float32, seed=6)
     exact = distances(features, centroids)
     assert torch.equal(assign_plain.nearest(features, torch.cat([centroids, centroids, centroids])), exact.argmin(1))
@@ -158,7 +160,7 @@ def test_the_plain_twin_takes_the_lowest_of_equals():
 
 
 def test_tiles_fit_the_kernels():
-    """A class is made of pairs of columns; programs of `prepare` cover whole tiles."""
+    """A class is made of pairs of columns, so a tile must have a multiple of 2 CLASSES columns."""
     for by_type in NEAREST.values():
         for by_width in by_type.values():
             assert set(by_width) <= {128, 256}

@@ -1,4 +1,4 @@
-"""The fused kernels against float64, and against what plain PyTorch loses on the way there.
+"""The kernels' loss and gradient against float64; plain PyTorch's own error is the measure of what is exact enough.
 
 They run in Triton's interpreter, or on a GPU if there is one.
 """
@@ -20,10 +20,10 @@ IMAGES = 400
 
 
 class Problem:
-    """Random inputs of all kinds that training meets.
+    """Random inputs of the kinds that training meets.
 
-    kind: "random"; "correlated" features; "confident", positives close to their queries and negatives far away;
-    "collapsed", all cosines nearly the same.
+    kind: "random"; "correlated" features; "confident", with positives close to their queries and negatives far away;
+    "collapsed", with all cosines nearly the same.
     """
 
     def __init__(self, rows, d, negatives, queue, ks, dtype=torch.float32, kind="random", seed=0, temperature=0.1):
@@ -47,7 +47,7 @@ class Problem:
         self.upstream = self.normal(len(ks) + bool(queue), rows).float().to(DEVICE)
 
     def make_confident(self) -> None:
-        """Positives are the query itself, up to a little noise, and negatives its opposite."""
+        """Make positives the query itself, up to a little noise, and negatives its opposite."""
         noisy = self.query.double().cpu() + 0.05 * self.normal(*self.query.shape)
         self.key = F.normalize(noisy, dim=1).to(self.key)
         for centroids, _, assignment in self.sets:
@@ -63,7 +63,7 @@ class Problem:
         return F.normalize(self.normal(rows, d) + self.common, dim=1).to(DEVICE, dtype)
 
     def fused(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """loss, correct, gradient."""
+        """Return loss, correct and gradient of the kernels."""
         query = self.query.clone().requires_grad_()
         sets, index = self.sets, self.index if self.sets else None
         key = None if self.queue is None else self.key
@@ -71,7 +71,7 @@ class Problem:
         return loss.detach(), correct, torch.autograd.grad(loss, query, self.upstream)[0]
 
     def plain(self, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The same by PyTorch, on the inputs brought to dtype if given."""
+        """Return the same from plain PyTorch, with inputs converted to dtype if one is given."""
 
         def cast(x: torch.Tensor) -> torch.Tensor:
             return x if dtype is None else x.to(dtype)
@@ -85,9 +85,9 @@ class Problem:
             positives = assignment[self.index].long()
             ids, there = sampling_plain.negative_columns(len(centroids), self.negatives, positives, self.seed + m)
             columns, weight = torch.cat([positives, ids]), 1 / cast(concentration)
-            twin = positives[:, None] == positives
+            hidden = positives[:, None] == positives
             own, bank = cast(centroids[positives]), cast(centroids[columns])
-            results.append(contrast_plain.contrast(query, own, weight[positives], bank, weight[columns], twin, there))
+            results.append(contrast_plain.contrast(query, own, weight[positives], bank, weight[columns], hidden, there))
         loss = torch.stack([loss for loss, _ in results])
         gradient = torch.autograd.grad(loss, query, self.upstream.to(loss.dtype))[0]
         return loss.detach(), torch.stack([correct for _, correct in results]), gradient
@@ -97,7 +97,7 @@ class Problem:
         return 1 / least
 
     def largest_term(self) -> float:
-        """Largest w c."""
+        """Return the largest entry of w c."""
         terms = [bank.centroids.abs().amax(1) / bank.concentration for bank in self.sets]
         terms += [] if self.queue is None else [self.queue.abs().amax(1) / self.temperature]
         return float(torch.cat(terms).max())
@@ -109,14 +109,15 @@ def skip_what_the_gpu_lacks(d: int, dtype: torch.dtype) -> None:
 
 
 def row_errors(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """Largest error of each row."""
+    """Return the largest error of each row."""
     return (found.double() - exact).abs().amax(-1)
 
 
 def check(problem: Problem) -> None:
-    """Row by row: no further from float64 than PyTorch is, but for some units in the last place.
+    """Check that every row is as near to float64 as PyTorch's float32, up to some units in the last place.
 
-    A score of size s is known to s * 1e-7, and so are relative errors of exponentials, losses and gradients.
+    A score of size s has an absolute error of some s * 1e-7, which is the relative error of its exponential, and so of
+    losses and gradients.
     """
     loss, correct, gradient = problem.fused()
     plain_loss, _, plain_gradient = problem.plain()
@@ -129,12 +130,12 @@ def check(problem: Problem) -> None:
     margin = unit * exact_gradient.abs().amax(-1) + torch.finfo(gradient.dtype).smallest_normal
     operand = problem.query.dtype if problem.queue is None else problem.queue.dtype
     if operand != torch.float32:
-        # The exponentials are rounded before they are multiplied. That is an error relative to the terms of the
-        # gradient, sigmoid(z) w c, and where these cancel it is more, relative to what is left.
+        # The exponentials are rounded before they are multiplied. The error is relative to the terms of the gradient,
+        # sigmoid(z) w c; where these cancel, it is larger relative to what is left.
         terms = (problem.upstream.abs() * (1 - torch.exp(-exact_loss))).sum(0)
         margin += torch.finfo(operand).eps * terms * problem.largest_term()
     assert (row_errors(gradient, exact_gradient) <= row_errors(plain_gradient, exact_gradient) + margin).all()
-    # Where positive and best negative are closer than rounding, either answer is right.
+    # Where positive and best negative differ by less than rounding, either answer is right.
     assert (correct == exact_correct).float().mean() > 0.99
 
 
@@ -147,7 +148,7 @@ SHAPES = [
     (65, 200, None, 129, (150,)),
     (16, 512, 40, 70, (90,)),
     (2, 128, 1200, 1600, (2000,)),  # several tiles in a part
-    (20, 16, 200, None, (10, 230)),  # fewer prototypes than rows; more negatives than there are free
+    (20, 16, 200, None, (10, 230)),  # fewer prototypes than rows; more negatives than are free
     (5, 16, None, 257, ()),
     (4, 32, 10, 20, (30, 40, 50, 60, 70)),  # more banks than a launch has slots
 ]
@@ -173,7 +174,7 @@ def test_as_exact_on_hard_features(kind, dtype, seed):
 
 
 def test_confident_rows_keep_their_gradient():
-    """Losses around e^-28, of which 1 - softmax is 0 in float32."""
+    """Losses are around e^-28, where 1 - softmax is 0 in float32."""
     problem = Problem(9, 64, 150, 140, (180,), kind="confident", temperature=0.03)
     loss, _, gradient = problem.fused()
     _, _, exact = problem.plain(torch.float64)
@@ -182,13 +183,15 @@ def test_confident_rows_keep_their_gradient():
 
 
 def test_fp16_keeps_a_long_tail():
-    """One negative at e^18 among others at 1, whose shares are below half of fp16's least number unless scaled."""
+    """One negative has the exponential e^18, the others 1. Unless scaled, their shares are below half of fp16's
+    smallest number.
+    """
     problem = Problem(1, 16, None, 30, (), dtype=torch.float16, temperature=1 / 18)
     problem.query.zero_()[0, 0] = 1
     problem.key.copy_(problem.query)
     problem.queue.zero_()[:, 1] = 1
     problem.queue[7, 0], problem.queue[7, 1] = 1, 0
-    problem.upstream.fill_(65536)  # what loss scaling is for: the gradient itself would be rounded to nothing
+    problem.upstream.fill_(65536)  # as loss scaling does, so that the gradient is not rounded to 0
     _, _, gradient = problem.fused()
     _, _, exact = problem.plain(torch.float64)
     torch.testing.assert_close(gradient[0, 1].double(), exact[0, 1], rtol=2e-3, atol=0)
@@ -203,7 +206,9 @@ def test_concentrations_of_any_size(dtype):
 
 
 def test_types_may_be_mixed():
-    """Half precision queries against float32 centroids; assignments in int64; launches of their own for the types."""
+    """Queries are in half precision, one set's centroids in float32, and its assignment in int64; the sets then need
+    separate launches.
+    """
     skip_what_the_gpu_lacks(24, torch.bfloat16)
     problem = Problem(6, 24, 30, 50, (60, 70), dtype=torch.float16)
     first, second = problem.sets
@@ -215,7 +220,7 @@ def test_types_may_be_mixed():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["random", "confident"])
 def test_a_query_in_float32_against_banks_in_half_precision(dtype, kind):
-    """As in training: products in half precision, and a gradient that was never rounded to it."""
+    """This is the case in training: products are in half precision, and the gradient is never rounded to it."""
     skip_what_the_gpu_lacks(24, dtype)
     problem = Problem(6, 24, 30, 50, (60,), dtype=dtype, kind=kind)
     half, _, rounded_gradient = problem.fused()
@@ -226,7 +231,7 @@ def test_a_query_in_float32_against_banks_in_half_precision(dtype, kind):
     assert gradient.dtype == torch.float32
     torch.testing.assert_close(gradient, rounded_gradient.float(), rtol=torch.finfo(dtype).eps, atol=1e-6)
     assert not torch.equal(gradient, rounded_gradient.float())
-    # What the banks do not hold of a query changes nothing.
+    # A change of the query below the banks' resolution changes nothing.
     problem.query = problem.query * (1 + torch.finfo(dtype).eps / 8)
     assert torch.equal(problem.fused()[0], half)
 
@@ -252,7 +257,7 @@ def test_no_second_derivative_is_a_wrong_one():
 
 
 def test_far_rows_of_a_large_bank():
-    """Offsets beyond 2^31 entries; memory that is not written is not taken."""
+    """Rows lie beyond 2^31 entries of a bank. Pages of it that are never written take no memory on a CPU."""
     k, d = 16_900_000, 128
     centroids = torch.empty(k, d, dtype=torch.float16, device=DEVICE)
     assignment = torch.tensor([k - 1, k - 2, 5], dtype=torch.int32, device=DEVICE)
@@ -320,7 +325,7 @@ def test_upstream_into_mean_and_rows(queue):
 
 
 def test_operators_are_sound():
-    """Schema, fake tensors and what torch.compile makes of them."""
+    """Their schema and fake tensors are right, and torch.compile can trace them."""
     problem = Problem(3, 16, 10, 20, (30,))
     sets = [[field] for field in problem.sets[0]]
     seed = torch.tensor(3, device=DEVICE)
@@ -383,7 +388,9 @@ def test_parts_cover_every_bank_and_fit_the_gpu(columns, programs):
 
 
 def test_the_interpreter_meets_parts_of_several_tiles():
-    """What the shapes above are meant to reach, should the launch parameters change."""
+    """The shapes above are meant to give parts of several tiles; this fails if launch parameters change so that they do
+    not.
+    """
     if kernels.INTERPRETED:
         columns = tile_for(90, 2, 128).columns
         size, parts = divide((1600, 1202), columns, multiprocessors(DEVICE))

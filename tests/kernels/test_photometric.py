@@ -1,4 +1,4 @@
-"""Jitter, grey and blur against torchvision's on PIL images, of which no byte may differ."""
+"""Jitter, grey and blur against those of torchvision and PIL, from which no byte may differ."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ OPERATIONS = {
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """The twin's operations are so short that on a busy machine threads wait for each other longer than they work."""
+    """Let the plain version use one thread: its operations are so short that on a busy machine several threads wait for
+    each other longer than they work.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,11 +44,11 @@ def kernels(images, ops, factors, sigma):
     return photometric.photometric(*arguments).cpu()
 
 
-def twin(images, ops, factors, sigma, **options):
+def plain(images, ops, factors, sigma, **options):
     return photometric_plain.photometric(*map(torch.as_tensor, (images, ops, factors, sigma)), **options)
 
 
-both = pytest.mark.parametrize("run", [kernels, twin])
+both = pytest.mark.parametrize("run", [kernels, plain])
 
 
 @cache
@@ -55,7 +57,9 @@ def sample() -> list[Image.Image]:
 
 
 def photos(h: int, w: int) -> np.ndarray:
-    """Two photos; bytes at random, the extreme ones among these, close to grey, grey, and dark: uint8 [7, h, w, 3]."""
+    """Return uint8 [7, h, w, 3]: two photos, and random images with bytes of all sizes, of 0 and 255 alone, close to
+    grey, grey, and dark.
+    """
     rng = np.random.default_rng(h * w)
     real = [np.array(photo.resize((w, h))) for photo in sample()]
     noise = rng.integers(0, 256, (h, w, 3))
@@ -90,16 +94,18 @@ def assert_like_pil(run, images: np.ndarray, ops: np.ndarray, factors: np.ndarra
     ],
 )
 def test_each_operation(run, op, factors):
-    images, factors = photos(11, 15), factors if run is twin else factors[:: len(factors) // 2 or 1]
+    images, factors = photos(11, 15), factors if run is plain else factors[:: len(factors) // 2 or 1]
     n, views = len(images), len(images) * len(factors)
     ops, factors = np.full((views, 1), op), np.repeat(factors, n)[:, None]
     assert_like_pil(run, np.tile(images, (views // n, 1, 1, 1)), ops, factors, np.zeros(views))
 
 
-@pytest.mark.parametrize(("run", "reds"), [(twin, range(256)), (kernels, (0, 3, 128, 254, 255))])
+@pytest.mark.parametrize(("run", "reds"), [(plain, range(256)), (kernels, (0, 3, 128, 254, 255))])
 @pytest.mark.parametrize(("op", "factor"), [(Op.HUE, 0), (Op.HUE, 0.3), (Op.GRAYSCALE, 0)])
 def test_all_colours(run, reds, op, factor, monkeypatch):
-    """By the kernel, of the reds that are always an end of the range of the channels, and of some that are not."""
+    """The plain version gets all reds. The kernels get some: 0 and 255, which are always an end of the range of the
+    channels, and three that may not be.
+    """
     if DEVICE == "cpu":
         monkeypatch.setattr(photometric, "BLOCK", 1 << 16)
     green, blue = np.mgrid[:256, :256].astype(np.uint8)
@@ -122,9 +128,9 @@ def test_every_order_with_grey_before_or_after(run):
 @both
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 9), (9, 1), (2, 3), (5, 5), (22, 2)])
 def test_blur(run, h, w):
-    """From sqrt(2) on the box has a second pixel."""
+    """From sigma = sqrt(2) on, the box filter reaches a second pixel on either side."""
     sigma = [0.4, 1.3, 2]
-    if run is twin:
+    if run is plain:
         sigma += [0.01, 0.1, 1, 1.41, np.sqrt(2), 1.42, 1.7, MAX_SIGMA]
     image = np.random.default_rng(0).integers(0, 256, (h, w, 3)).astype(np.uint8)
     views = len(sigma)
@@ -135,14 +141,14 @@ def test_blur(run, h, w):
 def test_blur_of_larger_images():
     sigma = np.tile(np.linspace(0.1, MAX_SIGMA, 14), 7)
     nothing = np.zeros((len(sigma), 0))
-    assert_like_pil(twin, photos(41, 67).repeat(14, axis=0), nothing, nothing, sigma)
+    assert_like_pil(plain, photos(41, 67).repeat(14, axis=0), nothing, nothing, sigma)
 
 
 @pytest.mark.parametrize(
     ("h", "w"), [(7, 73), (16, 32), (27, 19), (91, 91)], ids=["below", "at", "across", "second round"]
 )
 def test_contrast_at_the_edges_of_blocks(h, w):
-    """BLOCK pixels at a time, PARTS * BLOCK pixels in a round of all parts."""
+    """A program takes BLOCK pixels at a time, and all parts together PARTS * BLOCK pixels in a round."""
     assert photometric.BLOCK == 512
     assert 90 * 91 < photometric.BLOCK * photometric.PARTS < 91 * 91
     ops, factors = np.array([[Op.BRIGHTNESS, Op.CONTRAST]]), np.array([[1.3, 0.5]])
@@ -156,8 +162,8 @@ def test_blur_at_the_edges_of_blocks(h, w):
     assert_like_pil(kernels, photos(h, w)[2:3], nothing, nothing, np.array([1.8]))
 
 
-def recipe(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ops, factors, sigma: every third view without a blur, every fourth without a jitter."""
+def augmentations(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return ops, factors and sigma of n views, of which every third has no blur, and every fourth no jitter."""
     rng = np.random.default_rng(n)
     ops = np.array([rng.permutation([*JITTER, Op.GRAYSCALE]) for _ in range(n)], np.int32)
     factors = np.where(ops == Op.HUE, rng.uniform(-0.5, 0.5, ops.shape), rng.uniform(0, 2, ops.shape))
@@ -166,9 +172,9 @@ def recipe(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ops, factors.astype(np.float32), sigma.astype(np.float32)
 
 
-def test_kernels_and_twin_agree_in_every_bit():
+def test_kernels_and_plain_version_agree_in_every_bit():
     images = torch.from_numpy(photos(8, 10)).transpose(1, 2)  # not contiguous
-    found = [run(images, *recipe(len(images))) for run in (kernels, twin)]
+    found = [run(images, *augmentations(len(images))) for run in (kernels, plain)]
     assert torch.equal(*found)
     assert found[0].dtype == torch.uint8
     assert found[0].is_contiguous()
@@ -177,19 +183,19 @@ def test_kernels_and_twin_agree_in_every_bit():
 def test_a_pool_changes_no_bit():
     images = photos(20, 30).repeat(3, axis=0)
     with ThreadPoolExecutor(3) as pool:
-        found = [twin(images, *recipe(21), pool=p) for p in (None, pool)]
+        found = [plain(images, *augmentations(21), pool=p) for p in (None, pool)]
     assert torch.equal(*found)
 
 
 def test_a_pool_raises_what_a_thread_raises(monkeypatch):
     monkeypatch.setattr(photometric_plain._Canvas, "read", lambda *_: 1 / 0)
     with ThreadPoolExecutor(2) as pool, pytest.raises(ZeroDivisionError):
-        twin(photos(3, 3), *recipe(7), pool=pool)
+        plain(photos(3, 3), *augmentations(7), pool=pool)
 
 
 @both
 def test_no_images(run):
-    found = run(photos(4, 5)[:0], *(array[:0] for array in recipe(1)))
+    found = run(photos(4, 5)[:0], *(array[:0] for array in augmentations(1)))
     assert found.shape == (0, 4, 5, 3)
 
 
@@ -221,18 +227,18 @@ def test_wrong_arguments(run, changes, message):
 
 @pytest.mark.parametrize("sigma", [-0.1, 2.45, np.nan])
 def test_wrong_sigma_on_a_cpu(sigma):
-    """Checked by both, but on a GPU it would have to be waited for."""
+    """Both versions check sigma on a CPU; on a GPU this would wait for the device."""
     images, ops = torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(1, 0, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"sigma must lie in \[0, 2\.44\]"):
-        twin(images, ops, ops.float(), torch.tensor([sigma], dtype=torch.float32))
+        plain(images, ops, ops.float(), torch.tensor([sigma], dtype=torch.float32))
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="only a GPU has graphs")
 def test_a_graph_replays_on_new_images():
-    """Which also shows that nothing waits for the GPU."""
+    """A graph can be captured only if nothing waits for the GPU, so this is tested too."""
     first, second = torch.as_tensor(photos(30, 40), device=DEVICE), torch.as_tensor(photos(40, 30), device=DEVICE)
     second = second.view(first.shape)
-    draws = [torch.as_tensor(array, device=DEVICE) for array in recipe(len(first))]
+    draws = [torch.as_tensor(array, device=DEVICE) for array in augmentations(len(first))]
     expected = [photometric.photometric(images, *draws) for images in (first, second)]
     images, graph = first.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that are not there, without spilling, and multiply on the matrix units."""
+"""The kernels compile for GPUs that need not be present, without spilling, and multiply on the matrix units."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The draw of negatives in the kernels, against its plain twin, and what both promise."""
+"""The draw of negatives in the kernels, against its plain version, and what both promise."""
 
 from collections import Counter
 
@@ -45,7 +45,7 @@ def test_grids_are_hardly_larger_than_the_prototypes(size):
 
 
 def listed_columns(size: int, negatives: int | None, positives: torch.Tensor, seed: int | torch.Tensor):
-    """(ids, weights) that the kernel lists for rows with these positives."""
+    """Return the ids that the kernel lists for rows with these positives, and which of them have a weight."""
     n = len(positives)
     index = torch.arange(n, device=DEVICE)
     concentration = torch.linspace(1, 2, size, device=DEVICE)
@@ -64,9 +64,9 @@ CASES = [
     (300, 40, 20, 300),
     (1000, 990, 30, 1000),  # about as many as are free
     (1000, 960, 50, 1000),
-    (259, 200, 64, 10),  # many twins; holes
+    (259, 200, 64, 10),  # many twins (rows that share a prototype); holes
     (7, 3, 4, 7),  # nearly all of the grid is holes
-    (40, 39, 60, 40),  # more rows than prototypes, nothing free or little
+    (40, 39, 60, 40),  # more rows than prototypes, so that few or none are free
     (500, None, 33, 400),
     (500, 500, 33, 400),
     (2500, 1300, 5, 2500),  # several blocks
@@ -78,7 +78,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("seed", [0, 7, 2**62])
 def test_every_row_sees_just_its_negatives(case, seed):
-    """For each row, as often as they should be: the sampled prototypes, the other rows' positives, not its own."""
+    """A row sees the sampled prototypes once, the other rows' positives once per row, and never its own."""
     size, negatives, rows, among = case
     generator = torch.Generator().manual_seed(seed)
     positives = torch.randint(0, among, (rows,), generator=generator).to(DEVICE)
@@ -101,9 +101,9 @@ def test_a_seed_on_the_device_is_the_same_seed():
 
 
 def test_draws_are_uniform_in_marginals_pairs_and_order():
-    """Chi-squared at 5 standard deviations over 40,000 seeds at once: ids, pairs of ids, and who comes first.
+    """Ids, pairs of ids and the first id are within 5 standard deviations of chi-squared over 40,000 seeds.
 
-    A cyclic window over a fixed order, in which neighbours always come together, is also tried, and must fail.
+    A cyclic window over a fixed order, in which neighbours are always drawn together, is tried too, and must fail.
     """
     size, negatives, seeds = 20, 6, torch.arange(40_000)
     excluded = (4, 11)
@@ -128,7 +128,7 @@ def test_draws_are_uniform_in_marginals_pairs_and_order():
         return [chi_squared(counts, chance) for counts, chance in tests]
 
     def chi_squared(counts: torch.Tensor, chance: float) -> float:
-        """In standard deviations from its mean."""
+        """Return how many standard deviations chi-squared is from its mean."""
         expected = len(seeds) * chance
         value = ((counts - expected) ** 2 / (expected * (1 - chance))).sum().item()
         return abs(value - len(counts)) / (2 * len(counts)) ** 0.5

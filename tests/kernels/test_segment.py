@@ -12,7 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def case(n: int, d: int, k: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values that do not average out; clusters of very different sizes, every fifth empty."""
+    """Return values whose mean is not 0, and clusters of very different sizes, of which every fifth is empty."""
     generator = torch.Generator().manual_seed(n + d + k)
     assignment = (k * torch.rand(n, generator=generator) ** 2).int()
     assignment[assignment % 5 == 4] -= 1
@@ -52,7 +52,7 @@ def test_no_rows(add):
 
 
 def test_a_cluster_is_added_up_in_the_order_of_its_points():
-    """Whatever lies between them: the sum of a cluster does not depend on the others."""
+    """The sum of a cluster does not depend on the points of other clusters between its own."""
     values, _ = case(150, 8, 2)
     alone, _ = segment_sums(values, torch.zeros(150, dtype=torch.int32, device=DEVICE), 10)
     spread = torch.ones(600, dtype=torch.int32, device=DEVICE)

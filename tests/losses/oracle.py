@@ -1,5 +1,5 @@
-"""The loss as the paper and the official code define it, row by row in Python and float64: slow on purpose, sharing
-nothing with what it is compared with.
+"""The loss as the paper and the official code define it, computed row by row in Python and float64. It is slow on
+purpose, and shares nothing with what it is compared with.
 """
 
 from __future__ import annotations
@@ -8,12 +8,9 @@ import math
 
 import torch
 
-# What follows is the loss as the paper and the official code define it, row by row in Python and float64: slow on
-# purpose, sharing nothing with what it is compared with, for tests only.
-
 
 def info_nce_rows(query, key, queue, temperature) -> list[float]:
-    """-log softmax of q.k'/tau among itself and q.(every queue key)/tau, per row."""
+    """Return InfoNCE per row: -log softmax of q.k'/tau among itself and q.(every queue key)/tau."""
     losses = []
     for i in range(len(query)):
         logits = [_dot(query[i], key[i]) / temperature]
@@ -23,10 +20,11 @@ def info_nce_rows(query, key, queue, temperature) -> list[float]:
 
 
 def proto_nce_rows(query, centroids, concentration, positives, negatives) -> list[float]:
-    """Per row: its own prototype, against the other rows' prototypes and the sampled ones, each over its own phi.
+    """Return ProtoNCE per row: its own prototype against the other rows' prototypes and the sampled ones, with the
+    score of every prototype divided by its own phi.
 
-    Another row contributes a column even if a third row shares its prototype; a row whose prototype is this row's own
-    contributes none.
+    Every other row adds a column, even if a third row has the same prototype; a row whose prototype is this row's own
+    adds none.
     """
     losses = []
     for i in range(len(query)):
@@ -39,10 +37,11 @@ def proto_nce_rows(query, centroids, concentration, positives, negatives) -> lis
 
 
 def _dot(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Return a.b in float64, summed without rounding."""
     return math.fsum(x * y for x, y in zip(a.double().tolist(), b.double().tolist(), strict=True))
 
 
 def _cross_entropy(logits: list[float]) -> float:
-    """-log softmax(logits)[0]."""
+    """Return -log softmax(logits)[0]."""
     top = max(logits)
     return top + math.log(math.fsum(math.exp(x - top) for x in logits)) - logits[0]

@@ -1,4 +1,4 @@
-"""InfoNCE and ProtoNCE against the literal transcription and float64."""
+"""InfoNCE and ProtoNCE against a literal transcription of their definitions in float64."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from pcl_fast.clustering import PrototypeSet
-from pcl_fast.losses import info_nce, proto_nce, protonce, sample_negatives
+from pcl_fast.losses import info_nce, pcl_loss, proto_nce, protonce, sample_negatives
 
 D = 24
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def unit(rows: int, generator: torch.Generator, common: float = 0.0, dtype=torch.float64) -> torch.Tensor:
-    """Unit rows; `common` > 0 makes them correlated."""
+    """Return unit rows [rows, D], which `common` > 0 makes correlated."""
     shared = torch.randn(1, D, generator=generator, dtype=torch.float64)
     noise = torch.randn(rows, D, generator=generator, dtype=torch.float64)
     return F.normalize(noise + common * shared, dim=1).to(dtype)
@@ -56,7 +56,7 @@ def test_proto_nce_is_the_literal_formula(generator, rows, k, negatives, common)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("common", [0.0, 3.0])
 def test_low_precision_stays_near_float64(generator, dtype, common):
-    """Sums are taken in float32, so only the rounding of float32 separates the result from float64 on equal inputs."""
+    """Sums are taken in float32, so on equal inputs the result differs from float64 by the rounding of float32 only."""
     query = unit(32, generator, common, dtype)
     key, queue = unit(32, generator, common).float(), unit(500, generator, common).float()
     upstream = torch.randn(32, generator=generator, dtype=torch.float64)
@@ -84,14 +84,14 @@ def test_gradients_by_finite_differences_with_random_upstream(generator):
     double = [PrototypeSet(p.centroids.double(), p.concentration.double(), p.assignment) for p in prototypes]
 
     def rows(leaf: torch.Tensor) -> torch.Tensor:
-        result = protonce(leaf, key, queue, double, index, temperature=0.2, num_negatives=8, seed=3)
+        result = pcl_loss(leaf, key, queue, double, index, temperature=0.2, num_negatives=8, seed=3)
         return torch.stack([result.instance.loss, *(part.loss for part in result.prototype)])
 
     assert torch.autograd.gradcheck(rows, query)
 
 
 def test_confident_rows_keep_their_gradient():
-    """At z = -40, 1 - softmax is 0 in float32; the gradient is exp(-40) times a difference of vectors."""
+    """At z = -40, 1 - softmax would be 0 in float32; the gradient is exp(-40) times a difference of vectors."""
     query = torch.tensor([[1.0, 0.0]], requires_grad=True)
     key, queue = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 0.0]])
     result = info_nce(query, key, queue, 0.05)
@@ -106,19 +106,21 @@ def test_only_the_query_gets_a_gradient(generator):
     prototypes.centroids.requires_grad_()
     tensors = [unit(4, generator).requires_grad_() for _ in range(2)] + [unit(9, generator).requires_grad_()]
     index = torch.arange(4)
-    result = protonce(*tensors, [prototypes], index, temperature=0.1, num_negatives=3, seed=0)
+    result = pcl_loss(*tensors, [prototypes], index, temperature=0.1, num_negatives=3, seed=0)
     result.loss.backward()
     assert tensors[0].grad is not None
     assert [t.grad for t in (*tensors[1:], prototypes.centroids)] == [None] * 3
 
 
 def test_twins_are_not_each_others_negatives(generator):
-    """Rows 0 and 1 share a prototype. Without the mask each would see its own prototype among the negatives."""
+    """Rows 0 and 1 have the same prototype, so they are twins. Without the mask each would see its own prototype among
+    its negatives.
+    """
     prototypes = prototype_set(6, 4, generator)._replace(assignment=torch.tensor([2, 2, 5, 0], dtype=torch.int32))
     query = unit(3, generator)
     twins = proto_nce(query, prototypes, torch.tensor([0, 1, 2]), None, seed=0)
     alone = proto_nce(query[:1], prototypes, torch.tensor([0]), None, seed=0)
-    # One row alone with all negatives sees every other prototype once; with its twin and row 2 beside it, too.
+    # A row alone, with all negatives, sees every other prototype once. With its twin and row 2 beside it, it does too.
     torch.testing.assert_close(twins.loss[0], alone.loss[0])
     # Row 2 sees the twins' prototype twice, one column per other row.
     scores = (query[2] @ prototypes.centroids.T.double()) / prototypes.concentration
@@ -137,7 +139,7 @@ def test_a_prototype_without_negatives_costs_nothing(generator):
 
 
 def test_mixed_rows_with_and_without_negatives(generator):
-    """All rows but one are twins and r takes nothing else: K = 2, both of them somebody's positive."""
+    """Of two prototypes both are somebody's positive, so none is left to sample, and two of three rows are twins."""
     prototypes = PrototypeSet(
         unit(2, generator).float(), torch.tensor([0.1, 0.2]), torch.tensor([0, 0, 1], dtype=torch.int32)
     )
@@ -167,11 +169,15 @@ def test_the_total_is_instance_plus_mean_over_granularities(generator):
     prototypes = [prototype_set(k, 50, generator) for k in (7, 30)]
     query, key, queue = unit(6, generator), unit(6, generator), unit(20, generator)
     index = torch.randint(0, 50, (6,), generator=generator)
-    result = protonce(query, key, queue, prototypes, index, temperature=0.1, num_negatives=5, seed=11)
+    result = pcl_loss(query, key, queue, prototypes, index, temperature=0.1, num_negatives=5, seed=11)
     parts = [proto_nce(query, p, index, 5, seed=11 + m).loss.mean() for m, p in enumerate(prototypes)]
     torch.testing.assert_close(result.loss, info_nce(query, key, queue, 0.1).loss.mean() + sum(parts) / 2)
-    warm = protonce(query, key, queue, [], index, temperature=0.1, num_negatives=5, seed=11)
+    warm = pcl_loss(query, key, queue, [], index, temperature=0.1, num_negatives=5, seed=11)
     torch.testing.assert_close(warm.loss, warm.instance.loss.mean())
+
+
+def test_the_paper_s_name_for_the_whole_loss():
+    assert protonce is pcl_loss
 
 
 def test_autocast_does_not_round_the_products(generator):
@@ -185,7 +191,7 @@ def test_autocast_does_not_round_the_products(generator):
 
 
 def fused_case(generator: torch.Generator, rows: int = 6) -> dict:
-    """Arguments of protonce but query and backend, on the device that the kernels run on."""
+    """Return the arguments of pcl_loss, except query and backend, on the device that the kernels run on."""
     prototypes = [
         PrototypeSet(*(field.to(DEVICE) for field in prototype_set(k, 50, generator, common=0.5))) for k in (20, 40)
     ]
@@ -205,7 +211,7 @@ def test_backends_agree(generator):
     results, gradients = [], []
     for backend in ("torch", "triton"):
         leaf = query.clone().requires_grad_()
-        results.append(protonce(leaf, **case, backend=backend))
+        results.append(pcl_loss(leaf, **case, backend=backend))
         results[-1].loss.backward()
         gradients.append(leaf.grad)
     torch_one, fused = results
@@ -218,14 +224,14 @@ def test_backends_agree(generator):
 
 def test_parts_are_what_the_whole_is_made_of(generator):
     query, case = unit(6, generator).float().to(DEVICE), fused_case(generator)
-    whole = protonce(query, **case, backend="triton")
+    whole = pcl_loss(query, **case, backend="triton")
     instance = info_nce(query, case["key"], case["queue"], 0.1, backend="triton")
     assert torch.equal(instance.loss, whole.instance.loss)
     for m, (granularity, part) in enumerate(zip(case["prototypes"], whole.prototype, strict=True)):
         alone = proto_nce(query, granularity, case["index"], 12, seed=17 + m, backend="triton")
         torch.testing.assert_close(alone.loss, part.loss)
         assert torch.equal(alone.correct, part.correct)
-    warm = protonce(query, **{**case, "prototypes": []}, backend="triton")
+    warm = pcl_loss(query, **{**case, "prototypes": []}, backend="triton")
     torch.testing.assert_close(warm.loss, instance.loss.mean())
 
 
@@ -233,20 +239,20 @@ def test_a_seed_on_the_device(generator):
     query, case = unit(6, generator).float().to(DEVICE), fused_case(generator)
     on_device = {**case, "seed": torch.tensor(17, device=DEVICE)}
     for backend in ("torch", "triton"):
-        given, read = (protonce(query, **arguments, backend=backend).loss for arguments in (case, on_device))
+        given, read = (pcl_loss(query, **arguments, backend=backend).loss for arguments in (case, on_device))
         assert torch.equal(given, read)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_loss_compiles_as_one_graph(backend):
-    """With the seed in a tensor: as a number, PyTorch 2.5 cannot trace what the plain draw does with its bits."""
+    """The seed is a tensor, because PyTorch 2.5 cannot trace what the plain draw does with the bits of an int."""
     generator = torch.Generator().manual_seed(0)
     query, case = unit(6, generator).float().to(DEVICE), fused_case(generator)
-    compiled = torch.compile(protonce, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(pcl_loss, fullgraph=True, backend="aot_eager")
     for number in (1, 2, 2**40 + 3):
         case["seed"] = torch.tensor(number, device=DEVICE)
         plain, traced = (query.clone().requires_grad_() for _ in range(2))
-        protonce(plain, **case, backend=backend).loss.backward()
+        pcl_loss(plain, **case, backend=backend).loss.backward()
         compiled(traced, **case, backend=backend).loss.backward()
         torch.testing.assert_close(traced.grad, plain.grad)
 
@@ -254,7 +260,7 @@ def test_the_loss_compiles_as_one_graph(backend):
 def test_fused_kernels_leave_other_inputs_without_gradient(generator):
     query, case = unit(6, generator).float().to(DEVICE).requires_grad_(), fused_case(generator)
     case["queue"].requires_grad_()
-    protonce(query, **case, backend="triton").loss.backward()
+    pcl_loss(query, **case, backend="triton").loss.backward()
     assert query.grad is not None
     assert case["queue"].grad is None
 
@@ -286,7 +292,7 @@ def test_negatives_are_distinct_and_nobodys_positive(k, wanted):
 
 
 def test_negatives_are_uniform_in_marginals_and_pairs():
-    """Chi-squared against uniform at 5 standard deviations: 18 ids, their 153 pairs, and the first place."""
+    """The 18 ids, their 153 pairs and the first id are within 5 standard deviations of chi-squared."""
     k, r, draws, positives = 20, 6, 6000, torch.tensor([4, 4, 11])
     free = [c for c in range(k) if c not in (4, 11)]
     hits, pairs, first = torch.zeros(k), torch.zeros(k, k), torch.zeros(k)

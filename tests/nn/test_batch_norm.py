@@ -1,4 +1,4 @@
-"""Batch norm in parts, folded into convolutions, shuffled among ranks, and averaged over them."""
+"""Batch norm over parts of a batch and folded into convolutions, its averaged statistics, and shuffled batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pcl_fast.nn.shuffle import BatchShuffle
 
 
 def trained_norm(channels: int) -> nn.BatchNorm2d:
-    """With parameters and statistics of its own."""
+    """Return a batch norm whose parameters and statistics are not those of a new one."""
     norm = nn.BatchNorm2d(channels)
     with torch.no_grad():
         for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
@@ -32,7 +32,7 @@ def split_copy(norm: nn.BatchNorm2d, splits: int) -> nn.BatchNorm2d:
 
 @pytest.mark.parametrize("splits", [2, 3, 6])
 def test_every_part_is_normalised_by_itself(splits):
-    """As by so many ranks, each with a copy, whose statistics are then averaged."""
+    """The result is that of so many ranks, each with a copy, whose statistics are then averaged."""
     norm, x = trained_norm(5), torch.randn(6, 5, 4, 3) * torch.rand(6, 1, 1, 1) + torch.randn(6, 1, 1, 1)
     x = x.to(memory_format=torch.channels_last).requires_grad_()
     split, upstream = split_copy(norm, splits), torch.randn(6, 5, 4, 3)
@@ -61,7 +61,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 
 
 def encoder(**options) -> Encoder:
-    """One that has seen images, and so has statistics."""
+    """Return an encoder that has seen images, and so has statistics."""
     torch.manual_seed(0)
     encoder = Encoder(ModelConfig(dim=16, **options))
     encoder(torch.randn(6, 3, 32, 32) + 0.5)
@@ -79,7 +79,7 @@ def encoder(**options) -> Encoder:
     ids=str,
 )
 def test_folded_batch_norm_computes_the_same_features(options, splits):
-    """And leaves the encoder as it was: in training mode, with its own weights and statistics."""
+    """The encoder itself stays as it was: in training mode, with its own weights and statistics."""
     original = encoder(**options, bn_splits=splits)
     before = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     folded = fold_batch_norm(original)
@@ -117,7 +117,7 @@ def test_shuffle_mixes_and_restore_undoes_it(size, rows, splits):
         assert torch.equal(restored, batch)
         torch.testing.assert_close(results, batch.double().mean((1, 2))[:, None] + torch.tensor([0.0, 0.5]))
         assert shuffled.shape == batch.shape
-        # Every part of a rank's batch has about as many rows of every rank.
+        # Every part of a rank's batch has nearly equally many rows of every rank.
         for part in owners.view(-1).chunk(splits):
             counts = torch.bincount(part, minlength=size)
             assert counts.max() - counts.min() <= 1
@@ -149,7 +149,9 @@ def test_one_rank_of_one_part_has_nobody_to_shuffle_with():
 
 
 def bytes_received(world, shape: tuple[int, ...], dim: int) -> tuple[int, int]:
-    """From other ranks: by our exchange of images and keys, and by gathering all ranks' images as floats."""
+    """Return the bytes that this rank receives from others: images and keys in our exchange, and all ranks' images when
+    they are gathered as floats.
+    """
     received = []
     all_to_all, all_gather = dist.all_to_all_single, dist.all_gather
 
@@ -178,7 +180,7 @@ def bytes_received(world, shape: tuple[int, ...], dim: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_4_times_the_ranks_fewer_bytes_than_gathering_floats(size):
-    """The official code's way. G ranks: (G - 1) N images of floats, against (G - 1) N / G of bytes."""
+    """On G ranks the official code gathers (G - 1) N images of floats; ours receives (G - 1) N / G images of bytes."""
     for ours, keys, gathered in run_ranks(size, bytes_received, (6, 20, 20, 3), 16):
         assert gathered == 4 * size * ours
         assert gathered >= 8 * ours

@@ -1,4 +1,4 @@
-"""Encoder, momentum encoder and queue."""
+"""The encoder, the momentum encoder and the queue."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_features_are_unit_vectors(arch, small_stem, head):
 
 
 def test_the_paper_s_encoder_has_the_right_size():
-    """ResNet-50 without classifier (23,508,032 parameters) and the two heads."""
+    """It has a ResNet-50 without classifier (23,508,032 parameters) and one of the two heads."""
     linear = sum(p.numel() for p in Encoder(ModelConfig()).parameters())
     mlp = sum(p.numel() for p in Encoder(ModelConfig(head="mlp")).parameters())
     assert linear == 23_508_032 + 2048 * 128 + 128
@@ -59,7 +59,7 @@ def test_momentum_moves_parameters_only():
 
 @pytest.mark.parametrize("batches", [[3, 3, 3], [10], [4, 10, 1], [23], [1] * 12, [7, 7, 7]])
 def test_queue_keeps_the_last_keys_for_any_batch(batches):
-    """A list that forgets from the front is the queue's definition."""
+    """The queue must hold what a list holds that drops the oldest keys."""
     queue = KeyQueue(10, 2)
     history = list(queue.keys.clone())
     for number, size in enumerate(batches):
