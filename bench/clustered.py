@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from pcl_fast.kernels import assign_plain
 
 from pcl_fast.clustering.lloyd import squared_distance
-from pcl_fast.kernels import assign_plain
 
 SPREAD = 0.8  # length of the noise, where a cluster's direction has length 1
 CHECKED = 20_000  # points that a result is judged by

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import official_estep
 import optional
 import torch
+from pcl_fast.kernels import assign_plain, segment_plain
 
 from pcl_fast.clustering import pick_backend
-from pcl_fast.kernels import assign_plain, segment_plain
 
 STAGES = ("assignment", "update", "iteration")
 

@@ -16,7 +16,6 @@ from unittest.mock import patch
 import device
 import torch
 from clustered import TOLERANCE, mean_distance, some_points, unit_features
-
 from pcl_fast.kernels import assign
 from pcl_fast.kernels.launch import Tile
 

@@ -31,7 +31,6 @@ from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
-
 from pcl_fast.kernels.launch import capability, nearest_tile
 from pcl_fast.kernels.tiles import INTERPRETED, OLD_TRITON
 

@@ -3,7 +3,6 @@
 # No `from __future__ import annotations` here: Triton 3.1's interpreter would not recognise a tl.constexpr.
 import triton
 import triton.language as tl
-
 from pcl_fast.kernels.tiles import LN2, LOG2E, LOWEST, load_rows
 
 

@@ -46,14 +46,13 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
-
 from pcl_fast.kernels.combine import combine, weigh
 from pcl_fast.kernels.launch import BLOCK_D, Tile, capability, divide, multiprocessors, tile_for
 from pcl_fast.kernels.sampling import SLOTS, draw, halves
 from pcl_fast.kernels.sampling_plain import grid
 from pcl_fast.kernels.stream import stream
 from pcl_fast.kernels.tiles import INTERPRETED, OLD_TRITON
+from torch.autograd.function import once_differentiable
 
 DRAW_BLOCK = 1024
 TRITON_TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}

@@ -6,7 +6,6 @@ from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
-
 from pcl_fast.kernels.normalise_plain import check
 
 BLOCK = 1024  # entries at a time

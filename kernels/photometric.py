@@ -28,7 +28,6 @@ from contextlib import nullcontext
 import torch
 import triton
 import triton.language as tl
-
 from pcl_fast.kernels.photometric_plain import Op, check
 
 PARTS = 16  # programs that share an image's luma

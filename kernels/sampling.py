@@ -26,7 +26,6 @@ twins, the rows that have the same prototype.
 # No `from __future__ import annotations` here: Triton 3.1's interpreter would not recognise a tl.constexpr.
 import triton
 import triton.language as tl
-
 from pcl_fast.kernels.tiles import reciprocal
 
 ROUNDS = tl.constexpr(6)

@@ -5,7 +5,6 @@ contrast.py.
 # No `from __future__ import annotations` here: Triton 3.1's interpreter would not recognise a tl.constexpr.
 import triton
 import triton.language as tl
-
 from pcl_fast.kernels.sampling import per_slot, pick
 from pcl_fast.kernels.tiles import HIDDEN, LOG2E, LOWEST, load_rows, reciprocal, store_rows
 

@@ -19,11 +19,10 @@ from typing import NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
 from pcl_fast.kernels import assign, combine, launch, normalise, photometric, sampling, segment, stream
 from pcl_fast.kernels.contrast import DRAW_BLOCK, TRITON_TYPES, chunk, parts_at_once
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 # Bytes of shared memory that a program may have.
 SHARED = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-
 from pcl_fast.kernels import assign_plain
 from pcl_fast.kernels.assign import CLASSES, nearest, widest
 from pcl_fast.kernels.launch import NEAREST, nearest_tile

@@ -8,7 +8,6 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-
 from pcl_fast.kernels import contrast as kernels
 from pcl_fast.kernels import contrast_plain, sampling_plain
 from pcl_fast.kernels.contrast import PrototypeBank, contrast

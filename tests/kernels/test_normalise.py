@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from pcl_fast.kernels.normalise import BLOCK, normalise
 from pcl_fast.kernels.normalise_plain import normalise as normalise_plain
 

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms.v2.functional as F
-from PIL import Image, ImageFilter
-from sklearn.datasets import load_sample_images
-
 from pcl_fast.kernels import photometric, photometric_plain
 from pcl_fast.kernels.photometric_plain import MAX_SIGMA, Op
+from PIL import Image, ImageFilter
+from sklearn.datasets import load_sample_images
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 JITTER = (Op.BRIGHTNESS, Op.CONTRAST, Op.SATURATION, Op.HUE)

@@ -6,7 +6,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
 from pcl_fast.kernels import contrast as kernels
 from pcl_fast.kernels import sampling, sampling_plain
 

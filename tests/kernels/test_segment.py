@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from pcl_fast.kernels import segment_plain
 from pcl_fast.kernels.segment import rows_at_once, segment_sums
 

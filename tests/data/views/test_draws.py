@@ -8,12 +8,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from pcl_fast.kernels.photometric_plain import Op
 from scipy import stats
 from torchvision import transforms
 
 from pcl_fast.augmentations import AUGMENTATIONS
 from pcl_fast.data.views.draws import Draws, draw_views, uniforms
-from pcl_fast.kernels.photometric_plain import Op
 
 DRAWS = 6000
 JITTER = (Op.BRIGHTNESS, Op.CONTRAST, Op.SATURATION, Op.HUE)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from pcl_fast.kernels.photometric_plain import Op
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
@@ -15,7 +16,6 @@ from pcl_fast.data import normalise
 from pcl_fast.data.views.draws import Draws, draw_views
 from pcl_fast.data.views.finish import Finisher
 from pcl_fast.data.views.pil import training_view
-from pcl_fast.kernels.photometric_plain import Op
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

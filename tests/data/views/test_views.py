@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from pcl_fast.kernels.photometric_plain import Op
 from photos import piece
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms import v2
@@ -13,7 +14,6 @@ from torchvision.transforms.v2 import functional as F
 from pcl_fast.augmentations import AUGMENTATIONS
 from pcl_fast.data.views.draws import Draws, draw_views
 from pcl_fast.data.views.pil import clustering_view, training_view
-from pcl_fast.kernels.photometric_plain import Op
 
 PHOTO = piece(0, 80, 60)
 
