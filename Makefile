@@ -5,15 +5,20 @@ STACK ?= cu13
 VENV := $(if $(filter v100,$(STACK)),.venv-v100,.venv)
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test lint bench check-v100
+.PHONY: setup demo test test-all lint bench check-v100
 
 setup: $(VENV)/ready
 
 demo: setup
 	$(BIN)/python -m pcl_fast.demo --output runs/demo
 
+# The quick tests.
 test: setup
 	$(BIN)/python -m pytest
+
+# Every test; the slow ones are marked so.
+test-all: setup
+	$(BIN)/python -m pytest -m ""
 
 lint: setup
 	$(BIN)/ruff check .
@@ -27,7 +32,7 @@ bench: setup
 # printed instead of tested. Needs no GPU.
 check-v100:
 	$(MAKE) setup STACK=v100
-	.venv-v100/bin/python -m pytest --ignore tests/kernels/test_resources.py
+	.venv-v100/bin/python -m pytest -m "" --ignore tests/kernels/test_resources.py
 	.venv-v100/bin/python tests/kernels/resources.py 70
 	$(MAKE) setup STACK=cu13
 	.venv/bin/python tests/kernels/resources.py 80 90

@@ -112,6 +112,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loader", ["dali", "torchvision"])
 def test_a_signal_while_images_are_read_is_not_their_fault(image_folder, tmp_path, loader):
     script = tmp_path / "signalling.py"
@@ -152,6 +153,7 @@ def test_a_killed_run_continues_from_the_last_epoch_bit_for_bit(one_rank, image_
     same_rows(one_rank, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_killed_within_an_epoch_continues_from_there_bit_for_bit(one_rank, image_folder, tmp_path):
     """Saved as often as a reduction of the metrics ends, which is a step after it began; killed in the second epoch,
     which has four steps.
@@ -185,6 +187,7 @@ def test_tar_shards_train_as_the_same_files_do(one_rank, image_folder, tmp_path)
     assert evaluations[0] == evaluations[1]
 
 
+@pytest.mark.slow
 def test_a_broken_image_ends_the_run_or_is_left_out(image_folder, tmp_path):
     """Broken behind its header, so that nothing is noticed before it is decoded."""
     shutil.copytree(image_folder, tmp_path / "data")
@@ -201,6 +204,7 @@ def test_a_broken_image_ends_the_run_or_is_left_out(image_folder, tmp_path):
     assert "class_1/03.jpg" in (tmp_path / "run" / "broken.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_may_go_on_with_the_other_loader(one_rank, image_folder, tmp_path):
     """What is learned is not the same bit for bit, but it is the same recipe."""
     run = tmp_path / "run"

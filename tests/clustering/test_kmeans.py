@@ -83,7 +83,14 @@ def kmeans_of_shard(world, features, bounds, backend):
         ("triton", torch.float16),
     ],
 )
-@pytest.mark.parametrize("bounds", [(0, 400, 900), (0, 0, 900), (0, 350, 380, 900)])
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        (0, 400, 900),
+        pytest.param((0, 0, 900), marks=pytest.mark.slow),
+        pytest.param((0, 350, 380, 900), marks=pytest.mark.slow),
+    ],
+)
 def test_ranks_with_unequal_shards_equal_one_rank(backend, dtype, bounds):
     """The ranks are CPU processes, connected by gloo."""
     if backend == "faiss":

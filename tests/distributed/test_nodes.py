@@ -16,6 +16,8 @@ from launches import command, on_the_cpu, same_rows, same_state
 
 from pcl_fast.run.checkpoint import load_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 class Machines(NamedTuple):
     """Two machines.

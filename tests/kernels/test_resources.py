@@ -14,6 +14,7 @@ import triton
 TARGETS = ("70",) if triton.__version__.startswith("3.1.") else ("80", "90")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_compile_without_spills_and_use_the_matrix_units(target):
     script = Path(__file__).parent / "resources.py"

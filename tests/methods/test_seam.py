@@ -58,6 +58,7 @@ def test_what_is_one_rank_s_own_is_saved_for_each(whole):
     assert not any(name.startswith(("bank", "seen")) for name in state["method"])
 
 
+@pytest.mark.slow
 def test_another_number_of_ranks_is_refused_in_words(whole, image_folder):
     done = launch(image_folder, whole, ranks=1)
     assert done.returncode != 0
@@ -65,6 +66,7 @@ def test_another_number_of_ranks_is_refused_in_words(whole, image_folder):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_frozen_head_stays_until_it_is_set_free(image_folder, whole, tmp_path, alone):
     """Stopped after five steps the head is what it was at first; at the end it is not."""
     done = launch(image_folder, tmp_path, 4, int(signal.SIGTERM))

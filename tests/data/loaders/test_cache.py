@@ -403,6 +403,7 @@ def test_the_log_says_where_the_cache_is(folder):
     assert describe_loader(dataclasses.replace(CONFIG, cache=folder), world_of()).endswith(f"cached in {folder}")
 
 
+@pytest.mark.slow
 def test_a_run_with_a_cache_learns_the_same(two_ranks, image_folder, folder, tmp_path):
     for run in ("first", "again"):
         text = train(image_folder, tmp_path / run, "--data.cache", str(folder), ranks=2)
