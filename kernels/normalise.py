@@ -1,4 +1,4 @@
-"""From the bytes of images to what an encoder takes, in one pass."""
+"""Normalise images: from their bytes to what an encoder takes, in one pass."""
 
 # Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
 from contextlib import nullcontext
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from pcl_fast.kernels.normalise_plain import check
 
-BLOCK = 1024  # entries at a time
+BLOCK = 1024  # entries are taken at a time
 
 
 def normalise(
@@ -18,12 +18,12 @@ def normalise(
     std: tuple[float, float, float],
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """(image - mean) / std, computed in float32.
+    """Return (image - mean) / std, computed in float32.
 
     Args:
         images: uint8 [n, h, w, 3].
-        mean, std: of each channel, in units of a byte.
-        dtype: of the result: float16, bfloat16 or float32.
+        mean, std: mean and deviation of each channel, in units of a byte.
+        dtype: the result's: float16, bfloat16 or float32.
 
     Returns:
         [n, 3, h, w] in channels_last.
@@ -44,7 +44,7 @@ def normalise(
 def shift_and_scale(
     images, out, mean0, mean1, mean2, std0, std1, std2, entries, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Writes out, as many entries as images. Grid: blocks of entries."""
+    """Writes out, which has as many entries as images. Grid: blocks of entries."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
     place = first + tl.arange(0, BLOCK)
     channel = place % 3

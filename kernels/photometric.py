@@ -6,7 +6,7 @@ numbers again. Four launches; none waits for the host, or adds in an order left 
 add_luma   Contrast needs the image's mean luma at that point. Program (image, part) runs the slots before it on its
            share of the pixels and adds up their luma, in integers. Images without contrast are left out.
 jitter     Program (image, block of pixels) runs all slots in registers. What a slot does is the same for the whole
-           program: a branch, not a selection. It writes to the result, or to where the blur reads.
+           program: a branch, not a selection. The program writes to the result, or to where the blur reads.
 blur       PIL's Gaussian is three boxes along the rows, then three along the columns, each rounded to bytes. A thread
 twice      has one channel of one row and walks along it. Of each box it keeps the last five values in registers, so
            every box runs two pixels behind the one before it; one byte comes in at a step, one goes out, and nothing
@@ -30,9 +30,9 @@ import triton
 import triton.language as tl
 from pcl_fast.kernels.photometric_plain import Op, check
 
-PARTS = 16  # programs that share an image's luma
-BLOCK = 512  # pixels at a time
-LINES = 64  # of a program of `blur`: channels of rows, each a thread
+PARTS = 16  # programs share the sum of an image's luma
+BLOCK = 512  # pixels are taken at a time
+LINES = 64  # channels of rows are taken by a program of `blur`, each by a thread
 
 # A fused multiply-add rounds once where PIL rounds twice.
 EXACT = {"enable_fp_fusion": False}
@@ -56,14 +56,14 @@ def photometric(
         images: uint8 [n, h, w, 3], of fewer than 2^25 pixels each.
         ops: int32 [n, slots] of `Op`, at most one CONTRAST an image.
         factors: float32 [n, slots]. 1 changes nothing but for the hue, which is shifted by -0.5 to 0.5 of a turn.
-        sigma: float32 [n], standard deviation of the blur in pixels; 0 without. At most `MAX_SIGMA`, which for a tensor
-            on a GPU is not checked: beyond, the blur is another.
+        sigma: float32 [n], standard deviation of the blur in pixels; 0 without a blur. At most `MAX_SIGMA`, which is
+            not checked for a tensor on a GPU: beyond it the result is wrong.
 
     Returns:
         uint8 [n, h, w, 3], contiguous.
 
     Raises:
-        ValueError: a shape or type is wrong, or a sigma on the CPU.
+        ValueError: a shape or type is wrong, or, on the CPU, a sigma is out of bounds.
     """
     check(images, ops, factors, sigma)
     out = torch.empty(images.shape, dtype=torch.uint8, device=images.device)
@@ -86,7 +86,7 @@ def _launch(images, ops, factors, sigma, out):
 
 
 def slots(count: int) -> dict[str, int]:
-    """The constants of `add_luma` and `jitter`."""
+    """Return the constants with which `add_luma` and `jitter` are compiled."""
     return {"SLOTS": count, "PARTS": PARTS, "BLOCK": BLOCK}
 
 
@@ -102,7 +102,7 @@ def _divide(x, y):
 
 @triton.jit
 def _blend(reference, x, factor):
-    """floor(reference + factor (x - reference)), within a byte."""
+    """Return floor(reference + factor (x - reference)), within a byte."""
     blended = reference.to(tl.float32) + factor * (x - reference).to(tl.float32)
     return tl.minimum(tl.maximum(blended, 0.0), 255.0).to(tl.int32)
 
@@ -114,7 +114,7 @@ def _blend_channels(reference, r, g, b, factor):
 
 @triton.jit
 def _turn(r, g, b, factor):
-    """To PIL's HSV in bytes, where the hues take 255 and not 256, and back with the hue shifted modulo 256."""
+    """Convert to PIL's HSV in bytes, which has 255 hues and not 256, and back with the hue shifted modulo 256."""
     value = tl.maximum(tl.maximum(r, g), b)
     least = tl.minimum(tl.minimum(r, g), b)
     # In sixths: 1, 3 or 5 where b, r or g is the least and, up or down, how far the middle channel lies below the
@@ -138,14 +138,14 @@ def _turn(r, g, b, factor):
 
 @triton.jit
 def _lower(value, most, share):
-    """value - most / 255 share / 85, rounded, with share from 0 to 85. It is never a half: 255 * 85 is odd."""
+    """Return value - most / 255 share / 85, rounded, with share from 0 to 85. It is never a half: 255 * 85 is odd."""
     share = tl.minimum(tl.maximum(share, 0), 85)
     return value - (2 * most * share + 255 * 85) // (2 * 255 * 85)
 
 
 @triton.jit
 def _run(r, g, b, ops, factors, stop, pivot):
-    """The channels after the slots before `stop`. pivot: the mean luma, for contrast."""
+    """Return the channels after the slots before `stop`. Contrast takes `pivot` for the image's mean luma."""
     for slot in range(0, stop):
         op = tl.load(ops + slot)
         factor = tl.load(factors + slot)
@@ -166,7 +166,7 @@ def _run(r, g, b, ops, factors, stop, pivot):
 
 @triton.jit
 def _read(image, place, valid):
-    """The channels of pixels, int32."""
+    """Load the channels of pixels as int32."""
     r = tl.load(image + 3 * place, mask=valid, other=0)
     g = tl.load(image + 3 * place + 1, mask=valid, other=0)
     b = tl.load(image + 3 * place + 2, mask=valid, other=0)
@@ -213,7 +213,7 @@ def jitter(
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     valid = place < pixels
     first = image.to(tl.int64) * pixels * 3
-    # Of no meaning without contrast, and not used then.
+    # Without contrast nobody wrote these sums, and nobody uses them.
     total = tl.sum(tl.load(luma + image * PARTS + tl.arange(0, PARTS)).to(tl.int64), axis=0)
     pivot = ((2 * total + pixels) // (2 * pixels)).to(tl.int32)
     r, g, b = _read(images + first, place, valid)
@@ -227,7 +227,7 @@ def jitter(
 
 @triton.jit
 def _box_weights(sigma):
-    """As in photometric_plain.py, uint32."""
+    """Return the weights of photometric_plain.box_weights, as uint32."""
     variance = tl.div_rn(sigma * sigma, 3.0)
     whole = tl.floor((tl.sqrt_rn(12 * variance + 1) - 1) * 0.5)
     rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)

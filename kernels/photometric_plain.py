@@ -1,7 +1,7 @@
-"""The plain twin of photometric.py for CPUs: PyTorch operations alone. Also what both share: codes, checks, limits.
+"""The plain version of photometric.py for CPUs: PyTorch operations alone. Also what both share: codes, checks, limits.
 
-An image is three planes of whole numbers in float32, which holds all that come up (below 2^24) exactly. A view takes
-some 100 operations of a few microseconds, so each must be one of those that are: they run over whole planes, write to
+An image is three planes of whole numbers in float32, which holds all that come up (below 2^24) exactly. It takes some
+100 operations, each of which must be one of those that take a few microseconds: they run over whole planes, write to
 memory that is there already, and compare to floats. Masks of bools and `where` take ten times as long.
 """
 
@@ -14,7 +14,7 @@ from enum import IntEnum
 
 import torch
 
-MAX_SIGMA = 2.44  # from sqrt(6) on, PIL's box reaches further than two pixels
+MAX_SIGMA = 2.44  # pixels: from sqrt(6) on, PIL's box reaches further than two pixels
 
 # `add` takes a tensor as its first operand, and a factor for the second: a constant and a multiple in one operation.
 _HALF, _MINUS_5, _170 = torch.tensor([32768.0, -5.0, 170.0]).unbind()
@@ -22,7 +22,7 @@ _MIDDLES = torch.tensor([-255.0, -170.0, -340.0]).unbind()
 
 
 class Op(IntEnum):
-    """What a slot does."""
+    """An operation says what a slot does to an image."""
 
     NONE = 0
     BRIGHTNESS = 1
@@ -40,11 +40,11 @@ def photometric(
     *,
     pool: Executor | None = None,
 ) -> torch.Tensor:
-    """As in photometric.py, the same bits; images on the CPU.
+    """Do what photometric.photometric does, in the same bits, for images on the CPU.
 
     Args:
-        pool: threads that share the images among them. Without one they come one after the other. PyTorch's own
-            threads are of little use to operations this short; each thread should be set to one.
+        pool: threads that share the images among them; without them the images are done one after the other. PyTorch's
+            own threads are of little use to operations this short: each of these should be set to one.
     """
     check(images, ops, factors, sigma)
     n, h, w, _ = images.shape
@@ -87,12 +87,12 @@ def check(images: torch.Tensor, ops: torch.Tensor, factors: torch.Tensor, sigma:
 
 
 def box_weights(sigma: torch.Tensor) -> list[tuple[int, int, int] | None]:
-    """Weights, in 2^-24, of a pixel, its neighbours and theirs in each pass of the blur. None without a blur.
+    """Return the weights, in 2^-24, of a pixel, its neighbours and theirs in a pass of the blur; None without a blur.
 
-    As PIL computes them, in single precision, from Gwosdek et al., "Theoretical foundations of Gaussian convolution by
-    extended box filtering" (2011): a box of 1 + 2 floor(radius) pixels and a part of the two next to it.
+    PIL computes them like this, in single precision, from Gwosdek et al., "Theoretical foundations of Gaussian
+    convolution by extended box filtering" (2011): a box of 1 + 2 floor(radius) pixels and a part of the two next to it.
     """
-    variance = sigma.square() / 3  # of one of three passes
+    variance = sigma.square() / 3  # each of the three passes adds a third
     whole = (((12 * variance + 1).sqrt() - 1) / 2).floor()
     rest = (2 * whole + 1) * (whole * (whole + 1) - 3 * variance)
     radius = whole + rest / (6 * (variance - (whole + 1) * (whole + 1)))
@@ -104,10 +104,10 @@ def box_weights(sigma: torch.Tensor) -> list[tuple[int, int, int] | None]:
 
 
 class _Canvas:
-    """Holds one view at a time, as planes float32 [3, h, w], and the memory to work on it.
+    """A canvas holds one image at a time, as planes float32 [3, h, w], and the memory to work on it.
 
-    Allocated once for many views: the system takes several times as long to hand out memory as the operations to fill
-    it.
+    It is allocated once for many images: the system takes several times as long to hand out memory as the operations
+    take to fill it.
     """
 
     def __init__(self, h: int, w: int):
@@ -117,21 +117,22 @@ class _Canvas:
         work = torch.empty(6 * (h + 4) * (w + 4))
         self._spare = work[: 6 * h * w].view(6, h, w).unbind()
         self._pixels = work[: 3 * h * w].view(h, w, 3)
-        # For the blur, two times the planes with two pixels around them.
+        # The blur works on two copies of the planes, with two pixels around them.
         boxes = work.view(torch.int32).view(2, 3, h + 4, w + 4)
         self._blurred = boxes[0, :, 2:-2, 2:-2]
         self._lines = [[_Lines(box, axis) for box in boxes] for axis in (2, 1)]
 
     def read(self, image: torch.Tensor) -> None:
-        """From uint8 [h, w, 3]."""
+        """Take an image, uint8 [h, w, 3]."""
         self.planes.copy_(image.permute(2, 0, 1))
 
     def write(self, out: torch.Tensor) -> None:
-        """To uint8 [h, w, 3]."""
-        # In two steps: a copy that transposes takes much longer if it converts as well.
+        """Write the image to uint8 [h, w, 3]."""
+        # These are two steps because a copy that transposes takes much longer if it converts as well.
         out.copy_(self._pixels.copy_(self.planes.permute(1, 2, 0)))
 
     def apply(self, op: int, factor: float) -> None:
+        """Do to the image what a slot says."""
         if op == Op.BRIGHTNESS:
             self.planes.mul_(factor).clamp_(0, 255).floor_()
         elif op == Op.CONTRAST:
@@ -151,11 +152,11 @@ class _Canvas:
         return luma.add_(g, alpha=38470).add_(b, alpha=7471).mul_(2.0**-16).floor_()
 
     def _blend(self, reference: torch.Tensor | int, factor: float) -> None:
-        """Rounds the product and the sum, as PIL does; with a factor for `add_` they would be rounded as one."""
+        """Round the product and the sum, as PIL does; with a factor for `add_` they would be rounded as one."""
         self.planes.sub_(reference).mul_(factor).add_(reference).clamp_(0, 255).floor_()
 
     def _turn(self, shift: int) -> None:
-        """To PIL's HSV in bytes, where the hues take 255 and not 256, and back with the hue shifted modulo 256.
+        """Convert to PIL's HSV in bytes, which has 255 hues and not 256, and back with the hue shifted modulo 256.
 
         The hue in sixths is 1, 3 or 5 where b, r or g is the least, and from there, up or down, how far the middle
         channel lies below the highest, in units of the chroma. Where b > g everything is mirrored, h to 6 - h, which an
@@ -184,7 +185,7 @@ class _Canvas:
         self._from_hsv(hue, saturation, value)
 
     def _from_hsv(self, hue: torch.Tensor, saturation: torch.Tensor, value: torch.Tensor) -> None:
-        """A channel is value (1 - saturation / 255 a / 85), with a = 0 ... 85 piecewise linear in the hue."""
+        """Set every channel to value (1 - saturation / 255 a / 85), with a = 0 ... 85 piecewise linear in the hue."""
         planes, red = self.planes, self._channels[0]
         for plane, middle in zip(self._channels, _MIDDLES, strict=True):
             torch.add(middle, hue, alpha=2, out=plane)
@@ -195,10 +196,10 @@ class _Canvas:
         torch.sub(value, planes.clamp_(0, 85).mul_(most), out=planes).round_()
 
     def blur(self, weights: tuple[int, int, int]) -> None:
-        """Three boxes along the rows, then three along the columns."""
+        """Apply three boxes along the rows, then three along the columns."""
         missing = 2**24 - weights[0] - 2 * weights[1] - 2 * weights[2]
         rounding = torch.tensor(2**23 - 128 * missing, dtype=torch.int32)
-        # Bytes less 128: weighted sums of them fit into int32.
+        # From bytes 128 is subtracted, so that their weighted sums fit into int32.
         self._blurred.copy_(self.planes.sub_(128))
         for i in range(6):
             lines = self._lines[i // 3]
@@ -207,20 +208,21 @@ class _Canvas:
 
 
 class _Lines:
-    """Padded planes, int32 [3, h + 4, w + 4], as lines along one axis."""
+    """Lines are padded planes, int32 [3, h + 4, w + 4], seen along one axis."""
 
     def __init__(self, planes: torch.Tensor, axis: int):
         size, step = planes.shape[axis], planes.stride(axis)
         self._ends = [
             (planes.narrow(axis, to, 2), planes.narrow(axis, of, 1)) for to, of in ((0, 2), (size - 2, size - 3))
         ]
-        # All lines as one. What a box mixes up between two of them is padding, which is made anew before the next.
+        # All lines are taken as one. What a box mixes up between two of them is padding, which is made anew before the
+        # next box.
         whole, count = planes.view(-1), planes.numel() - 4 * step
         self._shifted = [whole.narrow(0, tap * step, count) for tap in range(5)]
         self._centre = self._shifted[2]
 
     def box(self, target: _Lines, weights: tuple[int, int, int], rounding: torch.Tensor) -> None:
-        """target = (sum of weighted pixels + rounding) / 2^24, with the pixels at the ends repeated beyond them."""
+        """Set target to (sum of weighted pixels + rounding) / 2^24; beyond the ends their pixels are repeated."""
         for padding, end in self._ends:
             padding.copy_(end)
         total = torch.add(rounding, self._centre, alpha=weights[0], out=target._centre)

@@ -32,7 +32,7 @@ def check(
     format: Literal["folder", "webdataset"] = "folder",
     threads: int = os.cpu_count() or 1,
 ) -> None:
-    """Decode every image and print those that cannot be decoded. The exit code is 1 if there are any.
+    """Decode every image and print those that cannot be decoded. The command exits with 1 if there are any.
 
     Args:
         folder: class folders of images, a flat folder of images, or tar shards.
@@ -50,7 +50,7 @@ def check(
 
 
 def _decode(images: ImageSet, threads: int) -> dict[int, str]:
-    """`find_broken`, with a progress bar on a terminal."""
+    """Run `find_broken`, with a progress bar where the output is a terminal."""
     console = Console(stderr=True)
     if not console.is_terminal:
         return find_broken(images, threads=threads)

@@ -1,4 +1,4 @@
-"""What loaders hand to the step, and what the step makes of it."""
+"""Batches, which loaders hand to the training step, and how the step normalises their images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STD = (58.395, 57.12, 57.375)
 
 
 class Batch(NamedTuple):
-    """The views of N images, finished but for `normalise`: bytes, which are quick to move.
+    """A batch holds the views of N images, finished but for `normalise`: bytes, which are quick to move.
 
     views: a tensor for every View that the loader was given, in its order: uint8 [N, size, size, 3] with the View's
         size, on the encoder's device.
@@ -27,11 +27,11 @@ class Batch(NamedTuple):
 
 
 def normalise(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """(image - mean) / std with ImageNet's numbers.
+    """Return (image - mean) / std with ImageNet's means and deviations of the channels.
 
     Args:
         images: uint8 [N, H, W, 3].
-        dtype: of the result: float16, bfloat16 or float32.
+        dtype: the result's: float16, bfloat16 or float32.
 
     Returns:
         [N, 3, H, W] in channels_last, on the images' device: what an encoder takes.

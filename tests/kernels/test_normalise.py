@@ -1,4 +1,4 @@
-"""The kernel that turns images of bytes into what an encoder takes, and its plain version."""
+"""From bytes to what an encoder takes."""
 
 from __future__ import annotations
 
@@ -29,18 +29,16 @@ def test_every_byte_of_every_channel(run, dtype):
     mean, std = (torch.tensor(IMAGENET[name], dtype=torch.float64) for name in ("mean", "std"))
     expected = (images.double() - mean) / std
     error = (found.permute(0, 2, 3, 1) - expected).abs()
-    # Triton's interpreter truncates to bfloat16 where it should round.
+    # Triton's interpreter cuts a bfloat16 off where it should be rounded.
     cut_off = dtype == torch.bfloat16 and run is kernel and DEVICE == "cpu"
-    # The mean is rounded to float32 as well, which shows where the difference is small.
+    # Beside the result the mean is rounded too, to float32, which shows where little is left of the difference.
     assert (error <= (1 if cut_off else 0.51) * torch.finfo(dtype).eps * expected.abs() + 1e-6).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, *[torch.bfloat16] * (DEVICE == "cuda")])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 11, 31), (4, 16, 16), (2, 19, 9), (3, 20, 18)])
 def test_kernel_and_plain_version_agree_in_every_bit(shape, dtype):
-    """The images have 3 entries, one fewer than a block, exactly three blocks, two more than a block, and three blocks
-    and a part.
-    """
+    """Fewer entries than a block, one less, three blocks, one and two entries more, several and a part."""
     assert BLOCK == 1024
     images = torch.randint(0, 256, (*shape, 3), dtype=torch.uint8)
     assert torch.equal(*(run(images, **IMAGENET, dtype=dtype) for run in (kernel, normalise_plain)))

@@ -1,4 +1,4 @@
-"""Jitter, grey and blur against those of torchvision and PIL, from which no byte may differ."""
+"""Jitter, grey and blur against torchvision's on PIL images, of which no byte may differ."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ OPERATIONS = {
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Let the plain version use one thread: its operations are so short that on a busy machine several threads wait for
-    each other longer than they work.
-    """
+    """The plain version's operations are so short that on a busy machine threads would rather wait than work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -56,9 +54,7 @@ def sample() -> list[Image.Image]:
 
 
 def photos(h: int, w: int) -> np.ndarray:
-    """Return uint8 [7, h, w, 3]: two photos, and random images with bytes of all sizes, of 0 and 255 alone, close to
-    grey, grey, and dark.
-    """
+    """Two photos; bytes at random, the extreme ones among these, close to grey, grey, and dark: uint8 [7, h, w, 3]."""
     rng = np.random.default_rng(h * w)
     real = [np.array(photo.resize((w, h))) for photo in sample()]
     noise = rng.integers(0, 256, (h, w, 3))
@@ -102,9 +98,7 @@ def test_each_operation(run, op, factors):
 @pytest.mark.parametrize(("run", "reds"), [(plain, range(256)), (kernels, (0, 3, 128, 254, 255))])
 @pytest.mark.parametrize(("op", "factor"), [(Op.HUE, 0), (Op.HUE, 0.3), (Op.GRAYSCALE, 0)])
 def test_all_colours(run, reds, op, factor, monkeypatch):
-    """The plain version gets all reds. The kernels get some: 0 and 255, which are always an end of the range of the
-    channels, and three that may not be.
-    """
+    """By the kernel, of the reds that are always an end of the range of the channels, and of some that are not."""
     if DEVICE == "cpu":
         monkeypatch.setattr(photometric, "BLOCK", 1 << 16)
     green, blue = np.mgrid[:256, :256].astype(np.uint8)
@@ -127,7 +121,7 @@ def test_every_order_with_grey_before_or_after(run):
 @both
 @pytest.mark.parametrize(("h", "w"), [(1, 1), (1, 9), (9, 1), (2, 3), (5, 5), (22, 2)])
 def test_blur(run, h, w):
-    """From sigma = sqrt(2) on, the box filter reaches a second pixel on either side."""
+    """From sqrt(2) on the box has a second pixel."""
     sigma = [0.4, 1.3, 2]
     if run is plain:
         sigma += [0.01, 0.1, 1, 1.41, np.sqrt(2), 1.42, 1.7, MAX_SIGMA]
@@ -147,7 +141,7 @@ def test_blur_of_larger_images():
     ("h", "w"), [(7, 73), (16, 32), (27, 19), (91, 91)], ids=["below", "at", "across", "second round"]
 )
 def test_contrast_at_the_edges_of_blocks(h, w):
-    """A program takes BLOCK pixels at a time, and all parts together PARTS * BLOCK pixels in a round."""
+    """BLOCK pixels at a time, PARTS * BLOCK pixels in a round of all parts."""
     assert photometric.BLOCK == 512
     assert 90 * 91 < photometric.BLOCK * photometric.PARTS < 91 * 91
     ops, factors = np.array([[Op.BRIGHTNESS, Op.CONTRAST]]), np.array([[1.3, 0.5]])
@@ -161,8 +155,8 @@ def test_blur_at_the_edges_of_blocks(h, w):
     assert_like_pil(kernels, photos(h, w)[2:3], nothing, nothing, np.array([1.8]))
 
 
-def augmentations(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return ops, factors and sigma of n views, of which every third has no blur, and every fourth no jitter."""
+def slots_and_sigma(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ops, factors, sigma: every third view without a blur, every fourth without a jitter."""
     rng = np.random.default_rng(n)
     ops = np.array([rng.permutation([*JITTER, Op.GRAYSCALE]) for _ in range(n)], np.int32)
     factors = np.where(ops == Op.HUE, rng.uniform(-0.5, 0.5, ops.shape), rng.uniform(0, 2, ops.shape))
@@ -173,7 +167,7 @@ def augmentations(n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def test_kernels_and_plain_version_agree_in_every_bit():
     images = torch.from_numpy(photos(8, 10)).transpose(1, 2)  # not contiguous
-    found = [run(images, *augmentations(len(images))) for run in (kernels, plain)]
+    found = [run(images, *slots_and_sigma(len(images))) for run in (kernels, plain)]
     assert torch.equal(*found)
     assert found[0].dtype == torch.uint8
     assert found[0].is_contiguous()
@@ -182,19 +176,19 @@ def test_kernels_and_plain_version_agree_in_every_bit():
 def test_a_pool_changes_no_bit():
     images = photos(20, 30).repeat(3, axis=0)
     with ThreadPoolExecutor(3) as pool:
-        found = [plain(images, *augmentations(21), pool=p) for p in (None, pool)]
+        found = [plain(images, *slots_and_sigma(21), pool=p) for p in (None, pool)]
     assert torch.equal(*found)
 
 
 def test_a_pool_raises_what_a_thread_raises(monkeypatch):
     monkeypatch.setattr(photometric_plain._Canvas, "read", lambda *_: 1 / 0)
     with ThreadPoolExecutor(2) as pool, pytest.raises(ZeroDivisionError):
-        plain(photos(3, 3), *augmentations(7), pool=pool)
+        plain(photos(3, 3), *slots_and_sigma(7), pool=pool)
 
 
 @both
 def test_no_images(run):
-    found = run(photos(4, 5)[:0], *(array[:0] for array in augmentations(1)))
+    found = run(photos(4, 5)[:0], *(array[:0] for array in slots_and_sigma(1)))
     assert found.shape == (0, 4, 5, 3)
 
 
@@ -226,7 +220,7 @@ def test_wrong_arguments(run, changes, message):
 
 @pytest.mark.parametrize("sigma", [-0.1, 2.45, np.nan])
 def test_wrong_sigma_on_a_cpu(sigma):
-    """Both versions check sigma on a CPU; on a GPU this would wait for the device."""
+    """Checked by both, but on a GPU it would have to be waited for."""
     images, ops = torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(1, 0, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"sigma must lie in \[0, 2\.44\]"):
         plain(images, ops, ops.float(), torch.tensor([sigma], dtype=torch.float32))
@@ -234,10 +228,10 @@ def test_wrong_sigma_on_a_cpu(sigma):
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="only a GPU has graphs")
 def test_a_graph_replays_on_new_images():
-    """A graph can be captured only if nothing waits for the GPU, so this is tested too."""
+    """Which also shows that nothing waits for the GPU."""
     first, second = torch.as_tensor(photos(30, 40), device=DEVICE), torch.as_tensor(photos(40, 30), device=DEVICE)
     second = second.view(first.shape)
-    draws = [torch.as_tensor(array, device=DEVICE) for array in augmentations(len(first))]
+    draws = [torch.as_tensor(array, device=DEVICE) for array in slots_and_sigma(len(first))]
     expected = [photometric.photometric(images, *draws) for images in (first, second)]
     images, graph = first.clone(), torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -29,20 +29,20 @@ from pcl_fast.data.sources.images import ImageSet
 from pcl_fast.distributed import World, shard_bounds
 from pcl_fast.errors import UserError
 
-# Of the files. To be raised too when a loader comes to make other crops of the same images.
+# The files' version. It must be raised too when a loader comes to make other crops of the same images.
 _VERSION = 1
-# A page, so that the crops begin on one.
+# The header fills a page, so that the crops begin on one.
 _HEADER_BYTES = 4096
-# Batches that are read ahead, and threads that read them: an SSD likes several requests at a time, but the more there
-# are, the less the system's own reading ahead makes of them.
+# So many batches are read ahead, by so many threads: an SSD likes several requests at a time, but the more there are,
+# the less the system's own reading ahead makes of them.
 _AHEAD, _READERS = 4, 2
-# Images whose content is looked at: another copy of the data set, resized say, has the same names.
+# The content of so many images is compared: another copy of the data set, resized say, has the same names.
 _SAMPLED = 64
 
 
 @dataclass(frozen=True)
 class CacheFile:
-    """Where the crops of a shard lie, and which they are."""
+    """A cache file says where the crops of a shard lie, and which they are."""
 
     path: Path
     header: bytes
@@ -51,19 +51,20 @@ class CacheFile:
 
     @property
     def part(self) -> Path:
-        """Where it is while it is being written."""
+        """The path of the file while it is being written."""
         return self.path.with_name(f"{self.path.name}.part")
 
     @property
     def length(self) -> int:
+        """The number of bytes of the whole file."""
         return self.offset(self.images)
 
     def offset(self, image: int) -> int:
-        """Where this image of the shard begins."""
+        """Return at which byte the crop of this image of the shard begins."""
         return len(self.header) + image * 3 * self.size**2
 
     def open(self) -> BinaryIO | None:
-        """The file if it is whole, else None."""
+        """Open the file; return None if it is missing or not whole."""
         try:
             file = open(self.path, "rb", buffering=0)  # noqa: SIM115
         except OSError:
@@ -74,7 +75,7 @@ class CacheFile:
         return None
 
     def missing_bytes(self) -> int:
-        """That are yet to be written. What there is of a part will be replaced, or is being completed."""
+        """Count the bytes that are yet to be written, less those of a part, which will be replaced or completed."""
         file = self.open()
         if file is not None:
             file.close()
@@ -86,9 +87,10 @@ class CacheFile:
 
 
 class CachedView:
-    """Batches of the clustering view: the first pass is the loader's and writes them aside, later ones read them.
+    """A cached view yields the batches of the clustering view: its first pass is the loader's and writes them aside,
+    later ones read them.
 
-    A batch is what the loader makes, byte for byte: uint8 [batch_size, H, W, 3] on the same device, the last one
+    A batch is what the loader makes, byte for byte: uint8 [batch_size, size, size, 3] on the same device, the last one
     smaller. Where the disk fails later than at the start, a warning says so and the loader goes on alone.
     """
 
@@ -120,7 +122,8 @@ class CachedView:
             yield from itertools.islice(self.loader, given, None)
 
     def _batches(self, file: BinaryIO) -> Iterator[torch.Tensor]:
-        """
+        """Read all batches from the file.
+
         Raises:
             OSError: the file cannot be read to its end.
         """
@@ -138,7 +141,7 @@ class CachedView:
     def _begin_to_read(
         self, file: BinaryIO, start: int, readers: ThreadPoolExecutor
     ) -> tuple[torch.Tensor, Future[None]]:
-        """A batch on the host, and the job that fills it."""
+        """Return a batch on the host, and the job that fills it."""
         count, size = min(self.batch_size, self.file.images - start), self.file.size
         batch = torch.empty(count, size, size, 3, dtype=torch.uint8, pin_memory=self.gpu is not None)
         return batch, readers.submit(_read_into, batch.numpy(), file.fileno(), self.file.offset(start))
@@ -152,9 +155,9 @@ class CachedView:
 
 
 class _Part:
-    """A cache file while it is written. It takes the file's name when it is whole; else nothing is left of it.
+    """A part is a cache file while it is written. Once whole it takes the file's name; else nothing is left of it.
 
-    Where another process is writing the same file this one does not: then, and after a fault of the disk, `add` and
+    While another process writes the same file, this one does not: then, and after a fault of the disk, `add` and
     `finish` do nothing.
     """
 
@@ -217,11 +220,14 @@ def cached(
     batch_size: int,
     gpu: torch.device | None,
 ) -> CachedView:
-    """`loader`, which makes this rank's shard of the clustering view, with a cache in config.cache.
+    """Give a cache in the folder config.cache to a loader of the clustering view.
 
     Args:
-        made_by: the loader, as far as it determines the crops' bytes.
-        gpu: where the loader's batches lie, or None.
+        loader: makes this rank's shard.
+        images: the whole data set.
+        made_by: describes the loader, as far as it determines the crops' bytes.
+        batch_size: images in a batch of the loader's.
+        gpu: the device on which the loader's batches lie, or None for the CPU.
 
     Raises:
         UserError: the folder cannot be written, or has no room for the shards of this machine's ranks.
@@ -252,7 +258,7 @@ def _cache_file(config: DataConfig, known: dict, begin: int, end: int) -> CacheF
 
 
 def _content(images: ImageSet) -> str:
-    """Tells data sets of the same names apart, by some of their files."""
+    """Hash some of the files, which tells apart data sets whose images have the same names."""
     digest = hashlib.sha256()
     for index in np.linspace(0, len(images) - 1, min(len(images), _SAMPLED)).astype(int).tolist():
         digest.update(hashlib.sha256(images.encoded(index)).digest())
@@ -260,9 +266,10 @@ def _content(images: ImageSet) -> str:
 
 
 def _check_folder(folder: Path, needed: int) -> None:
-    """
+    """Make sure that `needed` bytes can be written to a folder.
+
     Raises:
-        UserError: `needed` bytes cannot be written there.
+        UserError: they cannot.
     """
     if not needed:
         return
@@ -280,10 +287,10 @@ def _check_folder(folder: Path, needed: int) -> None:
 
 
 def _lock(path: Path) -> BinaryIO | None:
-    """The file at `path`, empty, for this process alone to write until it is closed; None while another has it.
+    """Open an empty file that this process alone may write until it is closed; return None while another has it.
 
     Raises:
-        OSError: it cannot be written or locked.
+        OSError: the file cannot be written or locked.
     """
     with contextlib.ExitStack() as closing:
         file = closing.enter_context(os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT, 0o666), "wb"))
@@ -300,13 +307,14 @@ def _lock(path: Path) -> BinaryIO | None:
 
 
 def _read_into(array: np.ndarray, descriptor: int, offset: int) -> None:
-    """
+    """Fill an array with what the file holds from `offset` on.
+
     Raises:
-        OSError: the file cannot be read there, or ends before.
+        OSError: the file cannot be read there, or ends before the array is full.
     """
-    view = memoryview(array).cast("B")
-    while view:
-        count = os.preadv(descriptor, [view], offset)
+    rest = memoryview(array).cast("B")
+    while rest:
+        count = os.preadv(descriptor, [rest], offset)
         if not count:
             raise OSError("it has become shorter")
-        view, offset = view[count:], offset + count
+        rest, offset = rest[count:], offset + count

@@ -24,11 +24,11 @@ from pcl_fast.data.loaders.resources import Resources
 from pcl_fast.data.sources.images import ImageSet, open_image, to_rgb
 from pcl_fast.errors import ImageError, UserError
 
-# Read by one job of a thread: few enough to spread a batch over the threads, enough that jobs cost nothing.
+# A job of a thread reads so many images: few enough to spread a batch over the threads, enough that jobs cost nothing.
 _CHUNK = 8
 
-# What DALI decodes as PIL does, on a CPU byte for byte (it rounds the 16-bit colours that PIL cuts off). Anything else
-# (CMYK, 16-bit grey, GIF, ...) is rare, and PIL's.
+# These DALI decodes as PIL does, on a CPU byte for byte (it rounds the 16-bit colours that PIL cuts off). Anything else
+# (CMYK, 16-bit grey, GIF, ...) is rare and left to PIL.
 _FORMATS, _MODES = ("JPEG", "PNG", "WEBP"), ("RGB", "L", "P", "RGBA")
 
 # What CUDA's errors are called by DALI (the first three, behind the operator that met them) and by PyTorch.
@@ -38,12 +38,12 @@ _CUDA_ERRORS = (
 )  # fmt: skip
 
 
-# A pipeline is no forked process's to collect: it would wait for threads that only the parent has.
+# A forked process must not collect its parent's pipelines: it would wait for threads that only the parent has.
 os.register_at_fork(after_in_child=gc.freeze)
 
 
 class Input(NamedTuple):
-    """Of a graph: type and dimensions of every image's part."""
+    """An input of a graph is one array for every image, of this type and number of dimensions."""
 
     dtype: types.DALIDataType
     ndim: int = 1
@@ -53,7 +53,7 @@ _ENCODED = Input(types.UINT8)
 
 
 class Read(NamedTuple):
-    """A batch as read: index int64 [n], the images' bytes, and sizes int64 [n, 2] (heights and widths)."""
+    """A batch as it is read: index int64 [n], the images' bytes, and sizes int64 [n, 2] (heights and widths)."""
 
     index: np.ndarray
     encoded: list[np.ndarray]
@@ -61,7 +61,7 @@ class Read(NamedTuple):
 
 
 class Decoder:
-    """Reads batches of images and sends them through a DALI graph, several at a time."""
+    """A decoder reads batches of images and sends them through a DALI graph, several at a time."""
 
     def __init__(
         self,
@@ -71,24 +71,37 @@ class Decoder:
         batch_size: int,
         resources: Resources,
     ):
-        """graph: from the decoded images and `inputs` to what is wanted."""
+        """Build the graph and start the threads.
+
+        Args:
+            images: the data set.
+            inputs: what the graph takes besides the images.
+            graph: is called once, with a node for the decoded images and one for each of `inputs`, and returns the
+                nodes of what `run` is to yield.
+            batch_size: most images in a batch.
+            resources: threads, GPU and batches ahead.
+
+        Raises:
+            UserError: DALI does not run on this machine.
+        """
         self.images, self.resources = images, resources
         self._readers = ThreadPoolExecutor(resources.threads, thread_name_prefix="read")
         self._running = False
         self._waiting: Iterator[np.ndarray] = iter(())
         self._describe: Callable[[Read], tuple[np.ndarray, ...]] = lambda read: ()
         self._reading: deque[tuple[np.ndarray, list[Future]]] = deque()
-        # Where DALI reads its inputs; and which images are under way, should it fail.
+        # DALI reads its inputs where these lie; and should it fail, they tell which images were under way.
         self._decoding: deque[tuple[Read, tuple[np.ndarray, ...]]] = deque()
         self._pipeline = self._build([_ENCODED, *inputs], graph, batch_size)
 
     def run(
         self, batches: Iterable[np.ndarray], describe: Callable[[Read], tuple[np.ndarray, ...]]
     ) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
-        """(indices, the graph's outputs uint8 [n, h, w, 3]) for every batch of indices, in order.
+        """Yield (indices, the graph's outputs, each uint8 [n, h, w, 3]) for every batch of indices, in order.
 
         Args:
-            describe: the graph's inputs besides the images; called once per batch, in order.
+            batches: positions in the data set, int64 [n] each.
+            describe: returns the graph's inputs besides the images; it is called once per batch, in order.
 
         Raises:
             ImageError: images cannot be read or decoded; names them.
@@ -107,7 +120,7 @@ class Decoder:
             self._empty()
 
     def _next(self) -> tuple[list[np.ndarray] | np.ndarray, ...]:
-        """DALI asks for the next batch."""
+        """Hand the next batch to DALI, which calls this when it is ready for one."""
         self._read_ahead()
         if not self._reading:
             raise StopIteration
@@ -134,7 +147,7 @@ class Decoder:
             raise ImageError(self._explain(indices, str(error))) from error
 
     def _outputs(self) -> list[torch.Tensor] | None:
-        """The oldest batch's outputs, where DALI put them, or None after the last one.
+        """Return the oldest batch's outputs, in the memory that DALI wrote them to, or None after the last batch.
 
         They are ordered on the current stream, and so is the return of their memory.
         """
@@ -148,14 +161,14 @@ class Decoder:
         return tensors
 
     def _empty(self) -> None:
-        """After an epoch, finished or not: nothing under way, ready for the next."""
+        """Drop what is under way, after an epoch that is finished or not, to be ready for the next."""
         self._waiting = iter(())
         for _, jobs in self._reading:
             for job in jobs:
                 job.cancel()
         self._reading.clear()
-        with contextlib.suppress(RuntimeError):  # of a pipeline that has failed for good
-            self._pipeline.schedule_run()  # meets the end
+        with contextlib.suppress(RuntimeError):  # raised by a pipeline that has failed for good
+            self._pipeline.schedule_run()  # finds no more batches
             while self._outputs() is not None:
                 pass
             self._pipeline.reset()
@@ -163,7 +176,8 @@ class Decoder:
         self._running = False
 
     def _build(self, inputs: Sequence[Input], graph: Callable[..., list[types.DataNode]], batch_size: int) -> Pipeline:
-        """
+        """Build DALI's pipeline: inputs, decoder and graph.
+
         Raises:
             UserError: DALI cannot use the GPU, because the driver or the GPU is too old for it, say.
         """
@@ -191,7 +205,7 @@ class Decoder:
         return pipeline
 
     def _explain(self, indices: list[int], message: str) -> str:
-        """Why DALI failed with these images under way: it does not say at which."""
+        """Say why DALI failed with these images under way. It does not tell at which it failed."""
         faults = []
         for index in indices:
             try:
@@ -217,10 +231,10 @@ def is_cuda_error(error: RuntimeError) -> bool:
 
 
 def _for_dali(images: ImageSet, index: int) -> tuple[np.ndarray, int, int]:
-    """(bytes that DALI decodes as PIL does, height, width) of an image.
+    """Return (bytes that DALI decodes as PIL does, height, width) of an image.
 
     Raises:
-        ImageError: it cannot be read or is no image; names it.
+        ImageError: the image cannot be read or is none; names it.
     """
     data = images.encoded(index)
     try:
@@ -241,14 +255,14 @@ def _collect(index: np.ndarray, jobs: list[Future]) -> Read:
 
 
 def _decode(encoded: types.DataNode, resources: Resources) -> types.DataNode:
-    """RGB as PIL's convert("RGB") gives it, EXIF's orientation left alone."""
+    """Decode to RGB as PIL's convert("RGB") does, and leave EXIF's orientation alone."""
     options = {"output_type": types.RGB, "adjust_orientation": False}
     if resources.gpu is None:
         return fn.decoders.image(encoded, device="cpu", **options)
     return fn.decoders.image(
         encoded,
         device="mixed",
-        jpeg_fancy_upsampling=True,  # as libjpeg
+        jpeg_fancy_upsampling=True,  # as libjpeg does
         device_memory_padding=resources.decoder_mib * 2**20,
         host_memory_padding=resources.decoder_mib * 2**19,
         **options,

@@ -1,8 +1,8 @@
 """Loaders built on DALI: an image is decoded once, on the GPU where there is one, and all views are made there.
 
-DALI does what changes an image's shape (decode, crop, resize, flip), the photometric kernels do the rest. Neither has
-any random state: every number comes with the batch (see draws.py), so that a run can go on at any step of an epoch, and
-makes the same batches with any number of threads.
+DALI does what changes an image's shape (decode, crop, resize, flip), the Finisher does the rest. Neither has any random
+state: every number comes with the batch (see draws.py), so that a run can go on at any step of an epoch, and makes the
+same batches with any number of threads.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MATRIX = Input(types.FLOAT, 2)
 
 
 class TrainingLoader:
-    """The views of all images, in a new order every epoch."""
+    """A training loader makes the views of all images, in a new order every epoch."""
 
     def __init__(self, images: ImageSet, views: Sequence[View], order: EpochOrder, resources: Resources):
         self.images, self.views, self.order = images, views, order
@@ -48,7 +48,7 @@ class TrainingLoader:
         self._decoder = Decoder(images, list(chain.from_iterable(inputs)), graph, order.batch_size, resources)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from step `first_step` on; those before it cost nothing."""
+        """Yield the batches of one epoch from step `first_step` on; those before it cost nothing."""
         drawn: deque[list[Draws]] = deque()
 
         def describe(read: Read) -> tuple[np.ndarray, ...]:
@@ -65,7 +65,7 @@ class TrainingLoader:
 
 
 class ClusteringLoader:
-    """The clustering view of a range of images, in order; the last batch is smaller."""
+    """A clustering loader makes the clustering view of a range of images, in order; its last batch is smaller."""
 
     def __init__(
         self,
@@ -90,12 +90,12 @@ class ClusteringLoader:
 
 
 def _inputs(view: View) -> list[Input]:
-    """What the graph is given of every view, see `_geometry`."""
+    """Return the types of what `_geometry` returns for this view."""
     return [_CORNER, _EXTENT, _EDGES, _EDGES, *([] if view.distortion is None else [_MATRIX])]
 
 
 def _geometry(draws: Draws) -> tuple[np.ndarray, ...]:
-    """What `_view` wants: corner, extent, begin and end, and the matrix if there is one.
+    """Return the inputs of `_view`: corner, extent, begin and end, and the matrix if there is one.
 
     A flip is a resize from the right edge to the left one.
     """
@@ -113,8 +113,13 @@ def _geometry(draws: Draws) -> tuple[np.ndarray, ...]:
 
 
 def centre_crops(sizes: np.ndarray, resize: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of the clustering view: where in the image the crop begins and ends, float32 [n, 2] each, rounded as torchvision
-    rounds the resized image's size and the crop's corner.
+    """Return where in the images the clustering views begin and end, float32 [n, 2] each.
+
+    The resized image's size and the crop's corner are rounded as torchvision rounds them.
+
+    Args:
+        sizes: int64 [n, 2], heights and widths of the images.
+        resize, size: as in DataConfig.
     """
     resized = resize * sizes // sizes.min(axis=1, keepdims=True)
     corner = np.rint((resized - size) / 2)
@@ -143,7 +148,8 @@ def _view(
 def _centre_crop(
     decoded: types.DataNode, begin: types.DataNode, end: types.DataNode, *, size: int
 ) -> list[types.DataNode]:
-    # Only what the crop keeps is resized; its edges are made with what lies beyond, as if all were resized first.
+    # Only what the crop keeps is resized. Its edges take in what lies beyond them, as if the whole image were resized
+    # first.
     return [_resize(decoded, begin, end, size)]
 
 

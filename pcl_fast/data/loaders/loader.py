@@ -24,12 +24,15 @@ from pcl_fast.kernels.photometric_plain import MAX_SIGMA
 
 
 class TrainingLoader(Protocol):
-    """steps: batches per epoch and rank."""
+    """A training loader makes batches of random views, in a new order every epoch.
+
+    steps: batches per epoch and rank.
+    """
 
     steps: int
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from step `first_step` on; those before it cost nothing."""
+        """Yield the batches of one epoch from step `first_step` on; those before it cost nothing."""
 
 
 def training_loader(
@@ -66,8 +69,10 @@ def training_loader(
 
 
 def clustering_loader(images: ImageSet, config: DataConfig, *, batch_size: int, world: World) -> Iterable[torch.Tensor]:
-    """This rank's shard of the clustering view in the data set's order, uint8 [N, H, W, 3] as in Batch; the last batch
-    is smaller. With config.cache it is decoded once only.
+    """Build the loader of this rank's shard of the clustering view, in the data set's order.
+
+    It may be iterated any number of times, and yields uint8 [batch_size, size, size, 3] on the encoder's device; its
+    last batch is smaller. With config.cache the images are decoded only the first time.
 
     Raises:
         MissingPackageError: config.loader is dali, which cannot be imported.
@@ -83,7 +88,7 @@ def clustering_loader(images: ImageSet, config: DataConfig, *, batch_size: int, 
 
 
 def describe_loader(config: DataConfig, world: World) -> str:
-    """Which loader, and what it uses of the machine: one line for the log."""
+    """Say in one line for the log which loader is used, and what it uses of the machine."""
     loader, resources = pick_loader(config.loader), pick_resources(config, world.device)
     ahead = f"{resources.prefetch} batches ahead"
     cache = "" if config.cache is None else f"; clustering view cached in {config.cache}"
@@ -94,7 +99,7 @@ def describe_loader(config: DataConfig, world: World) -> str:
 
 
 def _maker(config: DataConfig, resources: Resources) -> str:
-    """The loader as far as it determines a view's bytes: GPUs have different decoders."""
+    """Name the loader as far as it determines a view's bytes, for GPUs have different decoders."""
     pillow = f"Pillow {version('pillow')}"
     if pick_loader(config.loader) == "torchvision":
         return f"torchvision {version('torchvision')}, {pillow}"
@@ -107,7 +112,7 @@ def _implementation(config: DataConfig) -> ModuleType:
 
 
 def pick_loader(loader: str) -> str:
-    """ "dali" or "torchvision": what is asked for; for "auto" dali where it can be imported.
+    """Return "dali" or "torchvision": the loader that is asked for, or for "auto" dali where it can be imported.
 
     Raises:
         MissingPackageError: dali is asked for and cannot be imported.

@@ -12,10 +12,11 @@ from pcl_fast.config import DataConfig
 
 @dataclass(frozen=True)
 class Resources:
-    """
+    """What the loaders of a rank use of its machine.
+
     workers: threads that read and decode (torchvision: processes; 0 is the training process itself).
     prefetch: batches at a time in each stage of the loader.
-    gpu: where DALI decodes, or None.
+    gpu: the device on which DALI decodes, or None for the CPU.
     decoder_mib: GPU memory that each of DALI's threads sets aside for decoding, in MiB.
     """
 
@@ -26,11 +27,12 @@ class Resources:
 
     @property
     def threads(self) -> int:
+        """The number of threads that work for the training process, which is at least one."""
         return max(1, self.workers)
 
 
 def pick_resources(config: DataConfig, device: torch.device) -> Resources:
-    """What `config` says, and where it says nothing:
+    """Take what `config` says, and where it says nothing:
 
     - workers: this machine's cores divided among its ranks, at most 16.
     - prefetch: 2 batches a stage, 3 on a GPU of 32 GB or more. Each costs the memory of its images as they are before

@@ -21,7 +21,7 @@ from pcl_fast.data.views.pil import clustering_view, training_view
 
 
 class TrainingLoader:
-    """The views of all images, in a new order every epoch."""
+    """A training loader makes the views of all images, in a new order every epoch."""
 
     def __init__(self, images: ImageSet, views: Sequence[View], order: EpochOrder, resources: Resources):
         self.order, self.resources = order, resources
@@ -32,14 +32,14 @@ class TrainingLoader:
         )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
-        """The batches of one epoch from step `first_step` on; those before it cost nothing."""
+        """Yield the batches of one epoch from step `first_step` on; those before it cost nothing."""
         self._batches.epoch, self._batches.first_step = epoch, first_step
         for views, index in self._loader:
             yield Batch(tuple(_moved(view, self.resources) for view in views), index)
 
 
 class ClusteringLoader:
-    """The clustering view of a range of images, in order; the last batch is smaller."""
+    """A clustering loader makes the clustering view of a range of images, in order; its last batch is smaller."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class ClusteringLoader:
         batch_size: int,
     ):
         self.resources = resources
-        # Two ahead: batches are large here, and lie in shared memory.
+        # Two batches ahead are enough: they are large here, and lie in shared memory.
         self._loader = DataLoader(_InOrder(images, config, shard), batch_size=batch_size, **_workers(resources, 2))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -60,7 +60,7 @@ class ClusteringLoader:
 
 
 class _Shuffled(Dataset):
-    """Item (epoch, index) is (the views of an image, uint8 [size, size, 3] each; index)."""
+    """The training views: item (epoch, index) is (the views of an image, uint8 [size, size, 3] each; index)."""
 
     def __init__(self, images: ImageSet, views: Sequence[View], seed: int):
         self.images, self.views, self.seed = images, views, seed
@@ -77,7 +77,7 @@ class _Shuffled(Dataset):
 
 
 class _InOrder(Dataset):
-    """Clustering views, uint8 [size, size, 3], of a range of images."""
+    """The clustering views of a range of images: an item is uint8 [size, size, 3]."""
 
     def __init__(self, images: ImageSet, config: DataConfig, shard: range):
         self.images, self.config, self.shard = images, config, shard
@@ -90,7 +90,7 @@ class _InOrder(Dataset):
 
 
 class _EpochBatches:
-    """Lists of (epoch, index), one per step."""
+    """The items of an epoch's batches: a list of (epoch, index) for every step."""
 
     def __init__(self, order: EpochOrder):
         self.order, self.epoch, self.first_step = order, 0, 0
@@ -122,7 +122,9 @@ def _workers(resources: Resources, prefetch: int) -> dict:
 
 
 def _leave_process_group(worker: int) -> None:
-    """torchrun and terminals signal the trainer's whole process group; a worker that died of it would bring the trainer
+    """Move a worker to a process group of its own.
+
+    torchrun and terminals signal the trainer's whole process group; a worker that died of it would bring the trainer
     down before it has saved. (Ignoring the signals instead would keep workers from being ended at exit.)
     """
     os.setpgid(0, 0)

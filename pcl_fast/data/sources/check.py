@@ -13,11 +13,11 @@ from pcl_fast.distributed import World, all_or_none, gather_objects, shard_bound
 from pcl_fast.errors import ImageError
 from pcl_fast.files import write_whole
 
-# Opening a file's header costs about 0.1 ms on a local disk and some milliseconds on a network one, so that this many
-# can be looked at before training without anyone noticing.
+# Opening a file's header costs about 0.1 ms on a local disk and some milliseconds on a network one, so that nobody
+# notices when so many are checked before training.
 _HEADERS_CHECKED = 20_000
-# Images per thread that are handed out at a time: few enough to bound what is under way, enough that threads which wait
-# for the slowest image cost nothing.
+# A thread is given so many images at a time: few enough to bound what is under way, enough that threads which wait for
+# the slowest image cost nothing.
 _TURN = 64
 
 
@@ -93,7 +93,7 @@ def _header_fault(images: ImageSet, index: int) -> str | None:
 
 
 def usable(images: ImageSet, record: Path, world: World, *, threads: int) -> tuple[ImageSet, int]:
-    """Leave out the images that cannot be decoded. To be called by all ranks; each decodes its share of the data set.
+    """Leave out the images that cannot be decoded. All ranks must call this; each decodes its share of the data set.
 
     Args:
         images: the whole data set, the same on all ranks.
@@ -136,7 +136,7 @@ def _write_record(record: Path, images: ImageSet, broken: dict[str, str]) -> Non
 
 
 def _read_record(record: Path, images: ImageSet) -> dict[str, str] | None:
-    """Key and reason of each broken image, or None if `record` is missing, spoiled or of other images."""
+    """Return {key of a broken image: reason}, or None if `record` is missing, spoiled or of other images."""
     try:
         found = json.loads(record.read_bytes())
         return dict(found["broken"]) if found["data"] == images.fingerprint() else None

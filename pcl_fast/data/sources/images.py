@@ -15,9 +15,9 @@ from pcl_fast.errors import ImageError
 
 
 class ImageSet(ABC):
-    """Images that can be read in any order, from several threads and processes.
+    """An image set is a data set whose images can be read in any order, from several threads and processes.
 
-    labels: class per image, or None without labels.
+    labels: the class of every image, or None without labels.
     """
 
     labels: Sequence[int] | None
@@ -27,11 +27,11 @@ class ImageSet(ABC):
 
     @abstractmethod
     def name(self, index: int) -> str:
-        """Where image `index` lies, for a person to find."""
+        """Return where image `index` lies, for a person to find."""
 
     @abstractmethod
     def load(self, index: int) -> bytes:
-        """The bytes of image `index` as they are stored.
+        """Return the bytes of image `index` as they are stored.
 
         Raises:
             OSError: they cannot be read.
@@ -39,14 +39,14 @@ class ImageSet(ABC):
 
     @abstractmethod
     def keys(self) -> Sequence[str]:
-        """A name per image that does not depend on where the data set lies."""
+        """Return a name for every image that does not depend on where the data set lies."""
 
     @abstractmethod
     def subset(self, indices: Sequence[int]) -> ImageSet:
-        """The same data set with these images alone, in this order."""
+        """Return the same data set with these images alone, in this order."""
 
     def open(self, index: int) -> BinaryIO:
-        """Image `index` as a file, for those who look at its beginning alone.
+        """Open image `index` as a file, for those who read its beginning alone.
 
         Raises:
             OSError: it cannot be read.
@@ -54,7 +54,7 @@ class ImageSet(ABC):
         return io.BytesIO(self.load(index))
 
     def encoded(self, index: int) -> bytes:
-        """The bytes of image `index` as they are stored.
+        """Return the bytes of image `index` as they are stored.
 
         Raises:
             ImageError: they cannot be read; names the image and the reason.
@@ -78,20 +78,24 @@ class ImageSet(ABC):
             raise self.fault(index, error) from error
 
     def fault(self, index: int, error: Exception) -> ImageError:
-        """What to raise when image `index` cannot be used because of `error`."""
+        """Return the error to raise when image `index` cannot be used because of `error`."""
         return ImageError(
             f"cannot read image {self.name(index)}: {reason_of(error)}. `python -m pcl_fast.data check DIR` finds all "
             "such images; --data.skip-broken leaves them out"
         )
 
     def fingerprint(self) -> str:
-        """Identifies names and order of the images: what the indices in a checkpoint refer to."""
+        """Return a text that identifies names and order of the images, to which the indices in a checkpoint refer."""
         names = "\n".join(self.keys()).encode(errors="surrogateescape")  # of any bytes, as file systems allow
         return f"{len(self)} images, sha256 {hashlib.sha256(names).hexdigest()[:16]}"
 
 
 def open_image(file: BinaryIO) -> Image.Image:
-    """PIL's image of an encoded one, of which only the header has been read."""
+    """Open an encoded image with PIL, which reads its header alone.
+
+    Raises:
+        ValueError: the file is empty, or no image that PIL knows.
+    """
     try:
         return Image.open(file)
     except UnidentifiedImageError as error:  # whose message is the address of the file object
@@ -100,12 +104,12 @@ def open_image(file: BinaryIO) -> Image.Image:
 
 
 def reason_of(error: Exception) -> str:
-    """What was wrong with an image, without the path that the system's errors repeat."""
+    """Say what was wrong with an image, without the path that the system's errors repeat."""
     return (isinstance(error, OSError) and error.strerror) or str(error) or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any of PIL's images as 8-bit RGB. Where `convert` would clip 16-bit greys to white, they are scaled."""
+    """Convert any of PIL's images to 8-bit RGB. Where `convert` would clip 16-bit greys to white, they are scaled."""
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))

@@ -19,16 +19,20 @@ _LABEL_DIGITS = 9
 
 
 def scan(path: Path) -> tuple[list[str], np.ndarray]:
-    """Names of the images of one shard, all of which are there to their last byte; and int64 [n, 3]: offset, size and
-    label, or -1, of each.
+    """Return the names of a shard's n images, and int64 [n, 3]: offset, size and label (-1: none) of each.
+
+    All of them are there to their last byte.
+
+    Raises:
+        ImageError: the shard cannot be read or is damaged, or its members are no samples; names shard and member.
     """
     shard, last = _Shard(path), "its beginning"
     try:
         end = path.stat().st_size
         with tarfile.open(path, "r:", encoding="utf-8", errors="surrogateescape") as tar:
             for member in tar:
-                tar.members.clear()  # where it would keep every header
-                if tar.offset > end:  # where the next header begins
+                tar.members.clear()  # in which tarfile would keep every header
+                if tar.offset > end:  # at which the next header begins
                     raise ImageError(f"{path} has been cut off: member {member.name} reaches beyond the file's end")
                 shard.add(member, tar)
                 last = f"member {member.name}"
@@ -43,9 +47,9 @@ def scan(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 class _Shard:
-    """Gathers the images of one shard from its members as they come by.
+    """A shard gathers its images from its members as they come by.
 
-    names: of the images.
+    names: the images' names.
     numbers: offset, size and label (-1: none) of the first image, of the second, ...
     """
 
@@ -84,7 +88,7 @@ class _Shard:
         """Keep the image of the sample that is complete now.
 
         Raises:
-            ImageError: its label is none; names it.
+            ImageError: its label is no class number; names it.
         """
         image, label = self._sample.get("image"), self._sample.get("label")
         if image is not None:
@@ -114,8 +118,10 @@ class _Shard:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """(key, extension in lower case) of a member; as in WebDataset, the extension begins at the first dot of the file's
-    name, and a file without one, or with nothing before it, has no key.
+    """Return (key, extension in lower case) of a member.
+
+    As in WebDataset, the extension begins at the first dot of the file's name; a file without one, or with nothing
+    before it, has no key.
     """
     base = name.rpartition("/")[2]
     stem, dot, _ = base.partition(".")

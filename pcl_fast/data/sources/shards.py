@@ -27,21 +27,27 @@ INDEX = "pcl_fast-index.npz"
 MAX_OPEN = 256
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2")
-# Of the index file; another version's is made anew.
+# The index file's version; one of another version is made anew.
 _VERSION = 1
-# Shards that are indexed at once: on a network disk that is waiting, not work.
+# So many shards are indexed at once: on a network disk that is waiting, not work.
 _THREADS = 8
 
 
 class Names:
-    """Many short strings in two arrays. As Python's own, a million of them would take 100 MB in every process."""
+    """Names holds many short strings in two arrays. A million of Python's would take 100 MB in every process."""
 
     def __init__(self, text: np.ndarray, ends: np.ndarray):
-        """text: uint8, all strings in UTF-8, one after another; ends: int64 [n], where each of them ends."""
+        """Take the strings as arrays.
+
+        Args:
+            text: uint8, all strings in UTF-8, one after another.
+            ends: int64 [n], where each of them ends.
+        """
         self.text, self.ends = text, ends
 
     @classmethod
     def pack(cls, strings: Iterable[str]) -> Names:
+        """Make the arrays from Python's strings."""
         encoded = [string.encode(errors="surrogateescape") for string in strings]
         ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))
         return cls(np.frombuffer(b"".join(encoded), np.uint8), ends)
@@ -58,7 +64,7 @@ class Names:
 
 
 class _File:
-    """A descriptor that is closed when nobody refers to it any more: not before a thread is done that reads from it."""
+    """A file closes its descriptor when nobody refers to it any more, and so not while a thread reads from it."""
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
@@ -68,10 +74,10 @@ class _File:
 
 
 class _Files:
-    """Files opened for reading; the `MAX_OPEN` used last stay open in this process."""
+    """It opens files for reading, and keeps the `MAX_OPEN` that were used last open in this process."""
 
     def __init__(self):
-        # Of all caches this one, because it has no lock that a fork could leave locked in a worker.
+        # Unlike other caches this one has no lock that a fork could leave locked in a worker.
         self.open = functools.lru_cache(MAX_OPEN)(lambda path: _File(os.open(path, os.O_RDONLY)))
 
     def __reduce__(self) -> tuple:
@@ -80,7 +86,7 @@ class _Files:
 
 @dataclass(frozen=True, eq=False)
 class TarShards(ImageSet):
-    """Images in tar files.
+    """Tar shards are a data set of images in tar files.
 
     root: the folder of the shards.
     shards: their names, sorted.
@@ -130,7 +136,7 @@ class TarShards(ImageSet):
 
 
 def find_shards(root: Path) -> TarShards:
-    """The images of a folder of WebDataset shards (root/*.tar), in the order of the shards' names and of their members.
+    """List the images of a folder of WebDataset shards (root/*.tar), ordered by the shards' names and their members.
 
     A sample is a run of members that share a key, the path up to the first dot of the file's name. It has one image
     (key.jpg, ...) and perhaps a label (key.cls, an integer in ASCII); other members are ignored, and so are samples
@@ -141,7 +147,8 @@ def find_shards(root: Path) -> TarShards:
 
     Raises:
         ImageError: no such folder, no shards, no images, compressed or damaged shards, two images in a sample, a key
-            that comes again, a label that is none, or labels for some images alone; names the shard and the member.
+            that comes again, a label that is no class number, or labels for some images alone; names the shard and the
+            member.
     """
     root = Path(root)
     shards = _shard_names(root)
@@ -172,22 +179,22 @@ def _shard_names(root: Path) -> tuple[str, ...]:
 
 
 def _state(shard: Path) -> tuple[str, int, int]:
-    """What tells whether an index is of this very file."""
+    """Return what tells whether an index was made of this very file."""
     try:
         stat = shard.stat()
-    except OSError as error:  # a link to nowhere, say
+    except OSError as error:  # it may be a link to nowhere
         raise ImageError(f"cannot read shard {shard}: {reason_of(error)}") from error
     return shard.name, stat.st_size, stat.st_mtime_ns
 
 
 def _places(root: Path) -> tuple[Path, Path]:
-    """Where the index may lie, the better place first."""
+    """Return where the index may lie, the better place first."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pcl_fast"
     return root / INDEX, cache / f"shards-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
 
 
 def _load(place: Path, header: str) -> dict[str, np.ndarray] | None:
-    """The arrays of an index file, or None if there is none, or not of these shards."""
+    """Return the arrays of an index file, or None if there is none, or one of other shards."""
     try:
         with np.load(place, allow_pickle=False) as file:
             return {name: file[name] for name in file.files} if str(file["header"]) == header else None
@@ -212,7 +219,7 @@ def _save(places: Iterable[Path], arrays: dict[str, np.ndarray]) -> None:
 
 
 def _scan_or_fault(shard: Path) -> tuple[list[str], np.ndarray] | ImageError:
-    """All damaged shards are to be named, not the first alone."""
+    """Scan a shard, but return its fault, for all damaged shards are to be named and not the first alone."""
     try:
         return scan(shard)
     except ImageError as error:
@@ -220,7 +227,7 @@ def _scan_or_fault(shard: Path) -> tuple[list[str], np.ndarray] | ImageError:
 
 
 def _make_index(root: Path, shards: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of `TarShards`: shard, offset, size, labels (if there are any), and text and ends of `Names`."""
+    """Return the arrays of `TarShards`: shard, offset, size, labels (if there are any), and `Names`' text and ends."""
     with ThreadPoolExecutor(_THREADS) as pool:
         parts = list(pool.map(lambda name: _scan_or_fault(root / name), shards))
     if faults := [part for part in parts if isinstance(part, ImageError)]:

@@ -1,1 +1,1 @@
-"""What a loader makes of an image: the random numbers of its views, and the views by PIL and by the kernels."""
+"""The views of an image: their random numbers, and how PIL and the kernels make them."""

@@ -21,7 +21,7 @@ from pcl_fast.seeds import Purpose, mix_seeds
 _RATIO = (3 / 4, 4 / 3)  # width to height of a crop
 _ATTEMPTS = 10  # to place a crop within the image, before torchvision gives up and takes the centre
 
-# Which of a view's uniform numbers is for what.
+# These say which of a view's uniform numbers is for what.
 _AREA, _ASPECT = slice(0, _ATTEMPTS), slice(_ATTEMPTS, 2 * _ATTEMPTS)
 _TOP, _LEFT, _JITTER, _ORDER, _GREY, _BLUR, _SIGMA, _FLIP = range(2 * _ATTEMPTS, 2 * _ATTEMPTS + 8)
 _FACTORS = slice(_FLIP + 1, _FLIP + 5)
@@ -33,15 +33,15 @@ _ORDERS = np.array(list(itertools.permutations((Op.BRIGHTNESS, Op.CONTRAST, Op.S
 
 
 class Draws(NamedTuple):
-    """The random numbers that make one view of each of n images, in the order of their use.
+    """The random numbers that make one view of each of n images.
 
     window: int64 [n, 4], the crop's top, left, height and width.
-    matrix: float32 [n, 2, 3] or None: from a pixel of the distorted image to one of the image, both counted from the
-        corner (a pixel's centre is at a half).
-    flip: bool [n], left to right.
-    ops, factors: int32 and float32 [n, 5]; see kernels/photometric.py.
-    sigma: float32 [n], of the blur in pixels; 0 without.
-    solarise: bool [n].
+    matrix: float32 [n, 2, 3], or None without a distortion. It maps a pixel of the distorted image to one of the image,
+        both counted from the corner (a pixel's centre is at a half).
+    flip: bool [n], whether the view is mirrored left to right.
+    ops, factors: int32 and float32 [n, 5], jitter and grey; see kernels/photometric.py.
+    sigma: float32 [n], the blur's standard deviation in pixels; 0 without a blur.
+    solarise: bool [n], whether the view is solarised.
     """
 
     window: np.ndarray
@@ -59,8 +59,8 @@ def draw_views(view: View, sizes: np.ndarray, *, seed: int, epoch: int, number: 
     Args:
         view: what is drawn.
         sizes: int64 [n, 2], heights and widths of the images.
-        seed: of the run.
-        epoch: in which the views are seen.
+        seed: the run's.
+        epoch: the one in which the views are seen.
         number: the view's place among those of its image; views of other places are drawn independently.
         index: int64 [n], positions in the data set.
     """
@@ -77,7 +77,7 @@ def draw_views(view: View, sizes: np.ndarray, *, seed: int, epoch: int, number: 
 
 
 def uniforms(seed: int, index: np.ndarray, count: int) -> np.ndarray:
-    """float64 [n, count] in [0, 1): for every index the first numbers of a splitmix64 generator of its own."""
+    """Return float64 [n, count] in [0, 1): for every index the first numbers of a splitmix64 generator of its own."""
     with np.errstate(over="ignore"):
         golden = np.uint64(0x9E3779B97F4A7C15)
         state = _mix(index.astype(np.uint64) + np.uint64(seed))[:, None]
@@ -96,7 +96,7 @@ def _between(uniform: np.ndarray, least: float, most: float) -> np.ndarray:
 
 
 def _crops(uniform: np.ndarray, sizes: np.ndarray, min_area: float) -> np.ndarray:
-    """RandomResizedCrop's windows: the first of ten attempts that fits into the image, else the centre."""
+    """Return RandomResizedCrop's windows: the first of ten attempts that fits into the image, else the centre."""
     rows = np.arange(len(sizes))
     height, width = sizes[:, :1], sizes[:, 1:]
     area = _between(uniform[:, _AREA], min_area, 1.0) * (height * width)
@@ -112,7 +112,7 @@ def _crops(uniform: np.ndarray, sizes: np.ndarray, min_area: float) -> np.ndarra
 
 
 def _central_crops(sizes: np.ndarray) -> np.ndarray:
-    """Heights and widths of the images, cut to a ratio that a crop may have."""
+    """Return heights and widths of the images, cut to a ratio that a crop may have."""
     height, width = sizes[:, 0], sizes[:, 1]
     narrow, wide = width < _RATIO[0] * height, width > _RATIO[1] * height
     return np.stack(
@@ -125,7 +125,7 @@ def _central_crops(sizes: np.ndarray) -> np.ndarray:
 
 
 def _distortions(uniform: np.ndarray, sizes: np.ndarray, distortion: Distortion) -> np.ndarray:
-    """Inverse of: shift the centre to the origin, scale, shear, rotate, shift back and by the translation."""
+    """Invert the map that moves the centre to the origin, scales, shears, rotates, moves back and translates."""
     angle = np.radians(_between(uniform[:, 0], -distortion.degrees, distortion.degrees))
     shear = np.tan(np.radians(_between(uniform[:, 4], -distortion.shear, distortion.shear)))
     centre = sizes[:, ::-1] / 2.0  # x, y
@@ -139,7 +139,7 @@ def _distortions(uniform: np.ndarray, sizes: np.ndarray, distortion: Distortion)
 
 
 def _colours(uniform: np.ndarray, view: View) -> tuple[np.ndarray, np.ndarray]:
-    """ops and factors of Draws: four slots for the jitter, one for grey before or after them."""
+    """Return ops and factors of Draws: four slots for the jitter, and one for grey before or after them."""
     order = _ORDERS[np.floor(uniform[:, _ORDER] * math.factorial(4)).astype(np.int64)]
     strength = np.array(view.jitter)
     middle = np.array([1.0, 1.0, 1.0, 0.0])  # the factors that change nothing

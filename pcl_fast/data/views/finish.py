@@ -13,10 +13,10 @@ from pcl_fast.kernels import photometric, photometric_plain
 
 
 class Finisher:
-    """Colours, blurs and solarises crops."""
+    """A finisher colours, blurs and solarises crops."""
 
     def __init__(self, threads: int):
-        """threads: that work side by side on a CPU."""
+        """Take so many threads, which share the images of a batch among them where there is no GPU."""
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="finish", initializer=_one_core_each)
 
     @torch.inference_mode(False)  # the threads are not in that mode, and could not write to its tensors
@@ -39,12 +39,12 @@ def _solarise(views: torch.Tensor, chosen: np.ndarray) -> None:
 
 
 def _beside(images: torch.Tensor, array: np.ndarray) -> torch.Tensor:
-    """The array on the images' device, without waiting for it."""
+    """Send an array to the images' device, without waiting for its arrival."""
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(images.device, non_blocking=True) if images.is_cuda else tensor
 
 
 def _one_core_each() -> None:
-    """Images are the parallel work; PyTorch's own threads, once more per thread, would only wait for each other."""
-    torch.get_num_threads()  # sets the number for this thread at its first call, after which it stays as it is
+    """Keep PyTorch from starting threads for each of these threads: they would only wait for each other."""
+    torch.get_num_threads()  # its first call in a thread sets the thread's number, which then stays as it is
     threadpool_limits(1, user_api="openmp")

@@ -1,4 +1,4 @@
-"""The views made with PIL and torchvision: the reference for what DALI and the kernels make."""
+"""The views made with PIL and torchvision, to which those of DALI and the kernels are held."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _ADJUST = {
 
 
 def training_view(image: Image.Image, draws: Draws, row: int, size: int) -> torch.Tensor:
-    """One random view of an RGB image: uint8 [size, size, 3].
+    """Make one random view of an RGB image: uint8 [size, size, 3].
 
     Args:
-        draws, row: the random numbers, and which of them.
+        draws: the random numbers of this view and perhaps of others.
+        row: the place among them of this view's.
         size: side of the view, in pixels.
     """
     if draws.matrix is not None:
@@ -36,7 +37,7 @@ def training_view(image: Image.Image, draws: Draws, row: int, size: int) -> torc
         if op != Op.NONE:
             image = _ADJUST[op](image, factor)
     if draws.sigma[row]:
-        # PIL's, as in the official code; torchvision's own is another filter (23 taps, reflected borders).
+        # The official code takes PIL's blur; torchvision's own is another filter (23 taps, reflected borders).
         image = image.filter(ImageFilter.GaussianBlur(float(draws.sigma[row])))
     if draws.solarise[row]:
         image = ImageOps.solarize(image, threshold=128)
@@ -46,10 +47,13 @@ def training_view(image: Image.Image, draws: Draws, row: int, size: int) -> torc
 
 
 def clustering_view(image: Image.Image, resize: int, size: int) -> torch.Tensor:
-    """The centre crop of an RGB image whose shorter side is resized first: uint8 [size, size, 3]."""
+    """Resize the shorter side of an RGB image and cut out the centre: uint8 [size, size, 3]."""
     return to_bytes(F.center_crop(F.resize(image, [resize], antialias=True), [size]))
 
 
 def to_bytes(image: Image.Image) -> torch.Tensor:
-    """RGB image -> uint8 [H, W, 3]. v2.PILToTensor takes four times as long (0.1 ms), which tells for small images."""
+    """Convert an RGB image to uint8 [H, W, 3].
+
+    v2.PILToTensor takes four times as long (0.1 ms), which tells for small images.
+    """
     return torch.from_numpy(np.array(image))
