@@ -6,6 +6,7 @@ from pcl_fast.distributed.agreement import all_or_none, check_same, gather_objec
 from pcl_fast.distributed.collectives import (
     all_gather_rows,
     all_gather_shards,
+    all_gather_with_gradient,
     all_reduce_sum,
     begin_all_reduce_sum,
     begin_to_read,
@@ -19,6 +20,7 @@ __all__ = [
     "World",
     "all_gather_rows",
     "all_gather_shards",
+    "all_gather_with_gradient",
     "all_or_none",
     "all_reduce_sum",
     "begin_all_reduce_sum",

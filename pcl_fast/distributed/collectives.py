@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.autograd.function import once_differentiable
 
 
 def shard_bounds(total: int, rank: int, size: int) -> tuple[int, int]:
@@ -86,6 +87,29 @@ def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None) -> torc
     parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, rows.contiguous(), group=group)
     return torch.cat(parts)
+
+
+def all_gather_with_gradient(rows: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """`all_gather_rows` of [N, ...], differentiable: [G N, ...] for G ranks with N rows each.
+
+    The gradient of a rank's rows is the sum of what flows back into them on all ranks: that of the sum of all ranks'
+    losses. Every rank has to go through the backward pass.
+    """
+    return rows if group is None else _AllGather.apply(rows, group)
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group, ctx.length = group, len(rows)
+        return all_gather_rows(rows, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # All of it, for gloo has no reduce-scatter. In a copy: others may hold this gradient too.
+        gradient = all_reduce_sum(gradient.clone(memory_format=torch.contiguous_format), ctx.group)
+        return gradient[dist.get_rank(ctx.group) * ctx.length :][: ctx.length], None
 
 
 def all_gather_shards(shard: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
