@@ -65,8 +65,8 @@ class ModelConfig:
     """Any torchvision ResNet (resnet18, resnet50, wide_resnet50_2, ...) or a CIFAR ResNet (cifar_resnet8, ...)."""
     small_stem: bool = False
     """3x3 stem without pooling, for images of 64 px and less (torchvision ResNets only)."""
-    head: Literal["linear", "mlp"] = "linear"
-    """Projection to the features: one linear layer, or two with a ReLU between."""
+    head: Literal["linear", "mlp", "mlp_bn"] = "linear"
+    """Projection to the features: one linear layer; two with a ReLU between; or these with batch norm after each."""
     dim: int = 128
     """Length of the unit features."""
     momentum: float = 0.999
@@ -79,6 +79,8 @@ class ModelConfig:
     bn_splits: int = 1
     """Batch norm treats a rank's batch as so many equal parts, each with its own statistics, and shuffles among them:
     one large GPU then trains like so many small ones."""
+    sync_bn: bool = False
+    """Batch norm takes its statistics from all ranks' batches together, for methods that have no momentum encoder."""
 
 
 @dataclass(frozen=True)
@@ -211,28 +213,17 @@ _MOCO_V1 = _derive(_PCL_V1, "moco_v1", cluster={"ks": ()}, model={"queue_size": 
 _MOCO_V2 = _derive(_PCL_V2, "moco_v2", cluster={"ks": ()}, model={"queue_size": 65536})
 
 
-def miniature(config: Config) -> Config:
-    """A preset at the demo's scale: 5,000 digits of 20 px, an encoder of 80,000 parameters, 24 epochs of batches of 64.
-
-    What makes the method is kept (its loss, head, optimiser), what goes with the size of the data is exchanged. All
-    presets get the same views, encoder, epochs, schedule and evaluation.
-    """
-    ks = (15, 30, 60)
-    sgd = {"lr": 0.06, "weight_decay": 5e-4} if config.optim.optimizer == "sgd" else {}
-    return _derive(
-        config,
-        config.preset,
-        epochs=24,
-        data={"views": "digits", "size": 20, "resize": 20, "workers": 0},
-        model={"arch": "cifar_resnet8", "momentum": 0.99, "queue_size": 1024},
-        loss={"num_negatives": None},
-        cluster={"ks": ks if config.cluster.ks else (), "warmup_epochs": 4, "redo": 1},
-        optim={"batch_size": 64, "schedule": "cosine", "warmup_epochs": min(config.optim.warmup_epochs, 2), **sgd},
-        evaluation={"every": 4, "neighbours": 20, "ks": () if config.cluster.ks else ks},
-    )
-
-
-_DEMO = _derive(miniature(_PCL_V1), "demo", model={"head": "mlp"})
+_DEMO = _derive(
+    _PCL_V1,
+    "demo",
+    epochs=24,
+    data={"views": "digits", "size": 20, "resize": 20, "workers": 0},
+    model={"arch": "cifar_resnet8", "head": "mlp", "momentum": 0.99, "queue_size": 1024},
+    loss={"num_negatives": None},
+    cluster={"ks": (15, 30, 60), "warmup_epochs": 4, "redo": 1},
+    optim={"batch_size": 64, "lr": 0.06, "weight_decay": 5e-4, "schedule": "cosine"},
+    evaluation={"every": 4, "neighbours": 20},
+)
 
 PRESETS: dict[str, tuple[str, Config]] = {
     "demo": ("The whole method in five minutes on two CPU cores, on handwritten digits.", _DEMO),
@@ -289,6 +280,16 @@ def changed_settings(before: Config, now: Config) -> list[str]:
 def setting(config: Config, name: str) -> Any:
     """The value of a field by its name in `changed_settings`."""
     return functools.reduce(getattr, name.split("."), config)
+
+
+def with_settings(config: Config, settings: dict[str, Any]) -> Config:
+    """The configuration with some fields changed, by their names in `changed_settings`."""
+    for name, value in settings.items():
+        group, _, field_name = name.rpartition(".")
+        if group:
+            value = replace(getattr(config, group), **{field_name: value})
+        config = replace(config, **{group or field_name: value})
+    return config
 
 
 def model_config(saved: dict[str, Any]) -> ModelConfig:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +15,12 @@ import torch
 from pcl_fast.run.checkpoint import load_checkpoint
 from pcl_fast.run.metrics import read_rows
 
-FLAGS = """
+FLAGS = shlex.split("""
     --data.size 16 --data.resize 20 --epochs 3 --optim.batch-size 12 --log-every 1
     --model.queue-size 50 --model.dim 16 --loss.num-negatives 4
     --cluster.ks 3 9 --cluster.warmup-epochs 1 --cluster.iterations 3
     --evaluation.every 1 --evaluation.neighbours 5 --checkpoint.keep-every 2
-"""
+""")
 
 
 # Sends a signal when a step is done: to its whole process group, as a terminal does, or to its launcher,
@@ -41,16 +43,23 @@ if __name__ == "__main__":
 
 
 def command(
-    data: Path, output: Path, *flags: str, ranks: int = 1, program: tuple[str, ...] = (), launch: tuple[str, ...] = ()
+    data: Path,
+    output: Path,
+    *flags: str,
+    ranks: int = 1,
+    program: tuple[str, ...] = (),
+    launch: tuple[str, ...] = (),
+    preset: str = "demo",
+    tiny: Sequence[str] = FLAGS,
 ) -> list[str]:
-    """launch: flags of torchrun, if not for `ranks` processes on this machine."""
+    """launch: flags of torchrun, if not for `ranks` processes on this machine; tiny: those that make the preset so."""
     if ranks > 1:
         launch = ("--standalone", f"--nproc-per-node={ranks}")
     launcher = ("-m", "torch.distributed.run", *launch) if launch else ()
     program = program or ("-m", "pcl_fast.train")
     return [
-        *(sys.executable, *launcher, *program, "demo", "--data", str(data), "--output", str(output)),
-        *(*FLAGS.split(), *flags),
+        *(sys.executable, *launcher, *program, preset, "--data", str(data), "--output", str(output)),
+        *(*tiny, *flags),
     ]
 
 
@@ -66,18 +75,20 @@ def execute(command: list[str]) -> subprocess.CompletedProcess:
     )
 
 
-def train(*arguments, ranks: int = 1, code: int = 0) -> str:
-    done = execute(command(*arguments, ranks=ranks))
+def train(*arguments, code: int = 0, **options) -> str:
+    done = execute(command(*arguments, **options))
     assert (done.returncode != 0) == (code != 0), done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def interrupt(step: int, number: signal.Signals, folder: Path, data: Path, output: Path, *flags: str, ranks: int = 1):
+def interrupt(
+    step: int, number: signal.Signals, folder: Path, data: Path, output: Path, *flags: str, ranks: int = 1, **options
+):
     """Run until a signal comes after `step` steps; returns the ended process."""
     script = folder / "signalling.py"
     script.write_text(SIGNALLING)
     program = (str(script), str(step), str(int(number)), str(int(ranks > 1)))
-    return execute(command(data, output, *flags, ranks=ranks, program=program))
+    return execute(command(data, output, *flags, ranks=ranks, program=program, **options))
 
 
 def same_state(one: Path, other: Path) -> None:

@@ -117,6 +117,13 @@ class Method(nn.Module):
             ValueError: names the flag, its value and what to use instead.
         """
 
+    @classmethod
+    def miniature(cls, config: Config) -> dict[str, Any]:
+        """The settings that make this method small enough for the demo's 5,000 images and minutes on a CPU, beside
+        those that go for all methods; see demo.miniature.
+        """
+        return {}
+
     # --- what it wants --------------------------------------------------------------------------------------------
 
     @property

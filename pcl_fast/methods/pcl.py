@@ -15,7 +15,7 @@ from torch import nn
 
 from pcl_fast.clustering import cluster, cluster_row, obstacle, pick_backend
 from pcl_fast.clustering.prototypes import Prototypes
-from pcl_fast.config import Config
+from pcl_fast.config import PRESETS, Config, setting
 from pcl_fast.data import Batch
 from pcl_fast.distributed import World, all_gather_rows
 from pcl_fast.losses import ProtoNCEResult, pcl_loss
@@ -82,6 +82,14 @@ class PCL(Method, name="pcl"):
                 f"cannot make {max(config.cluster.ks)} clusters of {images} images; set --cluster.ks to smaller "
                 f"numbers, for instance {images // 200 or 1} {images // 100 or 1} {images // 50 or 1}"
             )
+
+    @classmethod
+    def miniature(cls, config: Config) -> dict[str, Any]:
+        demo = PRESETS["demo"][1]
+        names = ["model.momentum", "model.queue_size", "loss.num_negatives", "optim.lr", "optim.weight_decay"]
+        if config.cluster.ks:
+            names += ["cluster.ks", "cluster.warmup_epochs", "cluster.redo"]
+        return {name: setting(demo, name) for name in names}
 
     def notes(self) -> list[str]:
         options, device = self.config.cluster, self.world.device

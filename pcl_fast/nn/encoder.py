@@ -22,6 +22,10 @@ class Encoder(nn.Module):
         self.backbone, width = _build_backbone(config)
         if config.head == "mlp":
             self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.dim))
+        elif config.head == "mlp_bn":
+            # No biases before batch norm, which would take them away.
+            layers = nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()
+            self.head = nn.Sequential(*layers, nn.Linear(width, config.dim, bias=False), nn.BatchNorm1d(config.dim))
         else:
             self.head = nn.Linear(width, config.dim)
         if config.bn_splits > 1:
