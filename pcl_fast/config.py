@@ -213,6 +213,17 @@ _MOCO_V1 = _derive(_PCL_V1, "moco_v1", cluster={"ks": ()}, model={"queue_size": 
 _MOCO_V2 = _derive(_PCL_V2, "moco_v2", cluster={"ks": ()}, model={"queue_size": 65536})
 
 
+_SIMCLR = _derive(
+    Config(),
+    "simclr",
+    method="simclr",
+    data={"views": "simclr", "min_crop_area": 0.08},
+    model={"head": "mlp_bn", "sync_bn": True},
+    loss={"temperature": 0.1},
+    cluster={"ks": ()},
+    optim={"optimizer": "lars", "lr": 0.3, "weight_decay": 1e-6, "warmup_epochs": 10, "schedule": "cosine"},
+    evaluation={"ks": (25000,)},
+)
 _DEMO = _derive(
     _PCL_V1,
     "demo",
@@ -231,6 +242,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "pcl_v2": ("PCL v2: adds an MLP head, blur, tau 0.2 and a cosine schedule.", _PCL_V2),
     "moco_v1": ("MoCo v1: PCL v1's encoder without prototypes.", _MOCO_V1),
     "moco_v2": ("MoCo v2: PCL v2's encoder without prototypes.", _MOCO_V2),
+    "simclr": ("SimCLR with a batch of 256: two views against all others, LARS, no momentum encoder.", _SIMCLR),
 }
 
 

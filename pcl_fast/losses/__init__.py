@@ -9,11 +9,13 @@ from pcl_fast.losses.contrast import (
     protonce,
     sample_negatives,
 )
+from pcl_fast.losses.nt_xent import nt_xent
 
 __all__ = [
     "ContrastResult",
     "ProtoNCEResult",
     "info_nce",
+    "nt_xent",
     "pcl_loss",
     "proto_nce",
     "protonce",
