@@ -59,7 +59,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Encoder, its momentum twin and the queue of keys."""
+    """The encoder, and what PCL keeps beside it: the momentum encoder and the queue of keys."""
 
     arch: str = "resnet50"
     """Any torchvision ResNet (resnet18, resnet50, wide_resnet50_2, ...) or a CIFAR ResNet (cifar_resnet8, ...)."""
@@ -164,9 +164,9 @@ class CheckpointConfig:
     """What is kept on disk."""
 
     keep_every: int = 20
-    """Besides the last checkpoint, keep that of every n-th epoch; 0 keeps the last alone."""
+    """The checkpoint of every n-th epoch is kept beside the last one; 0 keeps the last alone."""
     every_minutes: float = 30.0
-    """Save within an epoch too, when the last time is so long ago (at a look at the metrics); 0 at its end alone."""
+    """Save within an epoch too, when the last checkpoint is so old; 0 saves at its end alone."""
 
 
 @dataclass(frozen=True)

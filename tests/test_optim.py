@@ -247,7 +247,7 @@ def test_sgd_heeds_the_groups():
     module, other = network(), network()
     other.load_state_dict(module.state_dict())
     optimizer = build_optimizer(groups_of(module), SGD_RECIPE, CPU)
-    twins = [
+    others = [
         torch.optim.SGD(group.parameters, 0.5 * group.lr_scale, momentum=0.9, weight_decay=0.02 * group.decay)
         for group in groups_of(other)
     ]
@@ -255,7 +255,7 @@ def test_sgd_heeds_the_groups():
     for _ in range(3):
         draw_gradients(module)
         copy_gradients(module, other)
-        for each in (optimizer, *twins):
+        for each in (optimizer, *others):
             each.step()
     for ours, theirs in zip(module.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)

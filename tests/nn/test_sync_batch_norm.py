@@ -286,14 +286,14 @@ def test_parameters_and_state_stay():
 
 def copy_of(world, network: nn.Module, x: torch.Tensor):
     sync_batch_norm(network, world.group)
-    twin = copy.deepcopy(network)
-    assert twin[1].group is network[1].group is world.group
-    assert twin[1].weight is not network[1].weight
-    assert twin[1].running_mean is not network[1].running_mean
-    before = twin[1].running_mean.clone()
+    duplicate = copy.deepcopy(network)
+    assert duplicate[1].group is network[1].group is world.group
+    assert duplicate[1].weight is not network[1].weight
+    assert duplicate[1].running_mean is not network[1].running_mean
+    before = duplicate[1].running_mean.clone()
     expected = network(x + world.rank)
-    assert torch.equal(twin[1].running_mean, before)
-    return expected.detach(), twin(x + world.rank).detach()
+    assert torch.equal(duplicate[1].running_mean, before)
+    return expected.detach(), duplicate(x + world.rank).detach()
 
 
 def test_a_copy_is_of_the_same_ranks():
