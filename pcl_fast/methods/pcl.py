@@ -181,7 +181,7 @@ def _shuffle(config: Config, world: World) -> BatchShuffle:
 
 
 def _metrics(result: ProtoNCEResult) -> dict[str, torch.Tensor]:
-    metrics: ClassVar = {
+    metrics = {
         "loss": result.loss.detach(),
         "instance_loss": result.instance.loss.detach().mean(),
         "instance_accuracy": 100 * result.instance.correct.float().mean(),
