@@ -39,10 +39,11 @@ class StopSignals:
         """In this context a signal ends the work by raising Stopped, and so does one that has come before: for work
         that takes longer than a launcher waits, and after which there would be nothing new to save.
         """
-        if self.asked:
-            raise Stopped
+        # In this order: a signal that comes between the two is not missed.
         self._at_once = True
         try:
+            if self.asked:
+                raise Stopped
             yield
         finally:
             self._at_once = False

@@ -42,6 +42,33 @@ def test_a_signal_that_came_before_ends_it_at_its_beginning():
         assert done == []
 
 
+class SignalledMeanwhile(StopSignals):
+    """A signal comes just after it was asked, for the first time, whether one has come."""
+
+    noted = sent = False
+
+    @property
+    def asked(self) -> bool:
+        noted = self.noted
+        if not self.sent and self._handlers:
+            self.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return noted
+
+    @asked.setter
+    def asked(self, value: bool) -> None:
+        self.noted = value
+
+
+def test_a_signal_at_the_beginning_of_the_work_is_not_missed():
+    done = []
+    with SignalledMeanwhile() as signals:
+        with pytest.raises(Stopped), signals.at_once():
+            done.append(1)
+        assert signals.sent
+    assert done == []
+
+
 def test_after_the_work_a_signal_is_noted_again():
     with StopSignals() as signals:
         with signals.at_once():
