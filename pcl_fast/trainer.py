@@ -81,13 +81,14 @@ class Trainer:
         Raises:
             NonFiniteError: names the images of the batch; the last checkpoint stands.
         """
-        try:
-            with self.signals:
+        # To the very end: a launcher may pass on a signal that has come already.
+        with self.signals:
+            try:
                 return self._fit()
-        except Stopped:
-            return self._stopped()
-        finally:
-            self.recorder.close()
+            except Stopped:
+                return self._stopped()
+            finally:
+                self.recorder.close()
 
     def _fit(self) -> bool:
         progress = self.progress
