@@ -59,16 +59,19 @@ def check_method(config: Config) -> None:
         ValueError: names the method's own settings, or the methods.
     """
     kind = method_class(config.method)
-    of_some = {setting for other in Method.named.values() for setting in other.settings}
-    foreign = tuple(of_some - set(kind.settings))
     start = PRESETS[config.preset][1] if config.preset in PRESETS else Config()
     for name in changed_settings(start, config):
-        if name.startswith(foreign) and not name.startswith(kind.settings):
-            owners = [other.name for other in Method.named.values() if name.startswith(other.settings)]
+        owners = [other.name for other in Method.named.values() if _reads(other, name)]
+        if owners and not _reads(kind, name):
             raise ValueError(
                 f"{flag(name)} is a setting of {', '.join(sorted(owners))}, and this run's method is {kind.name}, "
                 f"whose own settings are {', '.join(map(flag, sorted(kind.settings)))}"
             )
+
+
+def _reads(kind: type[Method], name: str) -> bool:
+    """Whether a field is among a method's own settings, or of a group that is."""
+    return name in kind.settings or f"{name.partition('.')[0]}." in kind.settings
 
 
 def flag(setting: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from launches import execute, same_rows, same_state
 from toy import FROZEN_STEPS, recipe
 
 from pcl_fast.config import PRESETS
-from pcl_fast.methods import build, check_method, method_class
+from pcl_fast.methods import Method, build, check_method, method_class
 from pcl_fast.run.checkpoint import load_checkpoint
 from pcl_fast.run.metrics import read_rows
 
@@ -95,6 +96,18 @@ def test_unknown_methods_are_refused_with_those_that_there_are():
     with pytest.raises(ValueError, match=re.escape("there is no method 'pirl'; choose from ")) as raised:
         method_class("pirl")
     assert "pcl" in str(raised.value)
+
+
+def test_a_setting_is_not_taken_for_one_that_begins_like_it(monkeypatch):
+    monkeypatch.setattr(Method, "named", dict(Method.named))
+
+    class Later(Method, name="later"):
+        settings = ("model.mom",)
+
+    config = replace(PRESETS["pcl_v1"][1], method="later")
+    check_method(config)
+    with pytest.raises(ValueError, match=r"--model\.momentum is a setting of pcl, and this run's method is later"):
+        check_method(replace(config, model=replace(config.model, momentum=0.5)))
 
 
 @pytest.mark.parametrize("name", PRESETS)
