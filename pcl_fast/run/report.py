@@ -76,8 +76,9 @@ def _evaluation(axes: Axes, rows: dict[str, Rows]) -> None:
         axes.text(0.5, 0.5, "no labels, no evaluation", ha="center", transform=axes.transAxes)
         return
     flat = [{**row, **{f"ami {k}": value for k, value in row["ami"].items()}} for row in rows["evaluation"]]
-    granularities = sorted({k for row in rows["evaluation"] for k in row["ami"]}, key=int)
-    _lines(axes, flat, {"knn": "kNN accuracy", **{f"ami {k}": f"AMI, {k} clusters" for k in granularities}})
+    # In the order in which the method names them.
+    clusterings = dict.fromkeys(k for row in rows["evaluation"] for k in row["ami"])
+    _lines(axes, flat, {"knn": "kNN accuracy", **{f"ami {k}": f"AMI({k})" for k in clusterings}})
     axes.set_ylim(0, 1)
 
 
