@@ -137,7 +137,8 @@ class Method(nn.Module):
 
     def order(self, epoch: int) -> np.ndarray | None:
         """The whole epoch's images, int64, for a method that pairs them; the same on all ranks. Those of a step lie
-        together, and are dealt out to the ranks like cards. None: the usual order, shuffled.
+        together, and are dealt out to the G ranks like cards: two that one rank is to see in a row have G - 1 between
+        them. None: the usual order, shuffled.
         """
         return None
 

@@ -57,13 +57,16 @@ class Toy(Method, name="toy"):
         return [*norms_and_biases_apart(self.encoder), head]
 
     def order(self, epoch: int) -> np.ndarray:
-        """Pairs: after each image of a shuffled half comes one of the other half."""
-        half = self.images // 2
+        """Pairs: after each image of the first half comes, on the same rank, its partner in the second half."""
+        half, ranks = self.images // 2, self.world.size
         generator = torch.Generator().manual_seed(mix_seeds(self.config.seed, Purpose.ORDER, epoch))
-        halves = [torch.randperm(half, generator=generator), torch.randperm(half, generator=generator) + half]
-        return torch.stack(halves, dim=1).flatten().numpy()
+        first = torch.randperm(half, generator=generator)[: half // ranks * ranks].view(-1, ranks)
+        # A pair for every rank, to which the images are dealt out.
+        return torch.stack([first, first + half], dim=1).flatten().numpy()
 
     def draw(self, batch: Batch, number: int) -> dict[str, torch.Tensor | int]:
+        first, second = batch.index.view(-1, 2).T
+        assert torch.equal(second, first + self.images // 2), "the batch is not of pairs"
         generator = torch.Generator().manual_seed(mix_seeds(self.config.seed, number, self.world.rank))
         return {"seed": number, "noise": torch.randint(100, (len(batch.index), 2), generator=generator)}
 
