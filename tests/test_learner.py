@@ -51,6 +51,18 @@ def test_a_loss_that_is_not_finite_touches_no_weight(alone):
     assert not same(before, weights(learner))
 
 
+def test_a_method_is_told_whether_the_update_was_applied(alone, monkeypatch):
+    """With what its forward pass carried; for momentum copies and banks that must not take up what is not finite."""
+    learner, told = learner_of(small_config(), alone), []
+    monkeypatch.setattr(learner.method, "after_update", lambda carry, applied: told.append((carry.shape, applied)))
+    for queued in (0.5, torch.nan, 0.5):
+        learner.method.queue.keys[3] = queued
+        learner.step(batch(), len(told))
+    assert [shape for shape, _ in told] == [(6, 8)] * 3
+    assert [applied.item() for _, applied in told] == [True, False, True]
+    assert all(applied.dtype is torch.bool and applied.ndim == 0 for _, applied in told)
+
+
 def test_an_infinite_loss_with_finite_gradients_touches_no_weight(alone):
     learner = learner_of(small_config(), alone)
     before = weights(learner)
