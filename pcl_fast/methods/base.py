@@ -47,7 +47,8 @@ class Step(NamedTuple):
     """What a method's forward pass returns.
 
     loss: 0-d, with a gradient.
-    metrics: 0-d tensors on the device, of this rank's batch, one for each of `Method.metrics`; "loss" is among them.
+    metrics: 0-d tensors on the device, of this rank's batch, named as in `Method.metrics`; "loss" is among them. Some
+        may be missing, but the same ones at all steps of an epoch, and on all ranks.
     carry: what `after_update` wants of this pass.
     """
 
