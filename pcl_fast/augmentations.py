@@ -34,6 +34,8 @@ class View:
     """Side of the view, in pixels."""
     min_area: float = 0.2
     """A crop covers at least this share of the image. A distortion takes the whole image."""
+    max_area: float = 1.0
+    """A crop covers at most this share of the image."""
     jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
     """Strengths of brightness, contrast, saturation and hue, which are changed in a random order."""
     jitter_share: float = 0.0

@@ -66,7 +66,7 @@ def draw_views(view: View, sizes: np.ndarray, *, seed: int, epoch: int, number: 
     """
     uniform = uniforms(mix_seeds(seed, Purpose.VIEWS, epoch, number), index, _COUNT)
     if view.distortion is None:
-        window, matrix = _crops(uniform, sizes, view.min_area), None
+        window, matrix = _crops(uniform, sizes, view.min_area, view.max_area), None
     else:
         window = np.concatenate([np.zeros_like(sizes), sizes], axis=1)
         matrix = _distortions(uniform[:, _DISTORTION], sizes, view.distortion)
@@ -95,11 +95,11 @@ def _between(uniform: np.ndarray, least: float, most: float) -> np.ndarray:
     return least + uniform * (most - least)
 
 
-def _crops(uniform: np.ndarray, sizes: np.ndarray, min_area: float) -> np.ndarray:
+def _crops(uniform: np.ndarray, sizes: np.ndarray, min_area: float, max_area: float) -> np.ndarray:
     """Return RandomResizedCrop's windows: the first of ten attempts that fits into the image, else the centre."""
     rows = np.arange(len(sizes))
     height, width = sizes[:, :1], sizes[:, 1:]
-    area = _between(uniform[:, _AREA], min_area, 1.0) * (height * width)
+    area = _between(uniform[:, _AREA], min_area, max_area) * (height * width)
     ratio = np.exp(_between(uniform[:, _ASPECT], *np.log(_RATIO)))
     widths, heights = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)

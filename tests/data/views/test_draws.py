@@ -161,6 +161,13 @@ def test_a_view_of_its_own_least_area():
     assert area.max() > 0.8
 
 
+def test_a_view_of_its_own_largest_area():
+    window = draw("v2", (400, 400), min_area=0.05, max_area=0.14).window
+    area = window[:, 2] * window[:, 3] / 400**2
+    assert 0.0495 < area.min() < 0.055
+    assert 0.13 < area.max() < 0.141
+
+
 def test_uniform_numbers_are_uniform():
     numbers = uniforms(5, np.arange(2000), 32)
     assert numbers.min() >= 0
