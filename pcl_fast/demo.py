@@ -7,6 +7,7 @@ the same entry point as ImageNet, and compares what the encoder learned with raw
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -114,7 +115,10 @@ def flags(config: Config) -> list[str]:
     for name in changed_settings(PRESETS[config.preset][1], config):
         if name not in ("output", "preset"):
             value: Any = setting(config, name)
-            found += [flag(name), *map(str, value if isinstance(value, tuple) else (value,))]
+            if isinstance(value, bool):
+                found.append(flag(name) if value else re.sub(r"(--|\.)(?=[^.]+$)", r"\1no-", flag(name), count=1))
+            else:
+                found += [flag(name), *map(str, value if isinstance(value, tuple) else (value,))]
     return found
 
 

@@ -9,7 +9,7 @@ import pytest
 import tyro
 from PIL import Image
 
-from pcl_fast.config import PRESETS, changed_settings, to_dict, validate
+from pcl_fast.config import PRESETS, changed_settings, to_dict, validate, with_settings
 from pcl_fast.demo import as_table, flags, score_all, small
 from pcl_fast.learner import Learner
 from pcl_fast.methods import build, check_method
@@ -40,6 +40,13 @@ def test_a_miniature_s_flags_make_it_what_it_is(preset):
     check_method(config)
     parsed = tyro.extras.overridable_config_cli(PRESETS, args=[preset, *flags(config)])
     assert replace(parsed, output=config.output) == config
+
+
+def test_flags_switch_on_and_off():
+    for value in (True, False):
+        config = with_settings(PRESETS["simclr"][1], {"model.sync_bn": value, "optim.scale_lr": value})
+        parsed = tyro.extras.overridable_config_cli(PRESETS, args=["simclr", *flags(config)])
+        assert (parsed.model.sync_bn, parsed.optim.scale_lr) == (value, value)
 
 
 def test_miniatures_differ_in_what_makes_their_method_alone():
