@@ -85,7 +85,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """InfoNCE and ProtoNCE."""
+    """What the loss contrasts with what."""
 
     temperature: float = 0.1
     """tau: InfoNCE's temperature and the mean concentration of the prototypes."""
@@ -146,7 +146,7 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Online evaluation on the momentum features, wherever the data set has labels. It never touches training."""
+    """Online evaluation of the features, wherever the data set has labels. It never touches training."""
 
     every: int = 10
     """Evaluate before every n-th epoch and after the last one; 0 never."""

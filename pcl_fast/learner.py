@@ -26,10 +26,15 @@ class Learner:
     """A method and its optimiser."""
 
     def __init__(self, method: Method, config: Config, world: World):
+        """
+        Raises:
+            ValueError: a parameter that a gradient may reach is in none of the method's groups, or in several.
+        """
         self.method, self.config, self.world = method, config, world
         self.optimizer = build_optimizer(method.groups(), config.optim, world.device)
         self.scaler = loss_scaler(world.device)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        _check_groups(method, self._parameters)
         self._forward = method if world.group is None else _data_parallel(method)
 
     def set_rate(self, epoch: int, step: int = 0, steps: int = 1) -> float:
@@ -54,15 +59,10 @@ class Learner:
         """What step `number` computes with. What is drawn on the host goes to the device in one copy, which nobody
         waits for.
         """
-        drawn = self.method.draw(batch, number)
+        on_host = Inputs(batch.views, batch.index, self.method.draw(batch, number))
         if self.world.device.type == "cpu":
-            return Inputs(batch.views, batch.index, drawn)
-        parts = [batch.index, *(torch.as_tensor(value).view(-1) for value in drawn.values())]
-        sent = torch.cat(parts).pin_memory().to(self.world.device, non_blocking=True)
-        index, *arrived = sent.split([len(part) for part in parts])
-        shapes = [torch.as_tensor(value).shape for value in drawn.values()]
-        values = (value.view(shape) for value, shape in zip(arrived, shapes, strict=True))
-        return Inputs(batch.views, index, dict(zip(drawn, values, strict=True)))
+            return on_host
+        return on_host.moved(lambda packed: packed.pin_memory().to(self.world.device, non_blocking=True))
 
     def compute(self, inputs: Inputs, number: int) -> dict[str, torch.Tensor]:
         """`step` after its inputs are there: on the device from end to end, so that a CUDA graph can hold it."""
@@ -137,6 +137,14 @@ class Learner:
         torch.set_rng_state(generators["rng"])
         if generators["cuda_rng"] is not None and self.world.device.type == "cuda":
             torch.cuda.set_rng_state(generators["cuda_rng"], self.world.device)
+
+
+def _check_groups(method: Method, parameters: list[torch.nn.Parameter]) -> None:
+    """Another parameter's gradient would grow for ever, never looked at."""
+    grouped = [id(parameter) for parameter in parameters]
+    wrong = [name for name, p in method.named_parameters() if p.requires_grad and grouped.count(id(p)) != 1]
+    if wrong:
+        raise ValueError(f"{type(method).__name__}.groups must have every trainable parameter once, but not {wrong}")
 
 
 def _all_finite(parameters: list[torch.nn.Parameter]) -> torch.Tensor:

@@ -29,8 +29,10 @@ def rank_batch(config: Config, ranks: int) -> int:
     return config.optim.batch_size // ranks
 
 
-def check_sizes(config: Config, images: int, ranks: int) -> None:
+def check_sizes(config: Config, images: int, ranks: int, *, labelled: bool = True) -> None:
     """Refuse a data set, or a number of ranks, that does not fit the recipe; for every method.
+
+    labelled: whether the images have labels, without which nothing is evaluated.
 
     Raises:
         ValueError: names both numbers and the flag.
@@ -40,6 +42,6 @@ def check_sizes(config: Config, images: int, ranks: int) -> None:
         raise ValueError(f"--optim.batch-size {batch} does not divide among {ranks} ranks; use a multiple of {ranks}")
     if batch > images:
         raise ValueError(f"--optim.batch-size {batch} is larger than the data set of {images} images; make it smaller")
-    if config.evaluation.ks and max(config.evaluation.ks) > images:
-        most = max(config.evaluation.ks)
+    most = max(config.evaluation.ks, default=0)
+    if labelled and config.evaluation.every and most > images:
         raise ValueError(f"cannot make {most} clusters of {images} images; set --evaluation.ks to smaller numbers")

@@ -41,7 +41,7 @@ class Trainer:
                 k-means cannot run with the backend asked for.
             UserError: the checkpoint cannot be read, or a package is missing.
         """
-        check_sizes(config, len(images), world.size)
+        check_sizes(config, len(images), world.size, labelled=images.labels is not None)
         method_class(config.method).check(config, len(images), world.size)
         self.config, self.images, self.world = config, images, world
         # One machine may lack what others have, a package or room on its disk.
@@ -58,6 +58,8 @@ class Trainer:
         )
         for line in (describe_loader(config.data, world), *self.method.notes()):
             self.recorder.say(line)
+        if self._wants_features():
+            _ = self.shard  # better too large for the device now than after the warm-up
         self.metrics = StepMetrics(self.recorder, images, world, batch_size=config.optim.batch_size)
         self.metrics.load(saved.get("epoch_metrics", {}))
 
@@ -134,6 +136,13 @@ class Trainer:
                 self._expect(None if from_bank else features)
             if evaluating:
                 self._evaluate(features, self.method.clusterings() if expecting else {})
+
+    def _wants_features(self) -> bool:
+        """Whether the images are ever encoded outside of training."""
+        epochs = range(self.config.epochs + 1)
+        evaluating = self.labels is not None and self.config.evaluation.every > 0
+        from_bank = self.method.features().from_bank
+        return evaluating or (not from_bank and any(self.method.expects(epoch) for epoch in epochs))
 
     @functools.cached_property
     def shard(self) -> FeatureShard:

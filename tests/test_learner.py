@@ -11,8 +11,9 @@ from steps import DEMO, batch, learner_of, momenta, part, same, small_config, we
 
 from pcl_fast.clustering import PrototypeSet
 from pcl_fast.data import Batch
-from pcl_fast.learner import FINITE
-from pcl_fast.optim import learning_rate
+from pcl_fast.learner import FINITE, Learner
+from pcl_fast.methods import Inputs, build
+from pcl_fast.optim import Group, learning_rate
 
 
 def test_a_step_is_torch_sgd_s(alone, monkeypatch):
@@ -144,6 +145,47 @@ def test_what_differs_between_steps_is_in_their_inputs(alone):
     assert drawn[0] != first
     before = weights(learner_of(config, alone, prototypes))[0]
     torch.testing.assert_close(faster[1] - before, 2 * (after - before), rtol=1e-3, atol=1e-6)
+
+
+def test_what_is_drawn_travels_in_one_tensor():
+    """A number of 63 bits, a permutation and a table come out as they went in, as tensors."""
+    drawn = {"seed": 2**62 + 3, "order": torch.randperm(6), "table": torch.randint(2**40, (6, 2))}
+    inputs = Inputs(batch().views, batch().index, drawn)
+    moves = []
+
+    def move(packed: torch.Tensor) -> torch.Tensor:
+        moves.append(packed)
+        return packed.clone()
+
+    moved = inputs.moved(move)
+    assert [packed.dtype for packed in moves] == [torch.int64]
+    assert moved.views is inputs.views
+    assert torch.equal(moved.index, inputs.index)
+    assert (moved.drawn["seed"].shape, moved.drawn["seed"].item()) == ((), 2**62 + 3)
+    assert all(torch.equal(moved.drawn[name], drawn[name]) for name in ("order", "table"))
+
+
+def test_a_captured_step_s_inputs_are_overwritten_in_place():
+    kept = Inputs(batch().views, batch().index.clone(), {"seed": torch.tensor(1)})
+    address = kept.drawn["seed"].data_ptr()
+    kept.copy_(Inputs(batch(1).views, batch(1).index + 1, {"seed": torch.tensor(7)}))
+    assert (kept.drawn["seed"].item(), kept.drawn["seed"].data_ptr()) == (7, address)
+    assert same([*kept.views, kept.index], [*batch(1).views, batch(1).index + 1])
+
+
+def test_every_trainable_parameter_is_in_a_group(alone, monkeypatch):
+    method = build(small_config(), alone, 6)
+    whole = method.groups()
+    monkeypatch.setattr(method, "groups", lambda: [Group(whole[0].parameters[1:])])
+    with pytest.raises(ValueError, match=r"PCL.groups must have every.*not \['encoder.backbone.0.weight'\]"):
+        Learner(method, small_config(), alone)
+
+
+def test_generators_go_on_where_they_were(alone):
+    learner = learner_of(small_config(), alone)
+    own, expected = learner.own_state(), torch.rand(3)
+    learner.load(learner.state(), [own])
+    assert torch.equal(torch.rand(3), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has graphs")

@@ -35,6 +35,14 @@ class Inputs(NamedTuple):
     index: torch.Tensor
     drawn: dict[str, torch.Tensor | int]
 
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+        """All but the views on another device, by moving a single int64 tensor."""
+        values = [self.index, *map(torch.as_tensor, self.drawn.values())]
+        packed = move(torch.cat([value.view(-1) for value in values]))
+        parts = packed.split([value.numel() for value in values])
+        index, *drawn = (part.view(value.shape) for part, value in zip(parts, values, strict=True))
+        return Inputs(self.views, index, dict(zip(self.drawn, drawn, strict=True)))
+
     def copy_(self, new: Inputs) -> None:
         """Take over the inputs of another step, in place: what a captured step computes with."""
         for ours, theirs in zip((*self.views, self.index), (*new.views, new.index), strict=True):
@@ -102,7 +110,8 @@ class Method(nn.Module):
         Method.named[name] = cls
 
     def __init__(self, config: Config, world: World, images: int):
-        """Build everything on the CPU, where every rank draws the same initial weights; see `methods.build`.
+        """Build everything on the CPU, where every rank draws the same initial weights, and without collectives; see
+        `methods.build`.
 
         Args:
             images: in the data set.
@@ -164,7 +173,7 @@ class Method(nn.Module):
 
     def before_update(self, number: int) -> None:
         """Called between the backward pass and the optimiser of step `number`, for heads that are frozen at first
-        (their gradients become None) and the like.
+        (their gradients become None) and the like. A captured step has what it did when it was captured.
         """
 
     def after_update(self, carry: Any, applied: torch.Tensor) -> None:
@@ -206,7 +215,7 @@ class Method(nn.Module):
             features: [n_local, width], this rank's shard of the data set, in its order; None if they are in a bank.
 
         Returns:
-            Rows for the record, one per clustering.
+            Rows for the record, one per clustering, as clustering.cluster_row makes them.
         """
         return []
 
@@ -219,12 +228,16 @@ class Method(nn.Module):
     def own_state(self) -> dict[str, torch.Tensor]:
         """What this rank has and others do not, on the CPU: by default the batch-norm statistics, which are each
         rank's own within an epoch.
+
+        All ranks' are gathered for the checkpoint, in every process and on a GPU through its memory: a bank of many
+        gigabytes is better kept where all ranks have it.
         """
         return {name: buffer.cpu() for name, buffer in batch_norm_buffers(self)}
 
     def load_own(self, states: Sequence[dict[str, torch.Tensor]]) -> None:
         """Take up what `own_state` returned on each rank of the run that was saved, which may have been another
-        number. By default a rank takes that of the rank with its number, or of another if there was none.
+        number. By default a rank takes that of the rank with its number, or of another if there was none. It must not
+        use collectives.
 
         Raises:
             ValueError: this number of ranks cannot go on with what those had; says so in words.

@@ -223,8 +223,8 @@ class StepMetrics:
         if local[first, loss].isfinite() and not table[first, loss].isfinite():
             raise NonFiniteError(f"the loss of step {step} is not finite on another rank, which names the images")
         what = f"the loss of step {step} is {local[first, loss].item()}"
-        if local[first, loss].isfinite():
-            what = f"a gradient of step {step} is not finite, with a loss of {local[first, loss].item():.4g}"
+        if local[first, loss].isfinite():  # after the all-reduce nobody knows whose gradient it was
+            what = f"a gradient of step {step} is not finite, on this rank or another, though the loss is"
         indices = index.tolist()
         raise NonFiniteError(
             f"{what}; that step was not applied and the last checkpoint stands. The batch's images are {indices}, the "

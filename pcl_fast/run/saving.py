@@ -83,7 +83,7 @@ class Saver:
         if state is None:
             return Progress(), {}
         check_same_run(state, self.config, self.fingerprint)
-        learner.load(state, state["ranks"])
+        all_or_none(lambda: learner.load(state, state["ranks"]), self.world)
         record = {name: state[name] for name in ("global_step", "metrics_length", "epoch_metrics")}
         return Progress(state["epoch"], state["step"], state["finished"]), record
 

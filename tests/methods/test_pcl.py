@@ -106,6 +106,29 @@ def test_keys_are_shuffled_among_the_parts_of_a_batch(alone):
     assert (shuffled[:6] - other[:6]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bn_splits": 4}, r"--model\.bn-splits 4 does not divide a rank's batch of 6"),
+        (
+            {"bn_splits": 2, "head": "mlp_bn"},
+            r"--model\.bn-splits does not split the batch norm of --model\.head mlp_bn",
+        ),
+    ],
+)
+def test_splits_that_cannot_be_are_refused(changes, message):
+    config = small_config()
+    with pytest.raises(ValueError, match=message):
+        module.PCL.check(replace(config, model=replace(config.model, **changes)), 100, 1)
+
+
+def test_encoders_are_channels_last(alone):
+    method = build(small_config(), alone, 6)
+    kernels = [p for p in method.parameters() if p.ndim == 4 and p.shape[2] > 1 and p.shape[1] > 1]
+    assert len(kernels) > 10
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+
+
 def test_features_are_the_momentum_encoder_s_in_eval_mode(alone):
     learner = learner_of(small_config(), alone)
     learner.step(batch(), 0)
@@ -129,13 +152,16 @@ def clusterings(alone, init: str, monkeypatch) -> list[dict]:
 
     monkeypatch.setattr(module, "cluster", recorded)
     config = small_config()
-    config = replace(config, cluster=replace(config.cluster, ks=(3, 5), redo=2, init=init, warm_iterations=4))
+    config = replace(
+        config, cluster=replace(config.cluster, ks=(3, 5), redo=2, init=init, warm_iterations=4, alpha=7.0)
+    )
     method = build(config, alone, 60)
     features = F.normalize(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     for epoch in (4, 5, 6):
         before = [centroids.clone() for centroids, _, _ in method.prototypes.sets()]
         rows = method.expect(features, epoch)
         assert [row["k"] for row in rows] == [3, 5]
+        assert (calls[-1]["alpha"], calls[-1]["temperature"]) == (7.0, config.loss.temperature)
         if calls[-1]["init"] is not None:
             expected = kmeans(features, 5, iterations=4, init=before[1], seed=calls[-1]["seed"] + 1)
             assert torch.equal(method.clusterings()["5"], expected.assignment)

@@ -92,7 +92,7 @@ def test_a_bad_gradient_is_told_from_a_bad_loss(image_folder, alone):
     metrics = step_metrics(image_folder, alone)
     add(metrics, 1, 1.0)
     add(metrics, 2, 1.5, (20, 30), finite=0.0)
-    with pytest.raises(NonFiniteError, match=r"a gradient of step 2 is not finite, with a loss of 1\.5;.*\[20, 30\]"):
+    with pytest.raises(NonFiniteError, match=r"a gradient of step 2 is not finite, .* though the loss is;.*\[20, 30\]"):
         reduce(metrics, 0, 2, lr=0.1, votes={})
 
 

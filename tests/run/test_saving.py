@@ -83,6 +83,16 @@ def test_an_epoch_s_checkpoint_is_kept_when_asked_for(config, alone):
 def test_when_a_save_is_due(config, alone, minutes, due):
     config = replace(config, checkpoint=replace(config.checkpoint, every_minutes=minutes))
     assert Saver(config, "these images", alone).is_due() == due
+    assert not Saver(config, "these images", replace(alone, rank=1, size=2)).is_due()
+
+
+def test_after_a_save_the_next_is_not_due(config, alone):
+    config = replace(config, checkpoint=replace(config.checkpoint, every_minutes=1.0))
+    saver = Saver(config, "these images", alone)
+    saver._saved -= 90
+    assert saver.is_due()
+    saver.save(learner_of(config, alone), Progress(0, 3), RECORD)
+    assert not saver.is_due()
 
 
 @pytest.mark.parametrize("name", ["query", "momentum"])
