@@ -59,7 +59,12 @@ def test_checkpoint_holds_the_run(two_ranks):
 
 
 @pytest.mark.parametrize(
-    ("number", "step", "workers"), [(signal.SIGTERM, 6, "1"), (signal.SIGINT, 6, "1"), (signal.SIGTERM, 8, "0")]
+    ("number", "step", "workers"),
+    [
+        (signal.SIGTERM, 6, "1"),
+        pytest.param(signal.SIGINT, 6, "1", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 8, "0", marks=pytest.mark.slow),
+    ],
 )
 def test_an_interrupted_run_continues_bit_for_bit(one_rank, image_folder, tmp_path, number, step, workers):
     """Epochs have four steps: stopped within the second after the first E-step, and at its very end.
@@ -167,6 +172,7 @@ def test_a_run_killed_within_an_epoch_continues_from_there_bit_for_bit(one_rank,
     same_rows(one_rank, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_tar_shards_train_as_the_same_files_do(one_rank, image_folder, tmp_path):
     paths = sorted(image_folder.glob("*/*.jpg"))
     shards = tmp_path / "shards"
@@ -225,6 +231,7 @@ def test_a_finished_run_changes_nothing(one_rank, image_folder):
     assert [row["kind"] for row in after] == [row["kind"] for row in before]
 
 
+@pytest.mark.slow
 def test_without_prototypes_and_labels(image_folder, tmp_path):
     """MoCo on a flat folder: no clustering, nothing to evaluate."""
     flat = tmp_path / "flat"
@@ -244,13 +251,17 @@ def test_another_recipe_is_refused(one_rank, image_folder):
     assert "Traceback" not in text
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--cluster.ks", "60"], "cannot make 60 clusters of 53 images; set --cluster.ks"),
-        (["--optim.batch-size", "100"], "--optim.batch-size 100 is larger than the data set of 53 images"),
-        (["--model.arch", "vgg11"], "--model.arch vgg11"),
-        (["--optim.lr", "-1"], "--optim.lr must be positive"),
+        slow(["--optim.batch-size", "100"], "--optim.batch-size 100 is larger than the data set of 53 images"),
+        slow(["--model.arch", "vgg11"], "--model.arch vgg11"),
+        slow(["--optim.lr", "-1"], "--optim.lr must be positive"),
         (["--optim.lr", "1e30"], r"loss of step \d+ is (nan|inf); .* images are \[.*class_\d/\d\d\.jpg"),
     ],
 )

@@ -160,6 +160,7 @@ def test_as_exact_as_pytorch(shape, dtype):
     check(Problem(*shape, dtype=dtype, seed=len(str(shape))))
 
 
+@pytest.mark.slow
 def test_many_rows():
     check(Problem(256, 16, 20, 30, (60,), dtype=torch.float16))
 
@@ -255,6 +256,7 @@ def test_no_second_derivative_is_a_wrong_one():
         gradient.sum().backward()
 
 
+@pytest.mark.slow
 def test_far_rows_of_a_large_bank():
     """Rows lie beyond 2^31 entries of a bank. Pages of it that are never written take no memory on a CPU."""
     k, d = 16_900_000, 128

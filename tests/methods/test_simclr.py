@@ -164,6 +164,7 @@ def test_end_to_end(whole):
     assert (whole / "report.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_continues_bit_for_bit(whole, image_folder, tmp_path):
     done = interrupt(5, signal.SIGTERM, tmp_path, image_folder, tmp_path / "run", **OPTIONS)
     assert "stopped by a signal" in done.stdout, done.stdout + done.stderr
