@@ -310,6 +310,12 @@ def model_config(saved: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**{name: value for name, value in saved["model"].items() if name in known})
 
 
+def data_config(saved: dict[str, Any]) -> DataConfig:
+    """How a recipe from `to_dict` reads and crops images; where they lie is left out."""
+    known = ("views", "size", "resize", "min_crop_area")
+    return DataConfig(**{name: saved["data"][name] for name in known if name in saved["data"]})
+
+
 def recipe_differences(saved: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What makes `now` another recipe than `saved` (both from `to_dict`): lines "field: saved -> now"."""
     # A field that did not exist yet when the run began counts as its default.

@@ -1,0 +1,126 @@
+"""Score an encoder by the protocols of the paper's tables.
+
+    python -m pcl_fast.evaluate TASK CHECKPOINT --data DIR [--flags]
+    torchrun --standalone --nproc-per-node=G -m pcl_fast.evaluate TASK CHECKPOINT --data DIR [--flags]
+
+Every task prints a table with the paper's figures below ours and writes TASK.json and TASK.png.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Union
+
+import torch
+import tyro
+from rich.console import Console
+
+from pcl_fast.distributed import World, all_or_none, check_same, connect, disconnect
+from pcl_fast.errors import UserError
+from pcl_fast.evaluation.continuation import Continuation
+from pcl_fast.evaluation.results import as_table, write_results
+from pcl_fast.evaluation.tasks import Context, Options, Task
+from pcl_fast.pretrained import Pretrained, read_pretrained
+from pcl_fast.run.signals import Stopped, StopSignals
+
+
+@dataclass(frozen=True, kw_only=True)
+class All(Options):
+    """Run every task that the data allow, each with its usual settings."""
+
+
+def main() -> None:
+    kinds = {"all": All, **dict(sorted(Task.named.items()))}
+    commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())
+    options = tyro.cli(Union[commands], prog="pcl_fast.evaluate", description=__doc__)  # type: ignore[valid-type]
+    try:
+        run(options)
+    except (ValueError, UserError, OSError) as error:
+        # The message says what to do; a stack trace would hide it.
+        sys.exit(f"pcl_fast.evaluate: {error}")
+
+
+def run(options: Options) -> bool:
+    """Run a task, or all; return False if a signal stopped it early.
+
+    Raises:
+        ValueError, UserError, OSError: something given cannot be used; says what, and what to do.
+    """
+    tasks = [options] if isinstance(options, Task) else list(_possible(options))
+    for task in tasks:
+        task.check()
+    world = connect()
+    console = Console(quiet=not world.is_main, soft_wrap=True)
+    with StopSignals() as signals:
+        try:
+            for task in tasks:
+                _run(task, world, signals, console)
+        except Stopped:
+            console.print("stopped by a signal, all is saved; the same command goes on from here")
+            return False
+    disconnect(world)
+    return True
+
+
+def _possible(options: Options) -> Iterator[Task]:
+    """Yield the tasks that the data allow, and print why others are left out.
+
+    Raises:
+        ValueError: there is none.
+    """
+    obstacles = {name: kind.obstacle(options.data, options.checkpoint) for name, kind in sorted(Task.named.items())}
+    if all(obstacles.values()):
+        reasons = "\n  ".join(f"{name}: {reason}" for name, reason in obstacles.items())
+        raise ValueError(f"the data allow no task:\n  {reasons}")
+    given = {field.name: getattr(options, field.name) for field in fields(options)}
+    for name, reason in obstacles.items():
+        if reason is None:
+            yield Task.named[name](**given)
+        elif os.environ.get("RANK", "0") == "0":
+            print(f"{name} is left out: {reason}", flush=True)
+
+
+def _run(task: Task, world: World, signals: StopSignals, console: Console) -> None:
+    begin = time.perf_counter()
+
+    def read(path: Path, encoder: str) -> Pretrained:
+        return all_or_none(lambda: read_pretrained(path, encoder).to(world.device), world)
+
+    pretrained = read(task.checkpoint, task.encoder or task.scores)
+    check_same("the checkpoint", pretrained.checksum, world, advice="give all machines the same file")
+    output = task.output or _beside(task.checkpoint)
+    all_or_none(lambda: output.mkdir(parents=True, exist_ok=True), world)
+    settings = {**task.settings(), "checkpoint": pretrained.checksum}
+    continuation = Continuation(output / f"{task.name}.part.pt", settings, signals, world)
+    context = Context(world, pretrained, read, output, continuation, console)
+    context.say(f"{task.name} scores the {pretrained.encoder} encoder of {pretrained.path}: {pretrained.source}")
+    for line in pretrained.notes:
+        context.say(line)
+    outcome = task.run(context)
+    continuation.finish()
+    for line in outcome.protocol:
+        context.say(line)
+    console.print(as_table(outcome, task.name))
+    if world.is_main:
+        seconds = time.perf_counter() - begin
+        paths = write_results(output, task, pretrained, outcome, ranks=world.size, device=_name(world), seconds=seconds)
+        context.say(f"{task.name} took {seconds:.0f} s; results in {' and '.join(map(str, paths))}")
+
+
+def _beside(checkpoint: Path) -> Path:
+    """Return the folder `evaluation` of a run, or beside a file."""
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "evaluation"
+
+
+def _name(world: World) -> str:
+    cuda = world.device.type == "cuda"
+    return torch.cuda.get_device_name(world.device) if cuda else f"CPU, {torch.get_num_threads()} threads"
+
+
+if __name__ == "__main__":
+    main()

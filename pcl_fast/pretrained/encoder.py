@@ -1,0 +1,49 @@
+"""An encoder that was trained before, by this project or another, and what is known of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pcl_fast.config import DataConfig
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A pre-trained encoder in eval mode.
+
+    backbone: maps images [N, 3, H, W] to pooled features [N, width].
+    head: maps these to [N, dim], not yet normalised; None where the file has none.
+    width: number of the backbone's features.
+    arch: torchvision's name of the ResNet, or cifar_resnet8, ...; small_stem as in ModelConfig.
+    encoder: "query" or "momentum"; "the only one" of a file that has one.
+    source: what the file is, in words.
+    path: of the file that was read; checksum: its SHA-256.
+    data: how the images were read that it learned from, if the file says.
+    notes: sentences that say what was loaded and what was left out.
+    facts: what else the file says ("epoch", ...), of plain values.
+    """
+
+    backbone: nn.Module
+    head: nn.Module | None
+    width: int
+    arch: str
+    small_stem: bool
+    encoder: str
+    source: str
+    path: Path
+    checksum: str
+    data: DataConfig | None
+    notes: tuple[str, ...]
+    facts: dict[str, Any]
+
+    def to(self, device: torch.device) -> Pretrained:
+        """Move the networks to a device, in channels_last, and return this object."""
+        for network in (self.backbone, self.head):
+            if network is not None:
+                network.to(device, memory_format=torch.channels_last)
+        return self
