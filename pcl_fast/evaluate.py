@@ -8,13 +8,15 @@ Every task prints a table with the paper's figures below ours and writes TASK.js
 
 from __future__ import annotations
 
+import functools
+import operator
 import os
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Union
+from typing import Annotated
 
 import torch
 import tyro
@@ -37,9 +39,11 @@ class All(Options):
 def main() -> None:
     kinds = {"all": All, **dict(sorted(Task.named.items()))}
     commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())
-    options = tyro.cli(Union[commands], prog="pcl_fast.evaluate", description=__doc__)  # type: ignore[valid-type]
+    options = tyro.cli(functools.reduce(operator.or_, commands), prog="pcl_fast.evaluate", description=__doc__)
     try:
         run(options)
+    except KeyboardInterrupt:
+        sys.exit("pcl_fast.evaluate: stopped")
     except (ValueError, UserError, OSError) as error:
         # The message says what to do; a stack trace would hide it.
         sys.exit(f"pcl_fast.evaluate: {error}")
@@ -56,13 +60,12 @@ def run(options: Options) -> bool:
         task.check()
     world = connect()
     console = Console(quiet=not world.is_main, soft_wrap=True)
-    with StopSignals() as signals:
-        try:
-            for task in tasks:
-                _run(task, world, signals, console)
-        except Stopped:
-            console.print("stopped by a signal, all is saved; the same command goes on from here")
-            return False
+    try:
+        for task in tasks:
+            _run(task, world, console)
+    except Stopped:
+        console.print("stopped by a signal, all is saved; the same command goes on from here")
+        return False
     disconnect(world)
     return True
 
@@ -73,6 +76,8 @@ def _possible(options: Options) -> Iterator[Task]:
     Raises:
         ValueError: there is none.
     """
+    if not options.data.is_dir():
+        raise ValueError(f"--data {options.data} is not a folder")
     obstacles = {name: kind.obstacle(options.data, options.checkpoint) for name, kind in sorted(Task.named.items())}
     if all(obstacles.values()):
         reasons = "\n  ".join(f"{name}: {reason}" for name, reason in obstacles.items())
@@ -85,7 +90,7 @@ def _possible(options: Options) -> Iterator[Task]:
             print(f"{name} is left out: {reason}", flush=True)
 
 
-def _run(task: Task, world: World, signals: StopSignals, console: Console) -> None:
+def _run(task: Task, world: World, console: Console) -> None:
     begin = time.perf_counter()
 
     def read(path: Path, encoder: str) -> Pretrained:
@@ -96,7 +101,7 @@ def _run(task: Task, world: World, signals: StopSignals, console: Console) -> No
     output = task.output or _beside(task.checkpoint)
     all_or_none(lambda: output.mkdir(parents=True, exist_ok=True), world)
     settings = {**task.settings(), "checkpoint": pretrained.checksum}
-    continuation = Continuation(output / f"{task.name}.part.pt", settings, signals, world)
+    continuation = Continuation(output / f"{task.name}.part.pt", settings, StopSignals(), world)
     context = Context(world, pretrained, read, output, continuation, console)
     context.say(f"{task.name} scores the {pretrained.encoder} encoder of {pretrained.path}: {pretrained.source}")
     for line in pretrained.notes:

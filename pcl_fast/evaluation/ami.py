@@ -1,12 +1,31 @@
-"""Adjusted mutual information between clusters and classes."""
+"""How much clusters and classes have to do with each other."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
+from scipy.sparse import csr_matrix
 from scipy.special import gammaln
 from scipy.stats import entropy
 from sklearn.metrics import mutual_info_score
+
+
+class Agreement(NamedTuple):
+    """How much two partitions agree: 1 if they are the same.
+
+    ami: adjusted mutual information, 0 by chance, normalised by the mean of the two entropies (scikit-learn's since
+        0.22).
+    ami_max: the same normalised by the larger entropy (scikit-learn's before).
+    nmi: mutual information over the mean of the entropies, which grows with the number of clusters even by chance.
+    purity: share of the images that are of the most frequent class in their cluster.
+    """
+
+    ami: float
+    ami_max: float
+    nmi: float
+    purity: float
 
 
 def adjusted_mutual_information(assignment: torch.Tensor, labels: torch.Tensor) -> float:
@@ -16,13 +35,31 @@ def adjusted_mutual_information(assignment: torch.Tensor, labels: torch.Tensor) 
     granularities: that adds up what is expected by chance over all classes and clusters, this over all pairs of their
     sizes.
     """
-    labels, assignment = labels.cpu().numpy(), assignment.cpu().numpy()
-    classes, clusters = (np.unique(partition, return_counts=True)[1] for partition in (labels, assignment))
-    if len(classes) == len(clusters) and len(classes) in (1, len(labels)):
-        return 1.0  # there is only one partition of this kind, so nothing is left to chance
-    expected = expected_mutual_information(classes, clusters)
-    most = (entropy(classes) + entropy(clusters)) / 2
-    return float((mutual_info_score(labels, assignment) - expected) / (most - expected))
+    return agreement(assignment, labels).ami
+
+
+def agreement(assignment: torch.Tensor, labels: torch.Tensor) -> Agreement:
+    """Compare clusters with classes, both integer [n]."""
+    (rows, classes), (columns, clusters) = (
+        np.unique(partition.cpu().numpy(), return_inverse=True, return_counts=True)[1:]
+        for partition in (labels, assignment)
+    )
+    table = csr_matrix((np.ones(len(rows), np.int64), (rows, columns)))  # images of a class in a cluster
+    purity = float(table.max(axis=0).sum() / len(rows))
+    if len(classes) == len(clusters) and len(classes) in (1, len(rows)):
+        return Agreement(1.0, 1.0, 1.0, purity)  # there is only one partition of this kind: nothing is left to chance
+    information, expected = (
+        mutual_info_score(None, None, contingency=table),
+        expected_mutual_information(classes, clusters),
+    )
+    entropies = entropy(classes), entropy(clusters)
+    mean, most = sum(entropies) / 2, max(entropies)
+    return Agreement(
+        float((information - expected) / (mean - expected)),
+        float((information - expected) / (most - expected)),
+        float(information / mean),
+        purity,
+    )
 
 
 def expected_mutual_information(a: np.ndarray, b: np.ndarray) -> float:

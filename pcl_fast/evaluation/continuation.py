@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ class Continuation:
             found = torch.load(self.path, map_location="cpu", weights_only=True)
             before = found["settings"]
         except Exception as error:
-            raise CheckpointError(f"{self.path} cannot be read ({error}); delete it to start anew") from error
+            raise CheckpointError(f"{self.path} is damaged; delete it to start anew") from error
         names = sorted(before.keys() | self.settings.keys())
         changed = [name for name in names if before.get(name) != self.settings.get(name)]
         if changed:
@@ -63,6 +64,14 @@ class Continuation:
                 "anew:\n  " + "\n  ".join(lines)
             )
         return found
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """In this context, which calls `reached` again and again, a signal is noted until the work can be saved.
+        Elsewhere it ends the process at once, for there is nothing to save.
+        """
+        with self.signals:
+            yield
 
     def reached(self, step: int, state: Callable[[], dict[str, Any]]) -> None:
         """Say that so many steps of the work are done. It waits for all ranks and for the device: call it every 50

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,6 +48,26 @@ def open_labelled(folder: Path, format: str = "folder") -> Labelled:
         ImageError: one of them is missing or has no labels, or the classes are not the same in both.
     """
     return pair(*(_open_part(folder, part, format) for part in (TRAIN, TEST)))
+
+
+def holds_labels(folder: Path) -> str | None:
+    """Say why `open_training` cannot work in this folder, or return None."""
+    if (folder / TRAIN).is_dir() or any(entry.is_dir() for entry in os.scandir(folder)) or any(folder.glob("*.tar")):
+        return None
+    return f"{folder} has no class folders"
+
+
+def open_training(folder: Path, format: str = "folder") -> tuple[ImageSet, torch.Tensor]:
+    """Open folder/train, or the folder itself if it has no train in it.
+
+    Returns:
+        The images, and labels int64 [n] that number their classes from 0 without gaps.
+
+    Raises:
+        ImageError: there are no images, or they have no labels.
+    """
+    images = open_set(folder / TRAIN if (folder / TRAIN).is_dir() else folder, format)
+    return images, _classes(images, "training images")[1]
 
 
 def pair(train: ImageSet, test: ImageSet) -> Labelled:

@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import run_ranks
-from sklearn.metrics import adjusted_mutual_info_score
+from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
 import pcl_fast.evaluation.knn
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
+from pcl_fast.evaluation.ami import agreement
 
 
 def labelled(n: int = 120, classes: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,3 +102,15 @@ def test_float16_features():
         knn_accuracy(x, labels, torch.arange(120), neighbours=9, temperature=0.1) for x in (features.half(), features)
     )
     assert half == pytest.approx(full, abs=0.02)
+
+
+@pytest.mark.parametrize(("clusters", "classes"), [(3, 4), (20, 7), (120, 2)])
+def test_other_measures_are_scikit_learn_s(clusters, classes):
+    generator = torch.Generator().manual_seed(clusters)
+    labels = torch.randint(0, classes, (300,), generator=generator)
+    assignment = (labels * 3 + torch.randint(0, clusters, (300,), generator=generator)) % clusters
+    found, names = agreement(assignment, labels), (labels.numpy(), assignment.numpy())
+    assert found.ami_max == pytest.approx(adjusted_mutual_info_score(*names, average_method="max"), abs=1e-12)
+    assert found.nmi == pytest.approx(normalized_mutual_info_score(*names))
+    most = sum(int(labels[assignment == cluster].bincount().max()) for cluster in assignment.unique())
+    assert found.purity == most / 300

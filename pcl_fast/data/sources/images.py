@@ -81,7 +81,7 @@ class ImageSet(ABC):
         """Return the error to raise when image `index` cannot be used because of `error`."""
         return ImageError(
             f"cannot read image {self.name(index)}: {reason_of(error)}. `python -m pcl_fast.data check DIR` finds all "
-            "such images; --data.skip-broken leaves them out"
+            "such images; pcl_fast.train leaves them out with --data.skip-broken"
         )
 
     def fingerprint(self) -> str:

@@ -15,10 +15,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from pcl_fast.config import DataConfig
-from pcl_fast.data import ImageSet
-from pcl_fast.distributed import World, shard_bounds
+from pcl_fast.data import ImageSet, check_headers
+from pcl_fast.distributed import World, all_or_none, check_same, main_first, shard_bounds
 from pcl_fast.evaluation.continuation import Continuation
 from pcl_fast.evaluation.features import Features, encode_set
+from pcl_fast.evaluation.labelled import Labelled, open_labelled, open_training
 from pcl_fast.pretrained import Pretrained
 
 
@@ -159,6 +160,36 @@ class Context:
     def device(self) -> torch.device:
         """Return this rank's device."""
         return self.world.device
+
+    def labelled(self, folder: Path, format: str) -> Labelled:
+        """Open training and test images, see `open_labelled`, and look at all of their headers.
+
+        Raises:
+            ImageError: on all ranks, if one finds a fault.
+        """
+        found = main_first(lambda: open_labelled(folder, format), self.world)
+        for images in (found.train, found.test):
+            self.look_at(images)
+        return found
+
+    def training(self, folder: Path, format: str) -> tuple[ImageSet, torch.Tensor]:
+        """Open training images, see `open_training`, and look at all of their headers.
+
+        Raises:
+            ImageError: on all ranks, if one finds a fault.
+        """
+        images, labels = main_first(lambda: open_training(folder, format), self.world)
+        self.look_at(images)
+        return images, labels
+
+    def look_at(self, images: ImageSet) -> None:
+        """Read the headers of all images, a share on each rank: better now than after hours.
+
+        Raises:
+            ImageError: one of them is missing or no image; names it, on all ranks.
+        """
+        check_same("the images", images.fingerprint(), self.world, advice="--data must hold the same on every machine")
+        all_or_none(lambda: check_headers(images, self.world.rank, self.world.size), self.world)
 
     def say(self, text: str) -> None:
         """Print a line, on the main rank."""

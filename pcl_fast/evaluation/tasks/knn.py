@@ -13,7 +13,7 @@ from pcl_fast.distributed import World, all_gather_shards
 from pcl_fast.evaluation import paper
 from pcl_fast.evaluation.features import Features
 from pcl_fast.evaluation.knn import knn_accuracies
-from pcl_fast.evaluation.labelled import Labelled, holds_labelled, open_labelled
+from pcl_fast.evaluation.labelled import Labelled, holds_labelled
 from pcl_fast.evaluation.pictures import bars
 from pcl_fast.evaluation.tasks.base import Context, Outcome, Row, Task
 
@@ -42,7 +42,7 @@ class Knn(Task, name="knn", scores="momentum"):
 
     def run(self, context: Context) -> Outcome:
         world = context.world
-        labelled = open_labelled(self.data, self.format)
+        labelled = context.labelled(self.data, self.format)
         data = self.reading(context.pretrained)
         banks = _unit(context.encode(labelled.train, data, "training images"))
         queries = _unit(context.encode(labelled.test, data, "test images"))
