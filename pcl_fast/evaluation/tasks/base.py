@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -84,7 +85,7 @@ class Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Task(Options):
+class Task(Options, ABC):
     """A task: its fields are the command line's flags, `run` does the work on all ranks together.
 
     A subclass gives its name on the command line and the encoder that it scores unless it is told otherwise:
@@ -99,11 +100,11 @@ class Task(Options):
         Task.named[name] = cls
 
     @classmethod
+    @abstractmethod
     def obstacle(cls, data: Path, checkpoint: Path) -> str | None:
         """Say why `evaluate all` leaves this task out for such data, or return None if it can run. It looks at what is
         there and reads no image.
         """
-        raise NotImplementedError
 
     def check(self) -> None:
         """Refuse options that cannot work, before anything is read.
@@ -112,14 +113,14 @@ class Task(Options):
             ValueError: names the flag, its value and what to use instead.
         """
 
+    @abstractmethod
     def run(self, context: Context) -> Outcome:
         """Do the work. All ranks call it together; the main one's result counts.
 
         Raises:
             ValueError, UserError, OSError: the data or the options cannot be used; before long work.
-            Stopped: a signal came, and `Context.stop` has saved.
+            Stopped: a signal came, and what was done is saved, see Continuation.
         """
-        raise NotImplementedError
 
     def reading(self, pretrained: Pretrained) -> DataConfig:
         """Return how images are read and cropped."""
