@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from pcl_fast.data import ImageFolder, ImageSet, open_set
+from pcl_fast.data.sources.places import find_places, holds_places
 from pcl_fast.errors import ImageError
 
 TRAIN, TEST = "train", "val"
@@ -36,17 +37,19 @@ class Labelled:
 
 def holds_labelled(folder: Path) -> str | None:
     """Say why `open_labelled` cannot work in this folder, or return None."""
-    if (folder / TRAIN).is_dir() and (folder / TEST).is_dir():
+    if holds_places(folder) or ((folder / TRAIN).is_dir() and (folder / TEST).is_dir()):
         return None
-    return f"{folder} has no folders {TRAIN} and {TEST}"
+    return f"{folder} has no folders {TRAIN} and {TEST}, nor Places205's lists"
 
 
 def open_labelled(folder: Path, format: str = "folder") -> Labelled:
-    """Open folder/train and folder/val, each a folder of class folders or of tar shards.
+    """Open folder/train and folder/val, each a folder of class folders or of tar shards; or Places205 by its lists.
 
     Raises:
         ImageError: one of them is missing or has no labels, or the classes are not the same in both.
     """
+    if holds_places(folder):
+        return pair(*find_places(folder))
     return pair(*(_open_part(folder, part, format) for part in (TRAIN, TEST)))
 
 
@@ -104,6 +107,6 @@ def _open_part(folder: Path, part: str, format: str) -> ImageSet:
     if not (folder / part).is_dir():
         raise ImageError(
             f"{folder / part} is missing; --data wants a folder with {TRAIN} and {TEST} in it, each of class "
-            "folders, or of tar shards with --format webdataset"
+            "folders, or of tar shards with --format webdataset; or Places205 with its lists"
         )
     return open_set(folder / part, format)

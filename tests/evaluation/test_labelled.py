@@ -46,7 +46,7 @@ def test_no_labels(halves):
 
 def test_a_part_is_missing(halves):
     shutil.rmtree(halves / "val")
-    assert holds_labelled(halves) == f"{halves} has no folders train and val"
+    assert holds_labelled(halves) == f"{halves} has no folders train and val, nor Places205's lists"
     with pytest.raises(ImageError, match="val is missing; --data wants a folder with train and val in it"):
         open_labelled(halves)
 
