@@ -27,7 +27,7 @@ from pcl_fast.errors import UserError
 from pcl_fast.evaluation.continuation import Continuation
 from pcl_fast.evaluation.results import as_table, write_results
 from pcl_fast.evaluation.tasks import Context, Options, Task
-from pcl_fast.pretrained import Pretrained, read_pretrained
+from pcl_fast.pretrained import THE_ONLY_ONE, Pretrained, read_pretrained
 from pcl_fast.run.signals import Stopped, StopSignals
 
 
@@ -103,7 +103,8 @@ def _run(task: Task, world: World, console: Console) -> None:
     settings = {**task.settings(), "checkpoint": pretrained.checksum}
     continuation = Continuation(output / f"{task.name}.part.pt", settings, StopSignals(), world)
     context = Context(world, pretrained, read, output, continuation, console)
-    context.say(f"{task.name} scores the {pretrained.encoder} encoder of {pretrained.path}: {pretrained.source}")
+    encoder = "only" if pretrained.encoder == THE_ONLY_ONE else pretrained.encoder
+    context.say(f"{task.name} scores the {encoder} encoder of {pretrained.path}: {pretrained.source}")
     for line in pretrained.notes:
         context.say(line)
     outcome = task.run(context)

@@ -19,7 +19,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.backbone, width = _build_backbone(config)
+        self.backbone, width = build_backbone(config)
         if config.head == "mlp":
             self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.dim))
         elif config.head == "mlp_bn":
@@ -36,7 +36,12 @@ class Encoder(nn.Module):
         return F.normalize(self.head(self.backbone(images)).float(), dim=1)
 
 
-def _build_backbone(config: ModelConfig) -> tuple[nn.Module, int]:
+def resnet_names() -> list[str]:
+    """Return torchvision's names of its ResNets."""
+    return [name for name in torchvision.models.list_models(torchvision.models) if "resne" in name]
+
+
+def build_backbone(config: ModelConfig) -> tuple[nn.Module, int]:
     """Return (backbone, whose output is its pooled features; how many features these are).
 
     Raises:
@@ -44,7 +49,7 @@ def _build_backbone(config: ModelConfig) -> tuple[nn.Module, int]:
     """
     if depth := re.fullmatch(r"cifar_resnet(\d+)", config.arch):
         return _cifar_resnet(int(depth[1]))
-    names = [name for name in torchvision.models.list_models(torchvision.models) if "resne" in name]
+    names = resnet_names()
     if config.arch not in names:
         raise ValueError(
             f"--model.arch {config.arch} is no ResNet; choose from {', '.join(names)}, or cifar_resnet8, 14, 20, ..."

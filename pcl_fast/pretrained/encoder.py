@@ -11,6 +11,8 @@ from torch import nn
 
 from pcl_fast.config import DataConfig
 
+THE_ONLY_ONE = "the only one"
+
 
 @dataclass(frozen=True)
 class Pretrained:
@@ -20,7 +22,7 @@ class Pretrained:
     head: maps these to [N, dim], not yet normalised; None where the file has none.
     width: number of the backbone's features.
     arch: torchvision's name of the ResNet, or cifar_resnet8, ...; small_stem as in ModelConfig.
-    encoder: "query" or "momentum"; "the only one" of a file that has one.
+    encoder: "query" or "momentum"; THE_ONLY_ONE of a file that has one.
     source: what the file is, in words.
     path: of the file that was read; checksum: its SHA-256.
     data: how the images were read that it learned from, if the file says.

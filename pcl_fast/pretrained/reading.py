@@ -2,64 +2,76 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
+from typing import Literal
 
-from torch import nn
+import torch
 
-from pcl_fast.config import data_config, model_config
+from pcl_fast.config import ModelConfig
 from pcl_fast.errors import CheckpointError
-from pcl_fast.nn.encoder import Encoder
+from pcl_fast.nn.encoder import build_backbone
+from pcl_fast.pretrained.architectures import architecture
 from pcl_fast.pretrained.encoder import Pretrained
-from pcl_fast.run.checkpoint import NAME, load_checkpoint
+from pcl_fast.pretrained.files import checksum, locate, read
+from pcl_fast.pretrained.formats import Found, find_encoder
+from pcl_fast.pretrained.head import build_head, describe
+from pcl_fast.pretrained.hub import HubConfig, hub_config
+from pcl_fast.pretrained.ours import from_ours, is_ours
+from pcl_fast.pretrained.tensors import fill
 
 
-def read_pretrained(path: Path, encoder: str) -> Pretrained:
+def read_pretrained(path: Path, encoder: Literal["query", "momentum"]) -> Pretrained:
     """Read an encoder, in eval mode and on the CPU.
 
+    Nothing in it is random: a file that has not all of a ResNet's tensors is refused, and so is one that has others
+    in it. No code that a file brings is run.
+
     Args:
-        path: a run's folder, or a file.
-        encoder: "query" or "momentum"; a file with a single encoder has no choice.
+        path: a run's folder, one of timm's with model.safetensors and config.json, or a file.
+        encoder: of a file that has two; one with a single encoder has no choice.
 
     Raises:
         CheckpointError: there is no such file, it cannot be read, has not this encoder, or would leave anything but a
             classifier at random; names the tensors.
+        OSError: the file cannot be opened.
     """
-    return _ours(path, encoder)
+    file = locate(path)
+    content = read(file)
+    if is_ours(content):
+        return from_ours(content, encoder, file)
+    config = hub_config(file) if file.suffix == ".safetensors" else None
+    return _from_others(find_encoder(content, encoder, file), config, file)
 
 
-def _ours(path: Path, name: str) -> Pretrained:
-    state = load_checkpoint(path)
-    if state is None:
-        raise CheckpointError(f"{path} holds no checkpoint; give a run's folder, or a checkpoint's file")
-    encoders = state["encoders"]
-    if name not in encoders:
-        raise CheckpointError(f"{path} has no encoder {name!r}; it has {', '.join(encoders)}")
-    model = model_config(state["config"])
-    encoder = Encoder(model)
-    encoder.load_state_dict(encoders[name])
-    encoder.eval()
-    file = path / NAME if path.is_dir() else path
+def _from_others(found: Found, config: HubConfig | None, file: Path) -> Pretrained:
+    likely = found.facts.get("arch") if config is None else config.architecture
+    arch = architecture(found.backbone, file=file, prefix=found.prefix, likely=likely)
+    if config is not None and config.architecture != arch:
+        raise CheckpointError(
+            f"config.json beside {file} names {config.architecture}, which is not {arch}, though its tensors have the "
+            "same names and shapes: it may compute something else with them"
+        )
+    with torch.device("meta"):
+        backbone, width = build_backbone(ModelConfig(arch=arch))
+    fill(backbone, found.backbone, file=file, prefix=found.prefix)
+    head = build_head(found.head, width, file=file, prefix=f"{found.prefix}fc.") if found.head else None
     return Pretrained(
-        backbone=encoder.backbone,
-        head=encoder.head,
-        width=next(module.in_features for module in encoder.head.modules() if isinstance(module, nn.Linear)),
-        arch=model.arch,
-        small_stem=model.small_stem,
-        encoder=name,
-        source=f"a run of pcl_fast with the preset {state['config']['preset']}",
+        backbone=backbone.eval(),
+        head=head,
+        width=width,
+        arch=arch,
+        small_stem=False,
+        encoder=found.encoder,
+        source=found.kind if config is None else f"timm's {'.'.join(filter(None, (arch, config.tag)))}",
         path=file,
         checksum=checksum(file),
-        data=data_config(state["config"]),
-        notes=(),
-        facts={"epoch": state["epoch"]},
+        data=None if config is None else config.data,
+        notes=(
+            f"loaded: the backbone, {arch}, from {len(found.backbone)} tensors"
+            + (f" {found.prefix}*; " if found.prefix else "; ")
+            + ("no projection head" if head is None else f"the projection head, {describe(head)}"),
+            f"left out: {found.left_out or 'nothing'}",
+            *(() if config is None else config.notes),
+        ),
+        facts=found.facts,
     )
-
-
-def checksum(file: Path) -> str:
-    """Return a file's SHA-256, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(file, "rb") as content:
-        while part := content.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
