@@ -31,7 +31,8 @@ from pcl_fast.distributed import World
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
 from pcl_fast.methods import build, flag, method_class
 from pcl_fast.nn.encoder import Encoder
-from pcl_fast.run.checkpoint import load_checkpoint, load_encoder
+from pcl_fast.pretrained import Pretrained, read_pretrained
+from pcl_fast.run.checkpoint import load_checkpoint
 from pcl_fast.run.metrics import read_rows
 
 RANKS = 2
@@ -140,7 +141,7 @@ def score_all(config: Config, output: Path, folder: Path) -> dict[str, Scores]:
     rows = {"raw pixels": score(torch.from_numpy(pixels).flatten(1).float(), labels)}
     method = build(config, world, len(images))
     name = method.features().encoder
-    encoders = {"untrained": method.encoders()[name].eval(), "trained": load_encoder(output, name, _CPU)}
+    encoders = {"untrained": method.encoders()[name].eval(), "trained": read_pretrained(output, name).to(_CPU)}
     for state, encoder in encoders.items():
         backbone, features = encoded(encoder, views)
         rows[f"{state}, backbone"] = score(backbone, labels)
@@ -149,7 +150,7 @@ def score_all(config: Config, output: Path, folder: Path) -> dict[str, Scores]:
 
 
 @torch.inference_mode()
-def encoded(encoder: Encoder, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def encoded(encoder: Encoder | Pretrained, views: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(the backbone's features, unit features) of the clustering view, uint8 [n, H, W, 3]."""
     backbone = torch.cat([encoder.backbone(normalise(chunk, torch.float32)) for chunk in views.split(500)])
     return backbone, F.normalize(encoder.head(backbone), dim=1)

@@ -1,4 +1,4 @@
-"""The checkpoint's file: writing it, reading it, and taking an encoder out of it.
+"""The checkpoint's file: writing it, and reading it. (pretrained/ takes encoders out of it.)
 
 It holds tensors and plain Python values, by these keys:
 
@@ -20,10 +20,8 @@ from typing import Any
 
 import torch
 
-from pcl_fast.config import model_config
 from pcl_fast.errors import CheckpointError
 from pcl_fast.files import write_whole
-from pcl_fast.nn.encoder import Encoder
 
 NAME = "checkpoint.pt"
 FORMAT = 2
@@ -68,24 +66,3 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
             "start anew"
         )
     return state
-
-
-def load_encoder(path: Path, name: str, device: torch.device) -> Encoder:
-    """An encoder out of a checkpoint, in eval mode.
-
-    Args:
-        path: of the file, or of a run's folder.
-        name: "query", or "momentum" for methods that have a momentum encoder.
-
-    Raises:
-        CheckpointError: there is no checkpoint, it cannot be read, or has no such encoder; names those it has.
-    """
-    state = load_checkpoint(path)
-    if state is None:
-        raise CheckpointError(f"{path} holds no checkpoint; give a run's folder, or a checkpoint's file")
-    encoders = state["encoders"]
-    if name not in encoders:
-        raise CheckpointError(f"{path} has no encoder {name!r}; it has {', '.join(encoders)}")
-    encoder = Encoder(model_config(state["config"]))
-    encoder.load_state_dict(encoders[name])
-    return encoder.to(device, memory_format=torch.channels_last).eval()

@@ -62,6 +62,12 @@ def test_an_unreadable_checkpoint_is_named(tmp_path):
         load_checkpoint(tmp_path)
 
 
+def test_another_version_s_checkpoint_is_named(tmp_path):
+    torch.save({"epoch": 3}, tmp_path / "old.pt")
+    with pytest.raises(CheckpointError, match=r"old\.pt was not written by this version"):
+        load_checkpoint(tmp_path / "old.pt")
+
+
 def test_kill_during_a_save_leaves_the_last_one_readable(tmp_path):
     """Killed at several moments of a save that takes longer (16 MB to disk) than the pauses between them."""
     for attempt in range(6):

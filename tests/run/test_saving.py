@@ -1,9 +1,8 @@
-"""Taking up a run, or refusing to; and encoders out of checkpoints."""
+"""Taking up a run, or refusing to."""
 
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,9 +11,7 @@ import torch
 from steps import batch, learner_of, same, small_config, weights
 
 from pcl_fast.config import model_config, to_dict
-from pcl_fast.data import normalise
-from pcl_fast.errors import CheckpointError
-from pcl_fast.run.checkpoint import load_checkpoint, load_encoder, save_checkpoint
+from pcl_fast.run.checkpoint import load_checkpoint, save_checkpoint
 from pcl_fast.run.saving import Progress, Saver
 
 RECORD = {"global_step": 3, "metrics_length": 70, "epoch_metrics": {"names": [], "steps": []}}
@@ -95,20 +92,6 @@ def test_after_a_save_the_next_is_not_due(config, alone):
     assert not saver.is_due()
 
 
-@pytest.mark.parametrize("name", ["query", "momentum"])
-@pytest.mark.parametrize("as_file", [False, True])
-def test_an_encoder_out_of_a_checkpoint(config, alone, name, as_file):
-    learner = saved(config, alone)
-    path = config.output / "checkpoint.pt" if as_file else config.output
-    encoder = load_encoder(path, name, torch.device("cpu"))
-    assert not encoder.training
-    images = normalise(batch(3).views[0], torch.float32)
-    expected = learner.method.encoders()[name].eval()(images)
-    assert torch.equal(encoder(images), expected)
-    other = learner.method.encoders()["query" if name == "momentum" else "momentum"].eval()(images)
-    assert not torch.equal(expected, other)
-
-
 def test_encoders_cost_a_checkpoint_nothing(config, alone):
     """They stand in it twice, but their bytes once."""
     learner = saved(config, alone)
@@ -116,17 +99,6 @@ def test_encoders_cost_a_checkpoint_nothing(config, alone):
     torch.save({**load_checkpoint(config.output), "encoders": {}}, config.output / "without.pt")
     weights_size = sum(4 * p.numel() for p in learner.method.encoder.parameters())
     assert size - (config.output / "without.pt").stat().st_size < 0.3 * weights_size
-
-
-def test_what_is_not_there_is_said(config, alone, tmp_path):
-    saved(config, alone)
-    with pytest.raises(CheckpointError, match="has no encoder 'teacher'; it has query, momentum"):
-        load_encoder(config.output, "teacher", torch.device("cpu"))
-    with pytest.raises(CheckpointError, match="holds no checkpoint"):
-        load_encoder(tmp_path / "none", "query", torch.device("cpu"))
-    torch.save({"epoch": 3}, tmp_path / "old.pt")
-    with pytest.raises(CheckpointError, match=re.escape("old.pt was not written by this version")):
-        load_encoder(tmp_path / "old.pt", "query", torch.device("cpu"))
 
 
 def test_an_encoder_s_configuration_survives_new_fields(config):
