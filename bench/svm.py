@@ -77,4 +77,5 @@ def test_svm(benchmark, data, case, provider):
     benchmark.extra_info.update(provider=provider, sizes=SIZES, case=described)
     found = benchmark.pedantic(PROVIDERS[provider], args=(data, jobs), warmup_rounds=1, rounds=ROUNDS)
     benchmark.extra_info["figures"] = {"mean_ap": round(found, 4)}
-    assert found == pytest.approx(loop(data, jobs), abs=1e-4)
+    if provider != "loop":
+        assert found == pytest.approx(loop(data, jobs), abs=1e-4)
