@@ -4,6 +4,8 @@ PYTHON ?= python3
 STACK ?= cu13
 VENV := $(if $(filter v100,$(STACK)),.venv-v100,.venv)
 BIN := $(VENV)/bin
+# Up to four at a time: each takes 1 to 2 GB.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: setup demo test test-all lint bench check-v100
 
@@ -14,11 +16,11 @@ demo: setup
 
 # The quick tests.
 test: setup
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # Every test; the slow ones are marked so.
 test-all: setup
-	$(BIN)/python -m pytest -m ""
+	$(PYTEST) -m ""
 
 lint: setup
 	$(BIN)/ruff check .
@@ -32,7 +34,7 @@ bench: setup
 # printed instead of tested. Needs no GPU.
 check-v100:
 	$(MAKE) setup STACK=v100
-	.venv-v100/bin/python -m pytest -m "" --ignore tests/kernels/test_resources.py
+	.venv-v100/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "" --ignore tests/kernels/test_resources.py
 	.venv-v100/bin/python tests/kernels/resources.py 70
 	$(MAKE) setup STACK=cu13
 	.venv/bin/python tests/kernels/resources.py 80 90

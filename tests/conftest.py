@@ -12,7 +12,8 @@ from PIL import Image
 
 from pcl_fast.distributed import World
 
-torch.set_num_threads(2)
+# One where tests run side by side: threads that wait for each other would take the cores from others.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
 
