@@ -43,7 +43,7 @@ def precision_recall(
     Raises:
         ValueError: a score is not a number, or no item is relevant, so that there is no recall.
     """
-    scores, relevant = np.asarray(scores), np.asarray(relevant, dtype=bool)
+    scores, relevant = np.asarray(scores, dtype=np.float64), np.asarray(relevant, dtype=bool)
     total = int(relevant.sum()) if total is None else total
     if total == 0:
         raise ValueError("average precision is not defined without a relevant item")
