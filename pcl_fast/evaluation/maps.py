@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -21,8 +22,64 @@ from pcl_fast.nn.precision import autocast, encoder_dtype
 from pcl_fast.pretrained import Pretrained
 from pcl_fast.schedule import CLUSTERING_BATCH
 
-# Of the pooling, and the map that it leaves 2 x 2 of.
+# Of the pooling, and of the maps that it leaves 2 x 2 of.
 _KERNEL, _SIDE = 6, 7
+
+
+@torch.inference_mode()
+def encode_maps(
+    pretrained: Pretrained,
+    images: ImageSet,
+    data: DataConfig,
+    world: World,
+    progress: Callable[[int], None] = lambda done: None,
+) -> torch.Tensor:
+    """Return float32 [n_local, 4 width]: this rank's shard of the last block's maps, pooled with kernel 6 and stride 1.
+
+    An image's shorter side is resized to data.resize, then all of the image to a square of data.size, as the benchmark
+    does. The features lie on the rank's device.
+
+    Raises:
+        UserError: the maps are not 7 x 7.
+    """
+    shard, device = range(*shard_bounds(len(images), world.rank, world.size)), world.device
+    body, dtype = fold_batch_norm(before_pooling(pretrained.backbone)).to(device), encoder_dtype(device)
+
+    def pooled(batch: torch.Tensor) -> torch.Tensor:
+        with autocast(device):
+            maps = body(normalise(batch.to(device, non_blocking=True), dtype)).float()
+        _check_side(maps, data.size)
+        return F.avg_pool2d(maps, _KERNEL, stride=1).flatten(1)
+
+    # The width, and that the maps have the right size, on a rank without images too.
+    [width] = pooled(torch.zeros(1, data.size, data.size, 3, dtype=torch.uint8))[0].shape
+    found, done = torch.empty(len(shard), width, device=device), 0
+    loader = DataLoader(
+        _Squares(images, shard, data.resize, data.size),
+        batch_size=CLUSTERING_BATCH,
+        num_workers=pick_resources(data, device).workers,
+        pin_memory=device.type == "cuda",
+    )
+    for batch in loader:
+        found[done : done + len(batch)] = pooled(batch)
+        done += len(batch)
+        progress(done)
+    return found
+
+
+def before_pooling(backbone: nn.Module) -> nn.Module:
+    """Return the part of a ResNet that maps images [N, 3, H, W] to the last block's maps [N, width, H', W']."""
+    layers = itertools.takewhile(lambda layer: not isinstance(layer, nn.AdaptiveAvgPool2d), backbone.children())
+    return nn.Sequential(*layers)
+
+
+def _check_side(maps: torch.Tensor, size: int) -> None:
+    height, width = maps.shape[2:]
+    if (height, width) != (_SIDE, _SIDE):
+        raise UserError(
+            f"--protocol fair wants feature maps of {_SIDE} x {_SIDE}, and images of {size} px give {height} x "
+            f"{width}: use --protocol pcl, or --size {size * _SIDE // height} if that is a size for this encoder"
+        )
 
 
 class _Squares(Dataset):
@@ -37,40 +94,3 @@ class _Squares(Dataset):
     def __getitem__(self, position: int) -> torch.Tensor:
         image = transform.resize(self.images.read(self.shard[position]), [self.resize], antialias=True)
         return to_bytes(transform.resize(image, [self.size, self.size], antialias=True))
-
-
-@torch.inference_mode()
-def encode_maps(
-    pretrained: Pretrained,
-    images: ImageSet,
-    data: DataConfig,
-    world: World,
-    progress: Callable[[int], None] = lambda done: None,
-) -> torch.Tensor:
-    """Return float32 [n_local, 4 width]: this rank's shard of the last block's maps, pooled with kernel 6 and stride 1.
-
-    Raises:
-        UserError: the maps are not 7 x 7.
-    """
-    shard, device = range(*shard_bounds(len(images), world.rank, world.size)), world.device
-    # All but the pooling and what follows it.
-    body = fold_batch_norm(nn.Sequential(*list(pretrained.backbone.children())[:-2])).to(device)
-    loader = DataLoader(
-        _Squares(images, shard, data.resize, data.size),
-        batch_size=CLUSTERING_BATCH,
-        num_workers=pick_resources(data, device).workers,
-    )
-    found, done = [torch.empty(0, 4 * pretrained.width)], 0
-    for batch in loader:
-        with autocast(device):
-            maps = body(normalise(batch.to(device), encoder_dtype(device))).float()
-        if maps.shape[2:] != (_SIDE, _SIDE):
-            raise UserError(
-                f"the protocol fair wants feature maps of {_SIDE} x {_SIDE}, and images of {data.size} px give "
-                f"{maps.shape[2]} x {maps.shape[3]}; use --size {_SIDE * 32} with a ResNet for large images, or "
-                "--protocol pcl"
-            )
-        found.append(F.avg_pool2d(maps, _KERNEL, stride=1).flatten(1).cpu())
-        done += len(batch)
-        progress(done)
-    return torch.cat(found)

@@ -1,237 +1,241 @@
-"""Linear SVMs on frozen features: on VOC's classes, of which an image can have several, and on single labels.
+"""Linear SVMs on frozen features: one for every class of VOC07, of which an image may hold several, and one for all
+classes of images with a single label.
 
-Two protocols are in use for VOC07. "pcl" is the official PCL code's, "fair" that of the FAIR self-supervision
-benchmark, which moves scores of 1 and 2 images of a class by several points.
+Two protocols are in use for VOC07, and scores of 1 and 2 images of a class differ by several points between them: "pcl"
+is that of PCL's official script, "fair" that of the FAIR self-supervision benchmark.
 """
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
-from joblib import Parallel, delayed
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
-from threadpoolctl import threadpool_limits
 
 from pcl_fast.evaluation.average_precision import eleven_points, envelope_area, precision_recall
+from pcl_fast.seeds import Purpose, mix_seeds
 
-# The benchmark's costs: decades, and powers of one half.
-FAIR_COSTS = (*(10.0**power for power in range(-7, 3)), *(0.5**power for power in range(4, 20)))
-# Of VOC, where most images do not have a class.
-_VOC_WEIGHTS = {1: 2, -1: 1}
-
-
-class Precision(NamedTuple):
-    """Mean average precision over the classes, in percent: by the envelope, and by eleven points."""
-
-    envelope: float
-    eleven: float
+# After so many liblinear gives up.
+ITERATIONS = 2000
+_COST = 0.5
 
 
 @dataclass(frozen=True)
-class Presence:
-    """Features of images, and which classes are on them.
+class Protocol:
+    """How the SVMs of VOC07 are trained and tested.
 
-    features: float32 [n, d], see `unit`.
-    presence: int8 [n, C]: 1 the class is there, 0 all of its objects are difficult, -1 it is not.
+    costs: every C that is tried.
+    own_images: whether a class has low-shot images of its own, k that show it and 19 k that do not (for 20 classes).
+        Otherwise all classes learn from k images of each. An image that is drawn for two classes is there twice.
+    without_difficult: whether an image is left out of a class's test if all of its objects of the class are difficult;
+        otherwise it does not show the class. In training on all images it never does.
+    folds: how many folds of the training images a class tries the costs on when it trains on all; 0: the cost is the
+        one with the best mean on the test images, as it is for few images.
     """
 
-    features: np.ndarray
-    presence: np.ndarray
+    costs: tuple[float, ...]
+    own_images: bool = False
+    without_difficult: bool = False
+    folds: int = 0
 
 
-@dataclass
-class Workers:
-    """Threads among which fits are divided; liblinear lets Python go while it works.
+PROTOCOLS = {
+    "pcl": Protocol(costs=(_COST,)),
+    "fair": Protocol(
+        costs=(*(float(f"1e{power}") for power in range(-7, 3)), *(0.5**power for power in range(4, 20))),
+        own_images=True,
+        without_difficult=True,
+        folds=3,
+    ),
+}
 
-    jobs: number of threads.
-    progress: is told how many fits are done.
-    unconverged: how many fits have reached the most iterations.
+
+class VocFeatures(NamedTuple):
+    """The features of images, and which classes they show.
+
+    train, test: float32 [n, d], see `unit`.
+    train_presence, test_presence: int8 [n, C], as in VocSplit.
     """
 
-    jobs: int = os.cpu_count() or 1
-    progress: Callable[[int], None] = lambda done: None
-    unconverged: int = 0
-    done: int = field(default=0, init=False)
+    train: np.ndarray
+    train_presence: np.ndarray
+    test: np.ndarray
+    test_presence: np.ndarray
 
-    def fit(self, work: Sequence[tuple[np.ndarray, np.ndarray, float, dict | None]]) -> Iterator[LinearSVC]:
-        """Yield a fitted SVM for every (features, labels, cost, class weights), in order."""
-        with warnings.catch_warnings(), threadpool_limits(1):
-            warnings.simplefilter("ignore", ConvergenceWarning)  # counted instead
-            pool = Parallel(self.jobs, backend="threading", return_as="generator")
-            for machine in pool(delayed(_fit)(*item) for item in work):
-                self.unconverged += machine.n_iter_ >= machine.max_iter
-                self.done += 1
-                self.progress(self.done)
-                yield machine
 
-    def map(self, function: Callable[..., Any], work: Sequence[tuple]) -> list[Any]:
-        """Return function(*item) for every item, in order."""
-        with warnings.catch_warnings(), threadpool_limits(1):
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            return Parallel(self.jobs, backend="threading")(delayed(function)(*item) for item in work)
+class VocJob(NamedTuple):
+    """A class's SVMs on the same images, one for each of some costs.
+
+    shots: images of a class; None for all.
+    draw: which of several draws of these.
+    label: the class.
+    """
+
+    shots: int | None
+    draw: int
+    label: int
+    costs: tuple[float, ...]
+
+
+class Scored(NamedTuple):
+    """What one SVM has reached.
+
+    validation: mean of scikit-learn's average precision over the folds; 0 if there are none.
+    envelope, eleven: average precision on the test images, see `average_precision`.
+    stopped: 1 if liblinear gave up before it converged, else 0.
+    """
+
+    validation: float
+    envelope: float
+    eleven: float
+    stopped: float
+
+
+class Chosen(NamedTuple):
+    """Scores with the chosen cost.
+
+    costs: of every class, float64 [C].
+    envelope, eleven: of every draw and class, float64 [draws, C].
+    """
+
+    costs: np.ndarray
+    envelope: np.ndarray
+    eleven: np.ndarray
 
 
 def unit(features: np.ndarray) -> np.ndarray:
-    """Return x / (|x| + 1e-5) for every row x, as both protocols do."""
-    return features / (np.linalg.norm(features, axis=1, keepdims=True) + 1e-5)
+    """Return x / (|x| + 1e-5) for every row x of float32 [n, d], as all protocols do."""
+    return features / (np.linalg.norm(features, axis=1, keepdims=True) + np.float32(1e-5))
 
 
-def machine(cost: float, weights: dict[int, float] | None) -> LinearSVC:
-    """Return the SVM of all protocols, not yet fitted."""
-    return LinearSVC(C=cost, class_weight=weights, dual=True, tol=1e-4, max_iter=2000, random_state=0)
+def voc_jobs(protocol: Protocol, shots: Sequence[int], draws: int, classes: int, *, full: bool) -> list[VocJob]:
+    """List what is to be trained: for few images, in the order of `shots`, then for all images if `full`."""
+    low_shot = [VocJob(*of, protocol.costs) for of in product(shots, range(draws), range(classes))]
+    # One by one, for each takes as long as many of the others.
+    whole = [VocJob(None, 0, label, (cost,)) for label in range(classes) for cost in protocol.costs]
+    return [*low_shot, *(whole if full else [])]
 
 
-def _fit(features: np.ndarray, labels: np.ndarray, cost: float, weights: dict[int, float] | None) -> LinearSVC:
-    return machine(cost, weights).fit(features, labels)
-
-
-# --- VOC ----------------------------------------------------------------------------------------------------------
-
-
-def voc_full(train: Presence, test: Presence, workers: Workers, *, fair: bool, costs: Sequence[float]) -> Precision:
-    """Train an SVM for every class on all images.
+def draw_voc(presence: np.ndarray, protocol: Protocol, seed: int, job: VocJob) -> np.ndarray:
+    """Return which images a job learns from: positions int64. The same job always draws the same.
 
     Args:
-        fair: ignore difficult images instead of counting them as negatives.
-        costs: C; of several the best in 3-fold cross-validation is taken, for every class alone.
+        presence: int8 [n, C], as in VocSplit.
+        seed: of the draws.
+
+    Raises:
+        ValueError: the class has too few images for `protocol.own_images`. Otherwise it gives all that it has.
     """
-    parts = [_labelled(train, number, fair) for number in range(train.presence.shape[1])]
-    chosen = [costs[0]] * len(parts) if len(costs) == 1 else _cross_validated(parts, costs, workers)
-    machines = workers.fit([(*part, cost, _VOC_WEIGHTS) for part, cost in zip(parts, chosen, strict=True)])
-    return _mean([_precision(found, test, number, fair) for number, found in enumerate(machines)])
+    if job.shots is None:
+        return np.arange(len(presence))
+    if not protocol.own_images:
+        rng = np.random.default_rng(mix_seeds(seed, Purpose.EVALUATION, job.shots, job.draw))
+        return np.concatenate([rng.permutation(np.flatnonzero(shown))[: job.shots] for shown in (presence == 1).T])
+    rng = np.random.default_rng(mix_seeds(seed, Purpose.EVALUATION, job.shots, job.draw, job.label))
+    column, others = presence[:, job.label], (presence.shape[1] - 1) * job.shots
+    drawn = ((1, job.shots), (-1, others))
+    return np.concatenate([rng.choice(np.flatnonzero(column == kind), k, replace=False) for kind, k in drawn])
 
 
-def _cross_validated(
-    parts: Sequence[tuple[np.ndarray, np.ndarray]], costs: Sequence[float], workers: Workers
-) -> list[float]:
-    """Return for every class the cost with the best mean average precision in three folds."""
-    work = [(features, labels, cost) for features, labels in parts for cost in costs]
-    scores = np.array(workers.map(_fold_score, work)).reshape(len(parts), len(costs))
-    return [costs[best] for best in scores.argmax(1)]
+def score_voc(data: VocFeatures, protocol: Protocol, seed: int, job: VocJob) -> list[Scored]:
+    """Train and test the SVMs of a job, one after another.
 
-
-def _fold_score(features: np.ndarray, labels: np.ndarray, cost: float) -> float:
-    return cross_val_score(machine(cost, _VOC_WEIGHTS), features, labels, cv=3, scoring="average_precision").mean()
-
-
-def voc_low_shot(
-    train: Presence,
-    test: Presence,
-    shots: int,
-    workers: Workers,
-    *,
-    draws: int,
-    seed: int,
-    fair: bool,
-    costs: Sequence[float],
-) -> list[Precision]:
-    """Train SVMs on few images of every class; return the scores of every draw.
+    They are scikit-learn's LinearSVC (dual, l2, squared hinge, tolerance 1e-4, random state 0), in which images that
+    show the class weigh twice as much as others.
 
     Args:
-        shots: images of a class. "pcl" labels the union of all classes' images for all classes; fair gives every class
-            its own images and 19 times as many without it, and ignores the rest.
-        draws: how many times images are drawn.
-        costs: C; of several the one with the best mean on the test images is taken, as the benchmark does.
+        seed: of what is drawn, see `draw_voc`.
     """
-    drawn = [draw_voc(train.presence, shots, seed=seed, draw=draw, fair=fair) for draw in range(draws)]
-    classes = train.presence.shape[1]
-    work = [
-        (train.features[rows], np.where(train.presence[rows, number] == 1, 1, -1), cost, _VOC_WEIGHTS)
-        for cost in costs
-        for sets in drawn
-        for number, rows in enumerate(sets)
+    rows = draw_voc(data.train_presence, protocol, seed, job)
+    features, labels = data.train[rows].astype(np.float64), np.where(data.train_presence[rows, job.label] == 1, 1, -1)
+    machines = [_svm(cost, {1: 2, -1: 1}) for cost in job.costs]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # counted instead
+        validation = [
+            _cross_validate(machine, features, labels, protocol.folds if job.shots is None else 0)
+            for machine in machines
+        ]
+        for machine in machines:
+            machine.fit(features, labels)
+    # One pass over the test images for all costs.
+    weights = np.concatenate([machine.coef_ for machine in machines]).astype(np.float32)
+    scores = data.test @ weights.T + np.concatenate([machine.intercept_ for machine in machines])
+    presence = data.test_presence[:, job.label]
+    kept = presence != 0 if protocol.without_difficult else np.full(len(presence), True)
+    curves = [precision_recall(column[kept], presence[kept] == 1) for column in scores.T]
+    return [
+        Scored(value, envelope_area(*curve), eleven_points(*curve), float(machine.n_iter_ >= ITERATIONS))
+        for value, curve, machine in zip(validation, curves, machines, strict=True)
     ]
-    places = [number for _ in costs for _ in drawn for number in range(classes)]
-    scores = [_precision(found, test, number, fair) for number, found in zip(places, workers.fit(work), strict=True)]
-    means = [_mean(scores[begin : begin + classes]) for begin in range(0, len(scores), classes)]
-    by_cost = [means[begin : begin + draws] for begin in range(0, len(means), draws)]
-    return max(by_cost, key=lambda found: np.mean([score.envelope for score in found]))
 
 
-def draw_voc(presence: np.ndarray, shots: int, *, seed: int, draw: int, fair: bool) -> list[np.ndarray]:
-    """Draw images for every class: positions int64, in rising order.
-
-    Raises:
-        ValueError: a class has none, or, if fair, fewer than `shots`.
-    """
-    rng = np.random.default_rng([seed, draw, shots])
-    sets = []
-    for number in range(presence.shape[1]):
-        with_class = np.flatnonzero(presence[:, number] == 1)
-        least = shots if fair else 1
-        if len(with_class) < least:
-            raise ValueError(f"class {number} has {len(with_class)} images, and {shots} are to be drawn")
-        chosen = rng.permutation(with_class)[:shots]
-        if fair:
-            without = rng.permutation(np.flatnonzero(presence[:, number] == -1))[: 19 * shots]
-            chosen = np.concatenate([chosen, without])
-        sets.append(np.sort(chosen))
-    return sets if fair else [np.unique(np.concatenate(sets))] * len(sets)
-
-
-def _labelled(data: Presence, number: int, fair: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return features and labels 1 and -1 of a class."""
-    rows = data.presence[:, number] != 0 if fair else slice(None)
-    return data.features[rows], np.where(data.presence[rows, number] == 1, 1, -1)
-
-
-def _precision(found: LinearSVC, test: Presence, number: int, fair: bool) -> Precision:
-    features, labels = _labelled(test, number, fair)
-    curve = precision_recall(found.decision_function(features), labels == 1)
-    return Precision(100 * envelope_area(*curve), 100 * eleven_points(*curve))
-
-
-def _mean(scores: Sequence[Precision]) -> Precision:
-    return Precision(*np.mean(scores, axis=0).tolist())
-
-
-# --- single labels ------------------------------------------------------------------------------------------------
-
-
-def low_shot_accuracy(
-    train: tuple[np.ndarray, np.ndarray],
-    test: tuple[np.ndarray, np.ndarray],
-    shots: int,
-    workers: Workers,
-    *,
-    draws: int,
-    seed: int,
-) -> list[float]:
-    """Train one multi-class SVM (C = 0.5) on few images of every class; return its accuracy on all test images, in
-    percent, for every draw.
+def choose_low_shot(scored: np.ndarray, costs: Sequence[float]) -> Chosen:
+    """Take the cost with the best mean over all draws and classes on the test images.
 
     Args:
-        train, test: (features float32 [n, d], see `unit`; labels int64 [n]).
-        shots: images of a class.
-        draws: how many times images are drawn.
-
-    Raises:
-        ValueError: a class has fewer than `shots` training images.
+        scored: [draws, C, costs, 4], `Scored` of one number of images.
     """
-    features, labels = train
-    drawn = [draw_labels(labels, shots, seed=seed, draw=draw) for draw in range(draws)]
-    machines = workers.fit([(features[rows], labels[rows], 0.5, None) for rows in drawn])
-    return [100 * float(found.score(*test)) for found in machines]
+    best = Scored(*np.moveaxis(scored, -1, 0)).envelope.mean((0, 1)).argmax()
+    _, envelope, eleven, _ = np.moveaxis(scored[:, :, best], -1, 0)
+    return Chosen(np.full(scored.shape[1], costs[best]), envelope, eleven)
 
 
-def draw_labels(labels: np.ndarray, shots: int, *, seed: int, draw: int) -> np.ndarray:
-    """Draw `shots` images of every class: positions int64, in rising order.
+def choose_full(scored: np.ndarray, costs: Sequence[float], protocol: Protocol) -> Chosen:
+    """Take for every class the cost with the best validation; without folds as `choose_low_shot` does.
+
+    Args:
+        scored: [C, costs, 4], `Scored` of all images.
+    """
+    if not protocol.folds:
+        return choose_low_shot(scored[None], costs)
+    best = scored[:, :, 0].argmax(1)
+    _, envelope, eleven, _ = scored[np.arange(len(best)), best].T
+    return Chosen(np.asarray(costs)[best], envelope[None], eleven[None])
+
+
+def draw_labels(labels: np.ndarray, shots: int, seed: int, draw: int) -> np.ndarray:
+    """Draw `shots` images of every class: positions int64, class by class.
 
     Raises:
         ValueError: a class has fewer.
     """
-    rng = np.random.default_rng([seed, draw, shots])
-    sets = []
-    for number in np.unique(labels):
-        of_class = np.flatnonzero(labels == number)
-        if len(of_class) < shots:
-            raise ValueError(f"class {number} has {len(of_class)} images, and {shots} are to be drawn")
-        sets.append(rng.permutation(of_class)[:shots])
-    return np.sort(np.concatenate(sets))
+    rng = np.random.default_rng(mix_seeds(seed, Purpose.EVALUATION, shots, draw))
+    groups = np.split(np.argsort(labels, kind="stable"), np.bincount(labels).cumsum()[:-1])
+    return np.concatenate([rng.choice(group, shots, replace=False) for group in groups])
+
+
+def score_labels(
+    train: np.ndarray, test: np.ndarray, answers: np.ndarray, rows: np.ndarray, labels: np.ndarray
+) -> tuple[float, bool]:
+    """Train one LinearSVC (C = 0.5, all images weigh the same) for all classes.
+
+    Args:
+        train, test: float32 [n, d], see `unit`.
+        answers: int64, classes of the test images.
+        rows: int64 [m], which of the training images are learned from.
+        labels: int64 [m], their classes.
+
+    Returns:
+        (share of the test images that it classifies correctly, whether liblinear gave up before it converged)
+    """
+    machine = _svm(_COST, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        machine.fit(train[rows], labels)
+    return float(np.mean(machine.predict(test) == answers)), bool(machine.n_iter_ >= ITERATIONS)
+
+
+def _svm(cost: float, weights: dict[int, float] | None) -> LinearSVC:
+    return LinearSVC(C=cost, class_weight=weights, dual=True, tol=1e-4, max_iter=ITERATIONS, random_state=0)
+
+
+def _cross_validate(machine: LinearSVC, features: np.ndarray, labels: np.ndarray, folds: int) -> float:
+    if not folds:
+        return 0.0
+    return float(cross_val_score(machine, features, labels, cv=folds, scoring="average_precision").mean())

@@ -35,14 +35,32 @@ def test_lists_are_training_and_test_images(places):
     assert found.test_labels.tolist() == [1, 0]
 
 
+def test_as_the_archives_unpack(tmp_path):
+    """Lists and images lie in folders of their own; a path may have blanks and commas."""
+    images = tmp_path / "data" / "vision" / "torralba" / "deeplearning" / "images256"
+    write_images(images)
+    (images / "class_0" / "00.jpg").rename(images / "class_0" / "a, b.jpg")
+    lists = tmp_path / "trainvalsplit_places205"
+    lists.mkdir()
+    for name in ("train", "val"):
+        (lists / f"{name}_places205.csv").write_text("class_0/a, b.jpg 1\nclass_2/01.jpg 0\n")
+    assert holds_places(tmp_path)
+    for found in find_places(tmp_path):
+        assert found.paths == ("class_0/a, b.jpg", "class_2/01.jpg")
+        assert found.labels == (1, 0)
+        assert found.read(0).mode == "RGB"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (None, "val_places205.csv is missing; Places205 and its lists are at"),
+        (None, "val_places205.csv: No such file or directory; Places205 and its lists are at"),
         ("\n", "val_places205.csv is empty"),
         ("vision/class_0/01.jpg\n", "line 1: 'vision/class_0/01.jpg' is not a path and the number of a class"),
         ("vision/class_0/01.jpg x\n", "line 1: .* is not a path and the number"),
+        ("vision/class_0/01.jpg 0\n\nvision 1\n5\n", "line 4: '5' is not a path and the number"),
         ("vision/class_0/01.jpg 0\nnowhere.jpg 0\n", "1 of 2 images of .* are missing, the first is .*nowhere.jpg"),
+        ("no/where.jpg 0\n", "1 of 1 images of .* are missing, the first is .*no/where.jpg; the paths in the lists"),
     ],
 )
 def test_faults(places, text, message):
