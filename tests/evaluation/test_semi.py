@@ -144,7 +144,8 @@ def tuned(monkeypatch) -> list[dict]:
     return found
 
 
-def signal_at(look: int, monkeypatch) -> None:
+def signal_at(look: int, monkeypatch) -> list[int]:
+    """Returns how many steps of their shares are done at the looks, of which one, if any, meets the signal."""
     looks, before = [], fine_tuning._Tuning.look
 
     def signalling(self, losses):
@@ -154,6 +155,7 @@ def signal_at(look: int, monkeypatch) -> None:
         before(self, losses)
 
     monkeypatch.setattr(fine_tuning._Tuning, "look", signalling)
+    return looks
 
 
 @pytest.mark.parametrize("look", [1, 2, 4])
@@ -171,8 +173,10 @@ def test_a_stopped_task_goes_on(folder, checkpoint, tmp_path, monkeypatch, tuned
     assert len(tuned) == (3 if look > 2 else 2)
     with pytest.raises(ValueError, match=r"epochs: 3 -> 4"):
         run(task(folder, checkpoint, tmp_path / "parts", **options, epochs=4))
+    looks = signal_at(0, monkeypatch)
     assert run(task(folder, checkpoint, tmp_path / "parts", **options))
-    assert len(tuned) == 4  # nothing was done again
+    assert looks == [2, 3, 2, 4, 6][look:]  # nothing was done again
+    assert len(tuned) == 4
     for one, other in zip(tuned[:2], tuned[2:], strict=True):
         assert all(torch.equal(value, other[name]) for name, value in one.items())
     assert report(tmp_path / "whole")["scores"] == report(tmp_path / "parts")["scores"]
