@@ -59,14 +59,24 @@ def run(options: Options) -> bool:
     for task in tasks:
         task.check()
     world = connect()
+    torch.backends.cudnn.benchmark = True
     console = Console(quiet=not world.is_main, soft_wrap=True)
+    failed: dict[str, Exception] = {}
     try:
         for task in tasks:
-            _run(task, world, console)
+            try:
+                _run(task, world, console)
+            except (ValueError, UserError) as error:
+                if isinstance(options, Task):
+                    raise
+                failed[task.name] = error
+                console.print(f"{task.name} cannot be done: {error}", highlight=False, markup=False)
     except Stopped:
         console.print("stopped by a signal, all is saved; the same command goes on from here")
         return False
     disconnect(world)
+    if failed:
+        raise UserError("of all tasks these could not be done, see above: " + ", ".join(failed))
     return True
 
 
@@ -85,7 +95,7 @@ def _possible(options: Options) -> Iterator[Task]:
     given = {field.name: getattr(options, field.name) for field in fields(options)}
     for name, reason in obstacles.items():
         if reason is None:
-            yield Task.named[name](**given)
+            yield Task.named[name].among_all(**given)
         elif os.environ.get("RANK", "0") == "0":
             print(f"{name} is left out: {reason}", flush=True)
 
@@ -108,7 +118,6 @@ def _run(task: Task, world: World, console: Console) -> None:
     for line in pretrained.notes:
         context.say(line)
     outcome = task.run(context)
-    continuation.finish()
     for line in outcome.protocol:
         context.say(line)
     console.print(as_table(outcome, task.name))
@@ -116,6 +125,7 @@ def _run(task: Task, world: World, console: Console) -> None:
         seconds = time.perf_counter() - begin
         paths = write_results(output, task, pretrained, outcome, ranks=world.size, device=_name(world), seconds=seconds)
         context.say(f"{task.name} took {seconds:.0f} s; results in {' and '.join(map(str, paths))}")
+    continuation.finish()  # not before the results are there
 
 
 def _beside(checkpoint: Path) -> Path:

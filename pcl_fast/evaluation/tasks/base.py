@@ -106,6 +106,11 @@ class Task(Options, ABC):
         there and reads no image.
         """
 
+    @classmethod
+    def among_all(cls, **given: Any) -> Task:
+        """Return this task as `evaluate all` runs it, with the flags that all tasks share."""
+        return cls(**given)
+
     def check(self) -> None:
         """Refuse options that cannot work, before anything is read.
 

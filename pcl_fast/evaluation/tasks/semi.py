@@ -20,7 +20,7 @@ from pcl_fast.distributed import all_or_none, check_same
 from pcl_fast.evaluation import paper
 from pcl_fast.evaluation.fine_tuning import Classifier, Recipe, fine_tune, top_accuracies
 from pcl_fast.evaluation.label_lists import draw_balanced, listed_images
-from pcl_fast.evaluation.labelled import Labelled, holds_labelled, open_labelled
+from pcl_fast.evaluation.labelled import Labelled, holds_labelled
 from pcl_fast.evaluation.pictures import bars
 from pcl_fast.evaluation.tasks.base import Context, Outcome, Row, Task
 
@@ -125,14 +125,15 @@ class Semi(Task, name="semi", scores="query"):
 
     def run(self, context: Context) -> Outcome:
         world = context.world
-        labelled = open_labelled(self.data, self.format)
+        labelled = context.labelled(self.data, self.format)
         data = self.reading(context.pretrained)
         parts = all_or_none(lambda: self._parts(labelled, world.size), world)
         fingerprints = {part.title: part.images.fingerprint() for part in parts}
         advice = "all machines must have the same images and lists"
         check_same("the images whose labels are used", str(fingerprints), world, advice=advice)
         context.continuation.settings["images"] = {**fingerprints, "test": labelled.test.fingerprint()}
-        found = self._scores(parts, labelled, data, context)
+        with context.continuation.saving():
+            found = self._scores(parts, labelled, data, context)
         columns = tuple(f"{part.title}: top-{k}" for part in parts for k in (1, 5))
         rows = [Row("fine-tuned", tuple(score for scores in found for score in scores))]
         published = _paper_rows(parts)
