@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from pcl_fast.distributed import all_reduce_sum
 
-# How many logits are held at once.
+# How many logits, or features, are held at once.
 _CHUNK = 1 << 26
 _TOP = 5
 
@@ -59,7 +59,7 @@ class Classifiers(NamedTuple):
             group: the ranks that hold the images; None for this process alone.
         """
         heads, classes = self.bias.shape
-        rows = max(1, _CHUNK // (heads * classes))
+        rows = max(1, _CHUNK // max(heads * classes, self.weight.shape[2]))
         counts = torch.zeros(2 * heads + 1, dtype=torch.int64, device=features.device)
         counts[-1] = len(features)
         for chunk, answers in zip(features.split(rows), labels.split(rows), strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -65,6 +65,7 @@ def train_heads(
     world: World,
     continuation: Continuation | None = None,
     progress: Callable[[int], None] = lambda done: None,
+    each_epoch: Callable[[int, Sequence[float]], None] = lambda epoch, losses: None,
 ) -> Trained:
     """Train the heads of a grid together, all on the same views.
 
@@ -81,6 +82,7 @@ def train_heads(
         world: the ranks.
         continuation: where training that was stopped goes on; None: it starts anew.
         progress: is told how many steps are done, now and then.
+        each_epoch: is told how many epochs are done, and every head's mean loss in the last one.
 
     Raises:
         ValueError: every head has diverged.
@@ -101,6 +103,7 @@ def train_heads(
                 progress(done)
                 if continuation:
                     continuation.reached(done, lambda done=done: training.state(done))
+        each_epoch(epoch + 1, training.mean_losses(loader.steps).tolist())
     training.look()
     # What comes next, scoring, cannot be stopped halfway.
     if continuation:
@@ -148,10 +151,14 @@ class _Training:
         self.losses.copy_(state["losses"][self.share])
         return state["done"]
 
+    def mean_losses(self, steps: int) -> torch.Tensor:
+        """Return all ranks' heads' mean losses in an epoch of so many steps, float64 [H] on the CPU."""
+        return all_gather_shards(self.losses, self.world.group).double().cpu() / steps
+
     def finish(self, steps: int) -> Trained:
         """Return all ranks' heads after an epoch of so many steps."""
-        everyone = [all_gather_shards(tensor, self.world.group) for tensor in (*self.heads.classifiers, self.losses)]
-        return Trained(Classifiers(*everyone[:2]), everyone[2].double().cpu() / steps)
+        everyone = [all_gather_shards(tensor, self.world.group) for tensor in self.heads.classifiers]
+        return Trained(Classifiers(*everyone), self.mean_losses(steps))
 
 
 def _moved(labels: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -12,7 +12,7 @@ from pcl_fast.distributed import all_reduce_sum
 from pcl_fast.evaluation.classifiers import Accuracy, Classifiers, best
 from pcl_fast.evaluation.held_out import hold_out, usual_share
 
-# Per standardised feature. Between the ends lies what is best for a hundred images a class and for a thousand.
+# Of standardised features; which is best depends on their number and on that of the images.
 WEIGHT_DECAYS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 ITERATIONS = 200
 # The largest entry of the gradient at which the search ends.

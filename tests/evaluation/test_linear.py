@@ -216,8 +216,36 @@ def test_test_labels_choose_nothing(way, labelled, shuffled, tmp_path, alone):
 def test_heads_that_diverge_are_named(labelled, tmp_path, alone):
     outcome = task(labelled, **WAYS["grid"]).run(context(tmp_path, alone))
     [sentence] = [line for line in outcome.protocol if "diverged" in line]
-    assert sentence.startswith("1 of them diverged and were left out of the choice: lr 1e+38, weight decay 1")
+    assert sentence.startswith("1 diverged and were left out of the choice: lr 1e+38, weight decay 1")
     assert len([row for row in outcome.details["classifiers"] if row["held_out_top1"] is None]) == 1
+
+
+def test_a_grid_does_not_learn_from_what_is_held_out(labelled, tmp_path, alone):
+    outcome = task(labelled, **WAYS["grid"]).run(context(tmp_path, alone))
+    assert "4 epochs of 33 images" in " ".join(outcome.protocol)
+
+
+@pytest.mark.parametrize("crops", [0, 2])
+def test_a_fit_does_not_learn_from_what_is_held_out(crops, labelled, tmp_path, alone, monkeypatch):
+    seen, fit = [], pcl_fast.evaluation.tasks.linear.fit_chosen
+
+    def seeing(bank, held, classes, decays, *, rows, **options):
+        seen.append((bank, held, rows))
+        return fit(bank, held, classes, decays, rows=rows, **options)
+
+    monkeypatch.setattr(pcl_fast.evaluation.tasks.linear, "fit_chosen", seeing)
+    task(labelled, fast=True, crops=crops, held_out=0.3).run(context(tmp_path, alone))
+    [(bank, held, rows)] = seen
+    views = max(1, crops)
+    assert (len(held.labels), len(rows), int(rows.sum())) == (15, 48 * views, 33 * views)
+    if not crops:
+        torch.testing.assert_close(bank.features[~rows], held.features)
+        assert torch.equal(bank.labels[~rows], held.labels)
+
+
+def test_a_winner_at_an_end_is_said_to_be_there(labelled, tmp_path, alone):
+    outcome = task(labelled, fast=True, weight_decay=(1e3, 1e4, 1e5), held_out=0.3).run(context(tmp_path, alone))
+    assert "the winner is at an end of the values of weight decay; one beyond it may be better" in outcome.protocol
 
 
 @pytest.mark.parametrize("way", [{"lr": (4.0,)}, {"fast": True, "weight_decay": (1e-2,)}])

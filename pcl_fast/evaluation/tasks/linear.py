@@ -190,7 +190,14 @@ class Linear(Task, name="linear", scores="query"):
             f"training images (of every class, drawn by --seed {self.seed})"
         ]
         if gone := [row["name"] for row in found.tried if row["held_out_top1"] is None]:
-            sentences.append(f"{len(gone)} of them diverged and were left out of the choice: {'; '.join(gone)}")
+            sentences.append(f"{len(gone)} diverged and were left out of the choice: {'; '.join(gone)}")
+        [winner] = [row for row in found.tried if row["name"] == found.name]
+        for setting in ("lr", "weight_decay"):
+            values = sorted({row[setting] for row in found.tried if setting in row})
+            if len(values) > 2 and winner[setting] and winner[setting] in (values[0], values[-1]):
+                sentences.append(
+                    f"the winner is at an end of the values of {setting.replace('_', ' ')}; one beyond it may be better"
+                )
         return sentences
 
     # The whole protocol.
@@ -236,6 +243,14 @@ class Linear(Task, name="linear", scores="query"):
         )
         encode, steps = frozen_backbone(pretrained, context.device), recipe.epochs * loader.steps
         context.say(f"{len(recipe.settings)} classifiers learn from {len(images)} images in {steps} steps")
+
+        def each_epoch(done: int, losses: Sequence[float]) -> None:
+            # What has diverged has no number, and comes last.
+            loss, setting = min(
+                zip(losses, recipe.settings, strict=True), key=lambda found: (found[0] != found[0], found)
+            )
+            context.say(f"epoch {done} of {recipe.epochs}: the smallest training loss is {loss:.4f}, {setting}")
+
         with (
             unchanged(backbone=pretrained.backbone, head=pretrained.head, folded=encode.network),
             context.progress("training linear classifiers", steps) as progress,
@@ -250,6 +265,7 @@ class Linear(Task, name="linear", scores="query"):
                 world=world,
                 continuation=context.continuation,
                 progress=progress,
+                each_epoch=each_epoch,
             )
 
     def _say_recipe(self, recipe: Recipe, context: Context, data: DataConfig, images: int) -> tuple[str, ...]:
