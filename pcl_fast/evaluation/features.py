@@ -29,19 +29,25 @@ class Features(NamedTuple):
     head: torch.Tensor | None
 
 
-def frozen_backbone(pretrained: Pretrained, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Return a function from uint8 [N, H, W, 3] to the backbone's features, float32 [N, width] without a gradient.
+class FrozenBackbone:
+    """A function from uint8 [N, H, W, 3] to a backbone's features, float32 [N, width] without a gradient.
 
-    Batch norm is folded into the convolutions, and GPUs compute in half precision, as in training.
+    network: the backbone in eval mode, batch norm folded into the convolutions. GPUs compute in half precision, as in
+        training.
     """
-    backbone, dtype = fold_batch_norm(pretrained.backbone).to(device), encoder_dtype(device)
+
+    def __init__(self, network: nn.Module, device: torch.device):
+        self.network, self.device, self.dtype = fold_batch_norm(network).to(device), device, encoder_dtype(device)
 
     @torch.no_grad()
-    def encode(images: torch.Tensor) -> torch.Tensor:
-        with autocast(device):
-            return backbone(normalise(images, dtype)).float()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        with autocast(self.device):
+            return self.network(normalise(images, self.dtype)).float()
 
-    return encode
+
+def frozen_backbone(pretrained: Pretrained, device: torch.device) -> FrozenBackbone:
+    """Return the function from bytes to the features of a copy of the backbone."""
+    return FrozenBackbone(pretrained.backbone, device)
 
 
 @torch.inference_mode()
