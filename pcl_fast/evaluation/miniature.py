@@ -11,7 +11,7 @@ from torch import nn
 from pcl_fast.config import DataConfig, view_of
 from pcl_fast.distributed import World
 from pcl_fast.evaluation.fine_tuning import Recipe, fine_tune, top_accuracies
-from pcl_fast.evaluation.label_lists import draw_share
+from pcl_fast.evaluation.label_lists import draw_balanced
 from pcl_fast.evaluation.labelled import Labelled
 from pcl_fast.evaluation.logistic import linear_accuracy
 from pcl_fast.evaluation.svm import Workers, low_shot_accuracy, unit
@@ -44,7 +44,7 @@ def score_features(train: torch.Tensor, test: torch.Tensor, labelled: Labelled) 
     learned, tested = zip(parts, labels, strict=True)
     low_shot = [low_shot_accuracy(learned, tested, shots, Workers(), draws=DRAWS, seed=0) for shots in SHOTS]
     linear = linear_accuracy(train, labelled.train_labels, test, labelled.test_labels)
-    return LabelScores(linear.top1, tuple(float(np.mean(found)) for found in low_shot), None)
+    return LabelScores(100 * linear.top1, tuple(float(np.mean(found)) for found in low_shot), None)
 
 
 def score_fine_tuned(
@@ -58,7 +58,7 @@ def score_fine_tuned(
     """
     found = []
     for share in SHARES:
-        chosen = draw_share(labelled.train_labels, share, seed=0)
+        chosen = draw_balanced(labelled.train_labels, share, labelled.classes, seed=0)
         model = fine_tune(
             backbone,
             width,

@@ -24,7 +24,7 @@ from pcl_fast.evaluation.crops import encode_views
 from pcl_fast.evaluation.features import frozen_backbone
 from pcl_fast.evaluation.heads import Setting
 from pcl_fast.evaluation.held_out import hold_out, usual_share
-from pcl_fast.evaluation.labelled import Labelled, holds_labelled, open_labelled
+from pcl_fast.evaluation.labelled import Labelled, holds_labelled
 from pcl_fast.evaluation.linear import REFERENCE_BATCH, Recipe, Trained, train_heads
 from pcl_fast.evaluation.logistic import ITERATIONS, WEIGHT_DECAYS, Bank, fit_chosen
 from pcl_fast.evaluation.pictures import bars, sweep
@@ -103,6 +103,10 @@ class Linear(Task, name="linear", scores="query"):
     def obstacle(cls, data: Path, checkpoint: Path) -> str | None:
         return holds_labelled(data)
 
+    @classmethod
+    def among_all(cls, **given: Any) -> Task:
+        return cls(**given, fast=True)
+
     def check(self) -> None:
         for rate in self.lr:
             if not (math.isfinite(rate) and rate > 0):
@@ -141,7 +145,7 @@ class Linear(Task, name="linear", scores="query"):
             )
 
     def run(self, context: Context) -> Outcome:
-        labelled = open_labelled(self.data, self.format)
+        labelled = context.labelled(self.data, self.format)
         data = self.reading(context.pretrained)
         held = self._hold_out(labelled.train_labels)
         found = (self._fit if self.fast else self._train)(context, labelled, data, held)
@@ -254,6 +258,7 @@ class Linear(Task, name="linear", scores="query"):
         with (
             unchanged(backbone=pretrained.backbone, head=pretrained.head, folded=encode.network),
             context.progress("training linear classifiers", steps) as progress,
+            context.continuation.saving(),
         ):
             return train_heads(
                 encode,
