@@ -12,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,8 @@ from pcl_fast.data import clustering_loader, find_images, normalise
 from pcl_fast.data.sources.digits import digits_folder
 from pcl_fast.distributed import World
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
+from pcl_fast.evaluation.labelled import pair
+from pcl_fast.evaluation.miniature import SHOTS, LabelScores, score_features, score_fine_tuned
 from pcl_fast.methods import build, flag, method_class
 from pcl_fast.nn.encoder import Encoder
 from pcl_fast.pretrained import Pretrained, read_pretrained
@@ -37,6 +40,8 @@ from pcl_fast.run.metrics import read_rows
 
 RANKS = 2
 _CPU = torch.device("cpu")
+# Every fifth image is a test image where labels are learned from.
+_TEST_SHARE = 5
 # Of kNN's votes, the same for every preset.
 _TEMPERATURE = 0.1
 
@@ -50,13 +55,17 @@ class Scores:
     knn: float
 
 
-def main(preset: Annotated[str, tyro.conf.Positional] = "demo", /, output: Path | None = None) -> None:
-    """Train and print the table.
+def main(
+    preset: Annotated[str, tyro.conf.Positional] = "demo", /, output: Path | None = None, compare: bool = False
+) -> None:
+    """Train and print the tables.
 
     Args:
         preset: any of pcl_fast.train's; what makes its method is kept, what goes with the size of the data made small.
         output: the run's folder, by default runs/PRESET; a run that is already there goes on, or is only scored again
             if it is complete.
+        compare: also train the same recipe without prototypes, InfoNCE alone, into OUTPUT-infonce, which takes as long
+            again, and show it in the tables.
     """
     if preset not in PRESETS:
         sys.exit(f"pcl_fast.demo: there is no preset {preset!r}; choose from {', '.join(PRESETS)}")
@@ -64,8 +73,20 @@ def main(preset: Annotated[str, tyro.conf.Positional] = "demo", /, output: Path 
     folder = digits_folder()
     print(f"5,000 digits as JPEG class folders in {folder}", flush=True)
     config = small(preset)
+    if compare and not config.cluster.ks:
+        sys.exit(f"pcl_fast.demo: --compare leaves out the prototypes, and {preset} has none")
     train(config, output, folder)
-    Console().print(as_table(score_all(config, output, folder)))
+    runs = {"trained": output}
+    if compare:
+        runs = {"InfoNCE alone": output.with_name(f"{output.name}-infonce"), **runs}
+        train(without_prototypes(config), runs["InfoNCE alone"], folder)
+    begin = time.perf_counter()
+    print("scoring", flush=True)
+    scores, label_scores = score_all(config, runs, folder)
+    console = Console()
+    console.print(as_table(scores))
+    console.print(as_label_table(label_scores))
+    print(f"scored in {time.perf_counter() - begin:.0f} seconds")
     print(f"{RANKS} processes, {minutes_of(output):.1f} minutes of training; more in {output}/report.png")
 
 
@@ -90,6 +111,12 @@ def miniature(config: Config) -> Config:
         evaluation=replace(demo.evaluation, ks=() if config.cluster.ks else demo.cluster.ks),
     )
     return with_settings(config, method.miniature(config))
+
+
+def without_prototypes(config: Config) -> Config:
+    """The same recipe with InfoNCE alone."""
+    changes = {"cluster.ks": (), "evaluation.ks": config.cluster.ks}
+    return with_settings(config, changes)
 
 
 def train(config: Config, output: Path, folder: Path) -> None:
@@ -130,23 +157,39 @@ def minutes_of(output: Path) -> float:
     return sum(value for row in phases for name, value in row.items() if name != "waiting for data") / 60
 
 
-def score_all(config: Config, output: Path, folder: Path) -> dict[str, Scores]:
-    """Scores of raw pixels, the untrained and the trained encoder: its unit features and its backbone's."""
+def score_all(config: Config, runs: dict[str, Path], folder: Path) -> tuple[dict[str, Scores], dict[str, LabelScores]]:
+    """Scores of raw pixels, of the untrained encoder, and of the encoders in the folders of `runs`.
+
+    Returns:
+        Of the unit features and the backbone's, of all images; and what labels add to the backbone's.
+    """
     world = World(0, 1, _CPU, None)
     images = find_images(folder)
     labels = torch.tensor(images.labels)
     views = torch.cat(list(clustering_loader(images, config.data, batch_size=500, world=world)))
+    # Images of a class lie together.
+    tested = torch.arange(len(images)) % _TEST_SHARE == _TEST_SHARE - 1
+    train, test = (images.subset(mask.nonzero().view(-1).tolist()) for mask in (~tested, tested))
+    labelled = pair(train, test)
 
     pixels = np.stack([np.asarray(images.read(index).convert("L")) for index in range(len(images))])
-    rows = {"raw pixels": score(torch.from_numpy(pixels).flatten(1).float(), labels)}
+    pixels = torch.from_numpy(pixels).flatten(1).float()
+    scores = {"raw pixels": score(pixels, labels)}
+    label_scores = {"raw pixels": LabelScores(*score_features(pixels[~tested], pixels[tested], labelled), None)}
     method = build(config, world, len(images))
-    name = method.features().encoder
-    encoders = {"untrained": method.encoders()[name].eval(), "trained": read_pretrained(output, name).to(_CPU)}
-    for state, encoder in encoders.items():
-        backbone, features = encoded(encoder, views)
-        rows[f"{state}, backbone"] = score(backbone, labels)
-        rows[f"{state}, 128-d"] = score(features, labels)
-    return rows
+    for state in ("untrained", *runs):
+        encoders = {
+            name: method.encoders()[name].eval() if state == "untrained" else read_pretrained(runs[state], name)
+            for name in {method.features().encoder, "query"}
+        }
+        backbone, features = encoded(encoders[method.features().encoder], views)
+        scores[f"{state}, backbone"], scores[f"{state}, 128-d"] = score(backbone, labels), score(features, labels)
+        backbone, _ = encoded(encoders["query"], views)
+        label_scores[state] = LabelScores(
+            *score_features(backbone[~tested], backbone[tested], labelled),
+            score_fine_tuned(encoders["query"].backbone, backbone.shape[1], labelled, config.data, world),
+        )
+    return scores, label_scores
 
 
 @torch.inference_mode()
@@ -171,6 +214,16 @@ def as_table(rows: dict[str, Scores]) -> Table:
     table = Table("features", "AMI, k = 10", "AMI, k = 50", "kNN accuracy")
     for name, scores in rows.items():
         table.add_row(name, f"{scores.ami_10:.3f}", f"{scores.ami_50:.3f}", f"{scores.knn:.3f}")
+    return table
+
+
+def as_label_table(rows: dict[str, LabelScores]) -> Table:
+    title = "accuracy, %, on 1,000 digits from labels of the 4,000 others"
+    low_shot = [f"SVM {shots}" for shots in SHOTS]
+    table = Table("backbone", *low_shot, "linear", "1%", "10%", title=title)
+    for name, scores in rows.items():
+        semi = ("-", "-") if scores.semi is None else [f"{value:.1f}" for value in scores.semi]
+        table.add_row(name, *[f"{value:.1f}" for value in scores.low_shot], f"{scores.linear:.1f}", *semi)
     return table
 
 
