@@ -14,6 +14,7 @@ from pcl_fast.clustering import PrototypeSet, cluster, kmeans
 from pcl_fast.config import PRESETS
 from pcl_fast.data import Batch, normalise
 from pcl_fast.distributed import shard_bounds
+from pcl_fast.losses import proto_nce
 from pcl_fast.methods import build
 from pcl_fast.methods import pcl as module
 from pcl_fast.nn.batch_norm import batch_norm_buffers
@@ -181,6 +182,31 @@ def test_kmeans_can_start_from_the_last_prototypes(alone, monkeypatch):
     for call in others:
         assert (call["redo"], call["iterations"]) == (1, 4)
         assert [len(centroids) for centroids in call["init"]] == [3, 5]
+
+
+def test_fixed_concentration_makes_it_the_loss_with_one_temperature(alone):
+    """All prototypes have tau, and are otherwise those of the estimate."""
+    config = replace(small_config(), loss=replace(small_config().loss, temperature=0.3))
+    features = F.normalize(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    estimated, fixed = (
+        build(replace(config, cluster=replace(config.cluster, ks=(20,), fixed_concentration=choice)), alone, 60)
+        for choice in (False, True)
+    )
+    for method in (estimated, fixed):
+        method.expect(features, 4)
+    (expected,), (found,) = estimated.prototypes.sets(), fixed.prototypes.sets()
+    assert torch.equal(found.centroids, expected.centroids)
+    assert torch.equal(found.assignment, expected.assignment)
+    assert len(expected.concentration.unique()) > 1
+    assert torch.equal(found.concentration, torch.full((20,), 0.3))
+
+    # Images of five different prototypes, against all others: cross-entropy at one temperature.
+    index = torch.tensor([found.assignment.tolist().index(c) for c in range(5)])
+    query = F.normalize(torch.randn(5, 8), dim=1)
+    ours = proto_nce(query, found, index, None, seed=0).loss
+    slow = F.cross_entropy(query @ found.centroids.T / 0.3, torch.arange(5), reduction="none")
+    torch.testing.assert_close(ours, slow)
+    assert (ours - proto_nce(query, expected, index, None, seed=0).loss).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("init", ["random", "previous"])
