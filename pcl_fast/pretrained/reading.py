@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from pcl_fast.clustering.prototypes import prototypes_in
 from pcl_fast.config import data_config, model_config
 from pcl_fast.errors import CheckpointError
 from pcl_fast.nn.encoder import Encoder
@@ -53,6 +54,7 @@ def _ours(path: Path, name: str) -> Pretrained:
         data=data_config(state["config"]),
         notes=(),
         facts={"epoch": state["epoch"]},
+        prototypes=prototypes_in(state.get("method", {})),
     )
 
 

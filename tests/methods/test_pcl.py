@@ -11,6 +11,7 @@ from ranks import run_ranks
 from steps import batch, learner_of, momenta, part, same, small_config, weights
 
 from pcl_fast.clustering import PrototypeSet, cluster, kmeans
+from pcl_fast.clustering.prototypes import prototypes_in
 from pcl_fast.config import PRESETS
 from pcl_fast.data import Batch, normalise
 from pcl_fast.distributed import shard_bounds
@@ -241,3 +242,13 @@ def test_a_checkpoint_holds_the_prototypes_in_both_precisions(alone):
     assert found.centroids.dtype is torch.float16
     assert torch.equal(found.centroids, expected.centroids.half())
     assert torch.equal(found.assignment, expected.assignment)
+    assert prototypes_in(method.state_dict())[0].assignment.tolist() == expected.assignment.tolist()
+
+
+def test_a_checkpoint_before_the_first_e_step_has_no_prototypes(alone):
+    config = small_config()
+    assert prototypes_in(build(config, alone, 60).state_dict()) == ()
+    method = build(replace(config, cluster=replace(config.cluster, ks=(3, 5))), alone, 60)
+    assert prototypes_in(method.state_dict()) == ()
+    method.expect(F.normalize(torch.randn(60, 8), dim=1), 4)
+    assert [list(found.centroids.shape) for found in prototypes_in(method.state_dict())] == [[3, 8], [5, 8]]
