@@ -109,6 +109,9 @@ class ClusterConfig:
     """k-means restarts; the one with the least objective is kept."""
     alpha: float = 10.0
     """Smoothing of the concentration of small clusters."""
+    fixed_concentration: bool = False
+    """Every prototype has the concentration tau, instead of an estimate of how tight its cluster is: the paper's
+    ablation (Figure 3a)."""
     init: Literal["random", "previous"] = "random"
     """Where k-means starts: random points, or the last E-step's prototypes, of unit length as they are. The first one
     is random all the same."""

@@ -27,6 +27,7 @@ def cluster(
     redo: int = 1,
     alpha: float = 10.0,
     clip: tuple[float, float] = (10, 90),
+    fixed_concentration: bool = False,
     seed: int = 0,
     init: Sequence[torch.Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
@@ -41,6 +42,7 @@ def cluster(
             another.
         ks: numbers of clusters, one per granularity.
         temperature: tau, the mean concentration.
+        fixed_concentration: give every prototype the concentration tau, instead of an estimate.
         iterations, redo, seed, group, backend: see `kmeans`; granularity m draws with seed + m * redo.
         init: initial centroids [k, d] of every granularity, see `kmeans`.
         alpha, clip: see `concentration`.
@@ -69,6 +71,8 @@ def cluster(
     sets = []
     for k, (centroids, assignment, distance, _) in zip(ks, results, strict=True):
         phi = concentration(distance, assignment, k, temperature=temperature, alpha=alpha, clip=clip, group=group)
+        if fixed_concentration:
+            phi = torch.full_like(phi, temperature)
         sets.append(PrototypeSet(F.normalize(centroids, dim=1), phi, all_gather_shards(assignment, group)))
     return sets
 

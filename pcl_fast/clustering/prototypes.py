@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,6 +54,19 @@ class Prototypes(nn.Module):
     def set_extra_state(self, state: bool) -> None:
         """Take up what `get_extra_state` has returned."""
         self.found = state
+
+
+def prototypes_in(method: Mapping[str, Any]) -> tuple[PrototypeSet, ...]:
+    """Return the prototypes in the state_dict of a method that has `Prototypes` as its submodule `prototypes`; none if
+    it has not, or before the first E-step.
+    """
+    if not method.get("prototypes._extra_state"):
+        return ()
+    sets = []
+    while f"prototypes.granularities.{len(sets)}.centroids" in method:
+        prefix = f"prototypes.granularities.{len(sets)}."
+        sets.append(PrototypeSet(*(method[prefix + field] for field in PrototypeSet._fields)))
+    return tuple(sets)
 
 
 class _Granularity(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,10 @@ class Features(NamedTuple):
 
     backbone: torch.Tensor
     head: torch.Tensor | None
+
+    def unit(self, kind: Literal["head", "backbone"] = "head") -> torch.Tensor:
+        """Return the features of this kind at unit length: the backbone's too where there is no head."""
+        return F.normalize(self.backbone, dim=1) if kind == "backbone" or self.head is None else self.head
 
 
 class FrozenBackbone:

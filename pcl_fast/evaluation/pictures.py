@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from matplotlib.figure import FigureBase
 
 if TYPE_CHECKING:
     from pcl_fast.evaluation.tasks.base import Row
+
+
+def names_of(paths: Sequence[Path]) -> list[str]:
+    """Return a name for every checkpoint or run's folder: as many of the last parts of its path as tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    most = max(map(len, parts))
+    lengths = (length for length in range(1, most) if len({part[-length:] for part in parts}) == len(parts))
+    length = next(lengths, most)
+    return [str(Path(*part[-length:])) for part in parts]
 
 
 def bars(figure: FigureBase, *, columns: Sequence[str], rows: Sequence[Row], label: str) -> None:

@@ -163,6 +163,7 @@ class PCL(Method, name="pcl"):
             iterations=options.warm_iterations if warm else options.iterations,
             redo=1 if warm else options.redo,
             alpha=options.alpha,
+            fixed_concentration=options.fixed_concentration,
             seed=mix_seeds(self.config.seed, Purpose.CLUSTERING, epoch),
             init=[granularity.centroids for granularity in before] if warm else None,
             group=self.world.group,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pcl_fast.clustering.types import PrototypeSet
 from pcl_fast.config import DataConfig
 
 THE_ONLY_ONE = "the only one"
@@ -28,6 +29,8 @@ class Pretrained:
     data: how the images were read that it learned from, if the file says.
     notes: sentences that say what was loaded and what was left out.
     facts: what else the file says ("epoch", ...), of plain values.
+    prototypes: what the last E-step of a run found, on the CPU, one set for every number of clusters; empty where there
+        was none.
     """
 
     backbone: nn.Module
@@ -42,6 +45,7 @@ class Pretrained:
     data: DataConfig | None
     notes: tuple[str, ...]
     facts: dict[str, Any]
+    prototypes: tuple[PrototypeSet, ...] = ()
 
     def to(self, device: torch.device) -> Pretrained:
         """Move the networks to a device, in channels_last, and return this object."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from pcl_fast.clustering.prototypes import prototypes_in
 from pcl_fast.config import data_config, model_config
 from pcl_fast.errors import CheckpointError
 from pcl_fast.nn.encoder import Encoder
@@ -60,4 +61,5 @@ def from_ours(content: Mapping[str, Any], name: Literal["query", "momentum"], fi
             f"left out: {', '.join([*others, 'what only training needs'])}",
         ),
         facts={name: content[name] for name in ("epoch",) if name in content},
+        prototypes=prototypes_in(content.get("method", {})),
     )

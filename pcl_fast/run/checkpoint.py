@@ -15,6 +15,7 @@ It holds tensors and plain Python values, by these keys:
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pcl_fast.files import write_whole
 
 NAME = "checkpoint.pt"
 FORMAT = 2
+_KEPT = re.compile(r"checkpoint-(\d+)\.pt")
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, keep_as: str | None = None) -> None:
@@ -66,3 +68,14 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
             "start anew"
         )
     return state
+
+
+def kept_checkpoints(path: Path) -> list[Path]:
+    """The checkpoints in a run's folder: those kept of earlier epochs, in their order, and the last one. None for
+    another folder; a file stands for itself.
+    """
+    if path.is_file():
+        return [path]
+    kept = {int(found[1]): file for file in path.glob("checkpoint-*.pt") if (found := _KEPT.fullmatch(file.name))}
+    last = [path / NAME] if (path / NAME).exists() else []
+    return [kept[epoch] for epoch in sorted(kept)] + last

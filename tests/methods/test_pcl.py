@@ -11,9 +11,11 @@ from ranks import run_ranks
 from steps import batch, learner_of, momenta, part, same, small_config, weights
 
 from pcl_fast.clustering import PrototypeSet, cluster, kmeans
+from pcl_fast.clustering.prototypes import prototypes_in
 from pcl_fast.config import PRESETS
 from pcl_fast.data import Batch, normalise
 from pcl_fast.distributed import shard_bounds
+from pcl_fast.losses import proto_nce
 from pcl_fast.methods import build
 from pcl_fast.methods import pcl as module
 from pcl_fast.nn.batch_norm import batch_norm_buffers
@@ -183,6 +185,31 @@ def test_kmeans_can_start_from_the_last_prototypes(alone, monkeypatch):
         assert [len(centroids) for centroids in call["init"]] == [3, 5]
 
 
+def test_fixed_concentration_makes_it_the_loss_with_one_temperature(alone):
+    """All prototypes have tau, and are otherwise those of the estimate."""
+    config = replace(small_config(), loss=replace(small_config().loss, temperature=0.3))
+    features = F.normalize(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    estimated, fixed = (
+        build(replace(config, cluster=replace(config.cluster, ks=(20,), fixed_concentration=choice)), alone, 60)
+        for choice in (False, True)
+    )
+    for method in (estimated, fixed):
+        method.expect(features, 4)
+    (expected,), (found,) = estimated.prototypes.sets(), fixed.prototypes.sets()
+    assert torch.equal(found.centroids, expected.centroids)
+    assert torch.equal(found.assignment, expected.assignment)
+    assert len(expected.concentration.unique()) > 1
+    assert torch.equal(found.concentration, torch.full((20,), 0.3))
+
+    # Images of five different prototypes, against all others: cross-entropy at one temperature.
+    index = torch.tensor([found.assignment.tolist().index(c) for c in range(5)])
+    query = F.normalize(torch.randn(5, 8), dim=1)
+    ours = proto_nce(query, found, index, None, seed=0).loss
+    slow = F.cross_entropy(query @ found.centroids.T / 0.3, torch.arange(5), reduction="none")
+    torch.testing.assert_close(ours, slow)
+    assert (ours - proto_nce(query, expected, index, None, seed=0).loss).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("init", ["random", "previous"])
 def test_seeds_differ_by_epoch(alone, init, monkeypatch):
     assert len({call["seed"] for call in clusterings(alone, init, monkeypatch)}) == 3
@@ -215,3 +242,13 @@ def test_a_checkpoint_holds_the_prototypes_in_both_precisions(alone):
     assert found.centroids.dtype is torch.float16
     assert torch.equal(found.centroids, expected.centroids.half())
     assert torch.equal(found.assignment, expected.assignment)
+    assert prototypes_in(method.state_dict())[0].assignment.tolist() == expected.assignment.tolist()
+
+
+def test_a_checkpoint_before_the_first_e_step_has_no_prototypes(alone):
+    config = small_config()
+    assert prototypes_in(build(config, alone, 60).state_dict()) == ()
+    method = build(replace(config, cluster=replace(config.cluster, ks=(3, 5))), alone, 60)
+    assert prototypes_in(method.state_dict()) == ()
+    method.expect(F.normalize(torch.randn(60, 8), dim=1), 4)
+    assert [list(found.centroids.shape) for found in prototypes_in(method.state_dict())] == [[3, 8], [5, 8]]
