@@ -26,9 +26,9 @@ class TrainingLoader:
     def __init__(self, images: ImageSet, views: Sequence[View], order: EpochOrder, resources: Resources):
         self.order, self.resources = order, resources
         self.steps = order.steps
-        self._batches = _EpochBatches(order)
+        self._batches = EpochBatches(order)
         self._loader = DataLoader(
-            _Shuffled(images, views, order.seed), batch_sampler=self._batches, **_workers(resources, resources.prefetch)
+            _Shuffled(images, views, order.seed), batch_sampler=self._batches, **worker_options(resources, resources.prefetch)
         )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -52,7 +52,7 @@ class ClusteringLoader:
     ):
         self.resources = resources
         # Two batches ahead are enough: they are large here, and lie in shared memory.
-        self._loader = DataLoader(_InOrder(images, config, shard), batch_size=batch_size, **_workers(resources, 2))
+        self._loader = DataLoader(_InOrder(images, config, shard), batch_size=batch_size, **worker_options(resources, 2))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for view in self._loader:
@@ -89,8 +89,10 @@ class _InOrder(Dataset):
         return clustering_view(self.images.read(self.shard[position]), self.config.resize, self.config.size)
 
 
-class _EpochBatches:
-    """The items of an epoch's batches: a list of (epoch, index) for every step."""
+class EpochBatches:
+    """The items of an epoch's batches: a list of (epoch, index) for every step from `first_step` on. Both may be set
+    before every epoch.
+    """
 
     def __init__(self, order: EpochOrder):
         self.order, self.epoch, self.first_step = order, 0, 0
@@ -108,7 +110,8 @@ def _moved(view: torch.Tensor, resources: Resources) -> torch.Tensor:
     return view if resources.gpu is None else view.to(resources.gpu, non_blocking=True)
 
 
-def _workers(resources: Resources, prefetch: int) -> dict:
+def worker_options(resources: Resources, prefetch: int) -> dict:
+    """Return the options of a DataLoader whose worker processes outlive an epoch, and a signal to the trainer."""
     pin = resources.gpu is not None
     if resources.workers == 0:
         return {"num_workers": 0, "pin_memory": pin}
