@@ -28,7 +28,9 @@ class TrainingLoader:
         self.steps = order.steps
         self._batches = EpochBatches(order)
         self._loader = DataLoader(
-            _Shuffled(images, views, order.seed), batch_sampler=self._batches, **worker_options(resources, resources.prefetch)
+            _Shuffled(images, views, order.seed),
+            batch_sampler=self._batches,
+            **worker_options(resources, resources.prefetch),
         )
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -52,7 +54,9 @@ class ClusteringLoader:
     ):
         self.resources = resources
         # Two batches ahead are enough: they are large here, and lie in shared memory.
-        self._loader = DataLoader(_InOrder(images, config, shard), batch_size=batch_size, **worker_options(resources, 2))
+        self._loader = DataLoader(
+            _InOrder(images, config, shard), batch_size=batch_size, **worker_options(resources, 2)
+        )
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         for view in self._loader:
