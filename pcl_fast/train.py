@@ -73,6 +73,8 @@ def open_images(config: Config, world: World) -> ImageSet:
         return open_set(data.root or digits_folder(), data.format, strict=not data.skip_broken)
 
     images = main_first(find, world)
+    if world.is_main:
+        print(f"training on {images.describe()}", flush=True)
     advice = "--data must hold the same images on every machine"
     check_same("the data set that they find", images.fingerprint(), world, advice=advice)
     if not data.skip_broken:

@@ -40,6 +40,7 @@ def check(
         threads: how many images are decoded at once.
     """
     images = open_set(folder, format, strict=False)
+    print(images.describe(), flush=True)
     broken = _decode(images, threads)
     for index, reason in broken.items():
         print(f"{images.name(index)}: {reason}")

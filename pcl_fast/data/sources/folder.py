@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -12,6 +12,8 @@ from pcl_fast.data.sources.images import ImageSet, reason_of
 from pcl_fast.errors import ImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# What the parts of a data set are called, of which the first is to be trained on.
+_PARTS = ("train", "val", "valid", "validation", "test", "unlabeled")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ def find_images(root: Path, *, strict: bool = True) -> ImageFolder:
         strict: refuse empty files and broken links; otherwise they are listed like any image.
 
     Raises:
-        ImageError: no such folder, no images, images both beside and inside class folders, or an empty file.
+        ImageError: no such folder, no images, images both beside and inside class folders, an empty file; or the folders
+            are no classes but the parts of a data set (train, val, ...).
     """
     root = Path(root)
     if not root.is_dir():
@@ -80,10 +83,20 @@ def find_images(root: Path, *, strict: bool = True) -> ImageFolder:
         raise ImageError(f"{root} has no images but .tar files; for WebDataset shards use --data.format webdataset")
     if not found:
         raise ImageError(f"{root} has no images in it or in its folders ({', '.join(EXTENSIONS)})")
+    _refuse_parts(root, per_class)
     if strict:
         _refuse_empty(root, found)
     labels = tuple(label for label, images in enumerate(per_class.values()) for _ in images)
     return ImageFolder(root, tuple(found), labels if per_class else None, tuple(per_class))
+
+
+def _refuse_parts(root: Path, classes: Iterable[str]) -> None:
+    """Refuse train, val and the like as classes: it is their parent that was named, as other programs want it."""
+    if _PARTS[0] in classes and set(classes).issubset(_PARTS):
+        raise ImageError(
+            f"{root} holds the parts of a data set ({', '.join(classes)}), which would be taken for its classes; train "
+            f"on {root / _PARTS[0]}"
+        )
 
 
 def _is_image(name: str) -> bool:

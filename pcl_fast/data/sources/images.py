@@ -6,6 +6,7 @@ import hashlib
 import io
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -17,9 +18,11 @@ from pcl_fast.errors import ImageError
 class ImageSet(ABC):
     """An image set is a data set whose images can be read in any order, from several threads and processes.
 
+    root: the folder in which it lies.
     labels: the class of every image, or None without labels.
     """
 
+    root: Path
     labels: Sequence[int] | None
 
     @abstractmethod
@@ -83,6 +86,11 @@ class ImageSet(ABC):
             f"cannot read image {self.name(index)}: {reason_of(error)}. `python -m pcl_fast.data check DIR` finds all "
             "such images; pcl_fast.train leaves them out with --data.skip-broken"
         )
+
+    def describe(self) -> str:
+        """Say how many images and classes there are, and where."""
+        classes = "without labels" if self.labels is None else f"of {len(np.unique(self.labels))} classes"
+        return f"{len(self)} images {classes} in {self.root}"
 
     def fingerprint(self) -> str:
         """Return a text that identifies names and order of the images, to which the indices in a checkpoint refer."""

@@ -173,6 +173,8 @@ def _shard_names(root: Path) -> tuple[str, ...]:
             f"{root} has compressed shards ({compressed[0]}, ...), from whose middle no image can be read; unpack them "
             "to .tar (gunzip, unzstd, ...)"
         )
+    if not shards and any((root / "train").glob("*.tar")):
+        raise ImageError(f"{root} has no .tar shards in it, but its folder train has; train on {root / 'train'}")
     if not shards:
         raise ImageError(f"{root} has no .tar shards in it; for a folder of image files use --data.format folder")
     return shards
