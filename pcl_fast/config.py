@@ -35,8 +35,8 @@ class DataConfig:
     """Augmentation: the paper's v1, the paper's v2 (adds blur), or one for handwritten digits."""
     size: int = 224
     """Side of the crops, in pixels."""
-    resize: int = 256
-    """Clustering view: the shorter side is resized to this before the centre crop."""
+    resize: int | None = None
+    """Clustering view: the shorter side is resized to this before the centre crop. None: 256/224 of the size."""
     min_crop_area: float = 0.2
     """Random resized crops cover at least this share of the image (v1 and v2)."""
     workers: int | None = None
@@ -55,6 +55,11 @@ class DataConfig:
     skip_broken: bool = False
     """Decode everything once before the run begins and leave out what cannot be decoded, instead of ending with an
     error when it is met."""
+
+    @property
+    def shorter_side(self) -> int:
+        """`resize`, or what is derived from the size where it is not given."""
+        return round(self.size * 256 / 224) if self.resize is None else self.resize
 
 
 @dataclass(frozen=True)
@@ -264,7 +269,9 @@ _NOT_RECIPE = (
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as nested dicts of what JSON can hold (tuples become lists, paths strings)."""
+    """The configuration as nested dicts of what JSON can hold (tuples become lists, paths strings), with values that
+    are derived from others in their places.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -273,7 +280,7 @@ def to_dict(config: Config) -> dict[str, Any]:
             return [plain(item) for item in value]
         return str(value) if isinstance(value, Path) else value
 
-    return plain(asdict(config))
+    return plain(asdict(replace(config, data=replace(config.data, resize=config.data.shorter_side))))
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -388,8 +395,21 @@ def validate(config: Config) -> None:
         raise ValueError(f"--data.views must be one of {', '.join(AUGMENTATIONS)}, got {config.data.views}")
     if not 0 < config.data.min_crop_area <= 1:
         raise ValueError(f"--data.min-crop-area is a share of the image in (0, 1], got {config.data.min_crop_area}")
-    if config.data.resize < config.data.size:
+    if config.data.shorter_side < config.data.size:
         raise ValueError(f"--data.resize {config.data.resize} is smaller than the crop, --data.size {config.data.size}")
     for flag, ks in {"--cluster.ks": config.cluster.ks, "--evaluation.ks": config.evaluation.ks}.items():
         if any(k < 1 for k in ks):
             raise ValueError(f"{flag} must be positive numbers of clusters, got {ks}")
+
+
+def doubts(config: Config) -> list[str]:
+    """Sentences about values that work, but that are hardly meant."""
+    data = config.data
+    seen = (data.size / data.shorter_side) ** 2
+    if seen >= 0.5:
+        return []
+    derived = replace(data, resize=None).shorter_side
+    return [
+        f"--data.resize {data.resize} beside --data.size {data.size} shows k-means and kNN the central {seen:.0%} of "
+        f"every image; without that flag it is {derived}"
+    ]

@@ -13,7 +13,7 @@ import sys
 import torch
 import tyro
 
-from pcl_fast.config import PRESETS, Config, to_dict, validate
+from pcl_fast.config import PRESETS, Config, doubts, to_dict, validate
 from pcl_fast.data import ImageSet, check_headers, open_set, usable
 from pcl_fast.data.loaders.resources import pick_resources
 from pcl_fast.data.sources.digits import digits_folder
@@ -46,6 +46,8 @@ def run(config: Config, world: World) -> bool:
         UserError: the images or the checkpoint cannot be used, a package is missing, or training diverged.
         OSError: config.output cannot be written.
     """
+    for line in doubts(config) if world.is_main else ():
+        print(f"warning: {line}", flush=True)
     images = open_images(config, world)
     torch.backends.cudnn.benchmark = True
     trainer = Trainer(config, images, world)

@@ -11,7 +11,7 @@ import pytest
 import tyro
 
 from pcl_fast.augmentations import AUGMENTATIONS, View
-from pcl_fast.config import PRESETS, recipe_differences, to_dict, validate, view_of
+from pcl_fast.config import PRESETS, data_config, doubts, recipe_differences, to_dict, validate, view_of
 
 replace = dataclasses.replace
 
@@ -35,7 +35,7 @@ def test_pcl_v1_is_the_paper_s():
     assert (c.model.momentum, c.model.queue_size) == (0.999, 16384)
     assert (c.cluster.ks, c.cluster.warmup_epochs) == ((25000, 50000, 100000), 20)
     assert (c.cluster.iterations, c.cluster.redo, c.cluster.alpha) == (20, 5, 10)
-    assert (c.data.size, c.data.resize, c.data.min_crop_area, c.data.views) == (224, 256, 0.2, "v1")
+    assert (c.data.size, c.data.shorter_side, c.data.min_crop_area, c.data.views) == (224, 256, 0.2, "v1")
 
 
 def test_v2_adds_head_blur_temperature_and_cosine():
@@ -115,6 +115,34 @@ def test_a_field_that_is_newer_than_the_run_counts_as_its_default():
     assert recipe_differences(saved, to_dict(config)) == []
     warm = replace(config, cluster=replace(config.cluster, init="previous"))
     assert recipe_differences(saved, to_dict(warm)) == ["cluster.init: random -> previous"]
+
+
+def of_size(size: int, resize: int | None):
+    config = preset("pcl_v1")
+    return replace(config, data=replace(config.data, size=size, resize=resize))
+
+
+@pytest.mark.parametrize(("size", "shorter_side"), [(224, 256), (96, 110), (64, 73), (32, 37)])
+def test_the_resize_goes_with_the_size_unless_given(size, shorter_side):
+    derived = of_size(size, None)
+    assert parse("pcl_v1", "--data.size", str(size)).data == derived.data
+    assert derived.data.shorter_side == shorter_side
+    assert of_size(size, 300).data.shorter_side == 300
+    assert doubts(derived) == []
+    # A run that was saved when the resize had a number of its own may go on.
+    assert recipe_differences(to_dict(of_size(size, shorter_side)), to_dict(derived)) == []
+    assert data_config(to_dict(derived)).resize == shorter_side
+    if size != 224:
+        difference = f"data.resize: 256 -> {shorter_side}"
+        assert recipe_differences(to_dict(of_size(size, 256)), to_dict(derived)) == [difference]
+
+
+def test_a_resize_that_hides_most_of_every_image_is_doubted():
+    assert doubts(of_size(224, 316)) == []
+    assert doubts(of_size(32, 256)) == [
+        "--data.resize 256 beside --data.size 32 shows k-means and kNN the central 2% of every image; without that "
+        "flag it is 37"
+    ]
 
 
 @pytest.mark.parametrize(

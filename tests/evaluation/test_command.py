@@ -143,3 +143,13 @@ def test_options_are_looked_at_first(kind, wrong):
     [name] = wrong
     with pytest.raises(ValueError, match=f"--{name} must be positive"):
         kind(checkpoint=Path("x"), data=Path("y"), **wrong).check()
+
+
+@pytest.mark.parametrize(
+    ("size", "resize", "cropped"),
+    [(None, None, (20, 20)), (20, None, (20, 20)), (96, None, (96, 110)), (None, 24, (20, 24)), (96, 100, (96, 100))],
+)
+def test_images_are_cropped_as_the_encoder_saw_them_or_in_proportion_to_another_size(run_folder, size, resize, cropped):
+    task = Knn(checkpoint=run_folder, data=run_folder, size=size, resize=resize)
+    reading = task.reading(read_pretrained(run_folder, "query"))
+    assert (reading.size, reading.resize) == cropped

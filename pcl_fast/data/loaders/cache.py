@@ -237,7 +237,7 @@ def cached(
         "version": _VERSION,
         "images": images.fingerprint(),
         "content": _content(images),
-        "resize": config.resize,
+        "resize": config.shorter_side,
         "size": config.size,
         "made_by": made_by,
     }

@@ -84,7 +84,7 @@ class ClusteringLoader:
     def __iter__(self) -> Iterator[torch.Tensor]:
         indices = np.arange(self.shard.start, self.shard.stop)
         batches = (indices[at : at + self.batch_size] for at in range(0, len(indices), self.batch_size))
-        crops = partial(centre_crops, resize=self.config.resize, size=self.config.size)
+        crops = partial(centre_crops, resize=self.config.shorter_side, size=self.config.size)
         for _, (view,) in self._decoder.run(batches, lambda read: crops(read.sizes)):
             yield view
 
@@ -119,7 +119,7 @@ def centre_crops(sizes: np.ndarray, resize: int, size: int) -> tuple[np.ndarray,
 
     Args:
         sizes: int64 [n, 2], heights and widths of the images.
-        resize, size: as in DataConfig.
+        resize: length of the resized images' shorter side; size: of the crop.
     """
     resized = resize * sizes // sizes.min(axis=1, keepdims=True)
     corner = np.rint((resized - size) / 2)

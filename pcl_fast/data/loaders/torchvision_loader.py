@@ -90,7 +90,7 @@ class _InOrder(Dataset):
         return len(self.shard)
 
     def __getitem__(self, position: int) -> torch.Tensor:
-        return clustering_view(self.images.read(self.shard[position]), self.config.resize, self.config.size)
+        return clustering_view(self.images.read(self.shard[position]), self.config.shorter_side, self.config.size)
 
 
 class EpochBatches:

@@ -63,8 +63,8 @@ def find_images(root: Path, *, strict: bool = True) -> ImageFolder:
         strict: refuse empty files and broken links; otherwise they are listed like any image.
 
     Raises:
-        ImageError: no such folder, no images, images both beside and inside class folders, an empty file; or the folders
-            are no classes but the parts of a data set (train, val, ...).
+        ImageError: no such folder, no images, images both beside and inside class folders, an empty file; or the
+            folders are no classes but the parts of a data set (train, val, ...).
     """
     root = Path(root)
     if not root.is_dir():

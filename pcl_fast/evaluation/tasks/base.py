@@ -71,7 +71,8 @@ class Options:
     size: int | None = None
     """Side of the crops, in pixels; None: what the encoder was trained with, or 224."""
     resize: int | None = None
-    """The shorter side is resized to this before a centre crop; None: what the encoder was trained with, or 256."""
+    """The shorter side is resized to this before a centre crop; None: what the encoder was trained with, or 256/224 of
+    another size."""
     format: Literal["folder", "webdataset"] = "folder"
     """How images lie on disk, as in pcl_fast.train."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
@@ -128,10 +129,12 @@ class Task(Options, ABC):
         """
 
     def reading(self, pretrained: Pretrained) -> DataConfig:
-        """Return how images are read and cropped."""
+        """Return how images are read and cropped, `resize` included."""
         data = replace(pretrained.data or DataConfig(), root=self.data, format=self.format, loader=self.loader)
         data = replace(data, workers=self.workers, cache=self.cache, skip_broken=False)
-        return replace(data, size=self.size or data.size, resize=self.resize or data.resize)
+        if self.size not in (None, data.size):
+            data = replace(data, size=self.size, resize=None)
+        return replace(data, resize=self.resize or data.shorter_side)
 
     def settings(self) -> dict[str, Any]:
         """Return all options as plain values."""
