@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pcl_fast.augmentations import AUGMENTATIONS, View
+from pcl_fast.command_line import Integers
 
 # A string, of which the command line takes and lists these.
 _Augmentation = tyro.extras.literal_type_from_choices(AUGMENTATIONS)
@@ -104,7 +105,7 @@ class LossConfig:
 class ClusterConfig:
     """The E-step."""
 
-    ks: tuple[int, ...] = (25000, 50000, 100000)
+    ks: Integers = (25000, 50000, 100000)
     """Numbers of clusters, one per granularity. Empty: no prototypes, which is MoCo."""
     warmup_epochs: int = 20
     """Epochs of InfoNCE alone before the first E-step."""
@@ -148,7 +149,7 @@ class OptimConfig:
     schedule: Literal["step", "cosine"] = "step"
     """step: times 0.1 at each milestone; cosine: half a cosine down to zero. Both change once per epoch
     (after warm-up)."""
-    milestones: tuple[int, ...] = (120, 160)
+    milestones: Integers = (120, 160)
     """Epochs at which schedule=step drops the learning rate."""
 
 
@@ -162,7 +163,7 @@ class EvaluationConfig:
     """Neighbours of the weighted kNN classifier."""
     queries: int = 10000
     """Images that are classified, each by all the others; drawn once."""
-    ks: tuple[int, ...] = ()
+    ks: Integers = ()
     """Numbers of clusters into which the features are clustered to measure AMI, beside the clusterings that training
     makes itself."""
 

@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from pcl_fast.command_line import Integers, parse_preset
 from pcl_fast.config import PRESETS
 from pcl_fast.planning import official, ours
 from pcl_fast.planning.figures import DEFAULT, KINDS, Constant, Records
@@ -37,7 +38,7 @@ class Options:
     epochs: int
     batch_size: int
     """Images per step over all GPUs together."""
-    ks: tuple[int, ...]
+    ks: Integers
     """Numbers of clusters; none is MoCo."""
     gpu: str = "v100"
     """v100, a100, h100 or h200."""
@@ -83,7 +84,7 @@ class Plan(NamedTuple):
 
 
 def main() -> None:
-    options = tyro.extras.overridable_config_cli(CHOICES, prog="pcl_fast.plan", description=__doc__)
+    options = parse_preset(CHOICES, prog="pcl_fast.plan", description=__doc__)
     try:
         found = plan(options)
         draw({"official": found.official, "ours": found.ours}, _title(options, found), options.output)

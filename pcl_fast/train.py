@@ -11,8 +11,8 @@ import json
 import sys
 
 import torch
-import tyro
 
+from pcl_fast.command_line import parse_preset
 from pcl_fast.config import PRESETS, Config, doubts, to_dict, validate
 from pcl_fast.data import ImageSet, check_headers, open_set, usable
 from pcl_fast.data.loaders.resources import pick_resources
@@ -26,7 +26,7 @@ from pcl_fast.trainer import Trainer
 
 
 def main() -> None:
-    config = tyro.extras.overridable_config_cli(PRESETS, prog="pcl_fast.train", description=__doc__)
+    config = parse_preset(PRESETS, prog="pcl_fast.train", description=__doc__)
     try:
         validate(config)
         check_method(config)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from pcl_fast.clustering import kmeans
+from pcl_fast.command_line import Integers
 from pcl_fast.distributed import all_gather_shards
 from pcl_fast.errors import UserError
 from pcl_fast.evaluation import paper
@@ -32,7 +33,7 @@ class Ami(Task, name="ami", scores="momentum"):
     --data is a folder of class folders (or tar shards), or one that has them in its folder train.
     """
 
-    k: tuple[int, ...] = ()
+    k: Integers = ()
     """Numbers of clusters. None given: 25000 as in Table 5, or as many as there are classes for fewer than 250000
     images."""
     features: Literal["head", "backbone"] = "head"

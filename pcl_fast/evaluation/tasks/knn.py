@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from pcl_fast.command_line import Integers, Numbers
 from pcl_fast.distributed import World, all_gather_shards
 from pcl_fast.evaluation import paper
 from pcl_fast.evaluation.features import Features
@@ -25,9 +26,9 @@ class Knn(Task, name="knn", scores="momentum"):
     The paper does not say which k and temperature it took: these are InstDisc's and other libraries'.
     """
 
-    k: tuple[int, ...] = (20, 200)
+    k: Integers = (20, 200)
     """Numbers of neighbours."""
-    temperature: tuple[float, ...] = (0.07, 0.1)
+    temperature: Numbers = (0.07, 0.1)
     """tau: a neighbour's vote has the weight exp(cosine / tau)."""
 
     @classmethod

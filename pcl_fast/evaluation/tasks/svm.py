@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
+from pcl_fast.command_line import Integers
 from pcl_fast.data import ImageSet
 from pcl_fast.data.sources.places import holds_places
 from pcl_fast.data.sources.voc import VOC_CLASSES, VocSplit, holds_voc, read_split
@@ -53,7 +54,7 @@ class Svm(Task, name="svm", scores="query"):
     """How VOC07 is scored. pcl: as the official PCL code does. fair: as the FAIR self-supervision benchmark does, on
     features of 2 x 2 places, with a cost that is chosen, and without difficult objects in the tests. Scores of the two
     cannot be compared."""
-    shots: tuple[int, ...] = paper.LOW_SHOT
+    shots: Integers = paper.LOW_SHOT
     """k: numbers of images of a class to learn from."""
     draws: int = 5
     """How many times these images are drawn."""
