@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import tarfile
 from dataclasses import replace
@@ -62,6 +64,75 @@ def test_the_parent_of_shards_is_refused(tmp_path, image):
     with pytest.raises(ImageError, match=f"train on {tmp_path / 'train'}$"):
         open_set(tmp_path, "webdataset")
     assert len(find_shards(tmp_path / "train")) == 1
+
+
+def refuse(monkeypatch, function: str, *closed: Path) -> None:
+    """Let a function of os fail for some paths, as it does for those who are not root."""
+    real = getattr(os, function)
+
+    def refusing(path, *args, **kwargs):
+        if Path(path) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(path))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, function, refusing)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, image, monkeypatch):
+    root = tree(tmp_path, image, "a/1.jpg", "b/1.jpg", "b/deep/1.jpg", "lost+found/x")
+    for closed in (root / "b", root / "b" / "deep", root):
+        with monkeypatch.context() as patch:
+            refuse(patch, "scandir", closed)
+            for opening in (find_images, check):
+                with pytest.raises(ImageError, match=f"cannot look into the folder {closed}/?: Permission denied"):
+                    opening(root)
+    refuse(monkeypatch, "scandir", root / "lost+found")
+    assert find_images(root).paths == ("a/1.jpg", "b/1.jpg", "b/deep/1.jpg")
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"), [("gone", "No such file or directory"), ("b", "Too many levels of symbolic links")]
+)
+def test_a_class_that_is_a_link_to_nowhere_is_named(tmp_path, image, target, reason):
+    root = tree(tmp_path, image, "a/1.jpg")
+    (root / "b").symlink_to(target)
+    with pytest.raises(ImageError, match=f"cannot look into the folder {root / 'b'}: {reason}"):
+        find_images(root, strict=False)
+
+
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [("a/loop", "."), ("a/loop", ".."), ("loop", "."), ("a/loop", "../.."), ("a/loop", "../b"), ("0", "b")],
+)
+def test_images_are_found_once_whatever_links_there_are(tmp_path, image, link, target):
+    root = tree(tmp_path / "root", image, "a/1.jpg", "a/sub/2.jpg", "b/1.jpg")
+    (root / link).symlink_to(target)
+    with pytest.warns(UserWarning, match=f"1 links lead to folders that are looked at anyway.* {root / link}$"):
+        images = find_images(root)
+    assert images.paths == ("a/1.jpg", "a/sub/2.jpg", "b/1.jpg")
+    assert images.labels == (0, 0, 1)
+
+
+def test_links_to_elsewhere_are_followed_once(tmp_path, image):
+    elsewhere = tree(tmp_path / "elsewhere", image, "cat/1.jpg", "cat/deep/2.jpg", "dog/1.jpg")
+    (elsewhere / "cat" / "deep" / "loop").symlink_to("..")
+    root = tree(tmp_path / "root", image, "bird/1.jpg")
+    for name in ("cat", "dog"):
+        (root / name).symlink_to(elsewhere / name)
+    (root / "bird" / "more").symlink_to("../cat")
+    with pytest.warns(UserWarning, match=f"2 links .* {root / 'bird' / 'more'}$"):
+        images = find_images(root)
+    assert images.paths == ("bird/1.jpg", "cat/1.jpg", "cat/deep/2.jpg", "dog/1.jpg")
+
+
+@pytest.mark.parametrize("name", ["", "runs", "a/runs"])
+def test_an_output_among_the_images_is_refused(tmp_path, image, alone, name):
+    root = tree(tmp_path / "images", image, "a/1.jpg")
+    (tmp_path / "link").symlink_to(root)
+    inside = replace(DEMO, output=tmp_path / "link" / name, data=replace(DEMO.data, root=root))
+    with pytest.raises(ValueError, match=f"--output {inside.output} lies inside --data {root}"):
+        open_images(inside, alone)
+    open_images(replace(inside, output=tmp_path / "images-run"), alone)
 
 
 def test_what_was_found_is_said_at_the_start(tmp_path, image, alone, capsys):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from pcl_fast.data.sources.images import ImageSet, reason_of
+from pcl_fast.data.sources.walk import files_below
 from pcl_fast.errors import ImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
@@ -58,28 +59,36 @@ class ImageFolder(ImageSet):
 def find_images(root: Path, *, strict: bool = True) -> ImageFolder:
     """List a folder of class folders (root/class/.../image) or a flat folder (root/image).
 
+    Links to folders are followed, but no folder is looked at twice; a warning says so.
+
     Args:
         root: the folder.
         strict: refuse empty files and broken links; otherwise they are listed like any image.
 
     Raises:
-        ImageError: no such folder, no images, images both beside and inside class folders, an empty file; or the
-            folders are no classes but the parts of a data set (train, val, ...).
+        ImageError: no such folder, no images, images both beside and inside class folders, an empty file; a folder
+            cannot be looked into; or the folders are no classes but the parts of a data set (train, val, ...).
     """
     root = Path(root)
-    if not root.is_dir():
+    try:
+        is_folder = root.is_dir()
+    except OSError as error:  # above it there is a folder that cannot be looked into
+        raise ImageError(f"cannot look into {root}: {reason_of(error)}") from error
+    if not is_folder:
         raise ImageError(f"{root} is not a folder; --data wants a folder of class folders, or of images")
-    entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-    flat = [entry.name for entry in entries if _is_image(entry.name) and not entry.is_dir()]
-    per_class = {entry.name: _images_below(root, entry.name) for entry in entries if entry.is_dir()}
-    per_class = {name: images for name, images in per_class.items() if images}
+    flat: list[str] = []
+    per_class: dict[str, list[str]] = {}
+    # By class, then by path: as a whole, "a-b/1.jpg" comes before "a/1.jpg".
+    for path in sorted(filter(_is_image, files_below(root)), key=lambda path: (path.partition("/")[0], path)):
+        name, slash, _ = path.partition("/")
+        (per_class.setdefault(name, []) if slash else flat).append(path)
     if flat and per_class:
         raise ImageError(
             f"{root} has images ({flat[0]}, ...) and class folders with images ({next(iter(per_class))}, ...); "
             "use one or the other"
         )
-    found = flat or [image for images in per_class.values() for image in images]
-    if not found and any(entry.name.endswith(".tar") for entry in entries):
+    found = flat or [path for images in per_class.values() for path in images]
+    if not found and any(root.glob("*.tar")):
         raise ImageError(f"{root} has no images but .tar files; for WebDataset shards use --data.format webdataset")
     if not found:
         raise ImageError(f"{root} has no images in it or in its folders ({', '.join(EXTENSIONS)})")
@@ -99,17 +108,8 @@ def _refuse_parts(root: Path, classes: Iterable[str]) -> None:
         )
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-
-
-def _images_below(root: Path, name: str) -> list[str]:
-    """Return the paths, relative to root, of all images below root/name, sorted."""
-    found = []
-    for folder, _, files in os.walk(root / name, followlinks=True):
-        relative = Path(folder).relative_to(root)
-        found += [(relative / file).as_posix() for file in files if _is_image(file)]
-    return sorted(found)
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(EXTENSIONS) and not path.rpartition("/")[2].startswith(".")
 
 
 def _refuse_empty(root: Path, paths: list[str]) -> None:
