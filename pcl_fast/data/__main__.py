@@ -22,7 +22,13 @@ def main() -> None:
     sys.stdout.reconfigure(errors="backslashreplace")
     try:
         tyro.extras.subcommand_cli_from_dict({"check": check}, prog="pcl_fast.data", description=__doc__)
-    except (ValueError, UserError) as error:
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit("pcl_fast.data: stopped")
+    except BrokenPipeError:  # whoever read the output has seen enough, `head` for one
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
+        sys.exit(1)
+    except (ValueError, UserError, OSError) as error:
         # The message says what to do; a stack trace would hide it.
         sys.exit(f"pcl_fast.data: {error}")
 

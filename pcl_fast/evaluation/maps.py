@@ -14,7 +14,8 @@ from torchvision.transforms.v2 import functional as transform
 from pcl_fast.config import DataConfig
 from pcl_fast.data import ImageSet, normalise
 from pcl_fast.data.loaders.resources import pick_resources
-from pcl_fast.data.views.pil import to_bytes
+from pcl_fast.data.loaders.torchvision_loader import without_stacks
+from pcl_fast.data.views.pil import cut_ends, to_bytes
 from pcl_fast.distributed import World, shard_bounds
 from pcl_fast.errors import UserError
 from pcl_fast.nn.batch_norm import fold_batch_norm
@@ -92,5 +93,6 @@ class _Squares(Dataset):
         return len(self.shard)
 
     def __getitem__(self, position: int) -> torch.Tensor:
-        image = transform.resize(self.images.read(self.shard[position]), [self.resize], antialias=True)
+        image = cut_ends(self.images.read(self.shard[position]))
+        image = transform.resize(image, [self.resize], antialias=True)
         return to_bytes(transform.resize(image, [self.size, self.size], antialias=True))

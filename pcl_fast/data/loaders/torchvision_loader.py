@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from pcl_fast.data.loaders.resources import Resources
 from pcl_fast.data.sources.images import ImageSet
 from pcl_fast.data.views.draws import draw_views
 from pcl_fast.data.views.pil import clustering_view, training_view
+from pcl_fast.errors import ImageError
+
+T = TypeVar("T")
 
 
 class TrainingLoader:
@@ -36,7 +40,7 @@ class TrainingLoader:
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
         """Yield the batches of one epoch from step `first_step` on; those before it cost nothing."""
         self._batches.epoch, self._batches.first_step = epoch, first_step
-        for views, index in self._loader:
+        for views, index in without_stacks(self._loader):
             yield Batch(tuple(_moved(view, self.resources) for view in views), index)
 
 
@@ -59,7 +63,7 @@ class ClusteringLoader:
         )
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        for view in self._loader:
+        for view in without_stacks(self._loader):
             yield _moved(view, self.resources)
 
 
@@ -108,6 +112,18 @@ class EpochBatches:
         epoch = self.epoch
         for indices in self.order.batches(epoch, self.first_step):
             yield [(epoch, index) for index in indices.tolist()]
+
+
+def without_stacks(batches: Iterable[T]) -> Iterator[T]:
+    """Yield a DataLoader's batches.
+
+    Raises:
+        ImageError: an image cannot be used. A worker's error comes with its stack, which is left out.
+    """
+    try:
+        yield from batches
+    except ImageError as error:
+        raise ImageError(str(error).rpartition(f"{ImageError.__module__}.ImageError: ")[2].rstrip()) from None
 
 
 def _moved(view: torch.Tensor, resources: Resources) -> torch.Tensor:

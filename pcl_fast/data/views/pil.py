@@ -10,6 +10,9 @@ from torchvision.transforms.v2 import functional as F
 from pcl_fast.data.views.draws import Draws
 from pcl_fast.kernels.photometric_plain import Op
 
+# An image that is more than so many times as long as wide is extremely long.
+_LONGEST = 64
+
 _ADJUST = {
     Op.BRIGHTNESS: F.adjust_brightness,
     Op.CONTRAST: F.adjust_contrast,
@@ -48,7 +51,15 @@ def training_view(image: Image.Image, draws: Draws, row: int, size: int) -> torc
 
 def clustering_view(image: Image.Image, resize: int, size: int) -> torch.Tensor:
     """Resize the shorter side of an RGB image and cut out the centre: uint8 [size, size, 3]."""
-    return to_bytes(F.center_crop(F.resize(image, [resize], antialias=True), [size]))
+    return to_bytes(F.center_crop(F.resize(cut_ends(image), [resize], antialias=True), [size]))
+
+
+def cut_ends(image: Image.Image) -> Image.Image:
+    """Return the middle of an image that is extremely long: resized as a whole, 60000 x 1 pixels would take 12 GB."""
+    longest = _LONGEST * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    return F.center_crop(image, [min(image.height, longest), min(image.width, longest)])
 
 
 def to_bytes(image: Image.Image) -> torch.Tensor:

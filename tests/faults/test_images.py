@@ -1,0 +1,72 @@
+"""Images that are broken or extreme are named or handled, by worker processes too, and without a stack trace."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+from pcl_fast.config import DataConfig, view_of
+from pcl_fast.data import clustering_loader, find_images, training_loader
+from pcl_fast.data.__main__ import main
+from pcl_fast.data.views.pil import clustering_view
+from pcl_fast.errors import ImageError
+
+CONFIG = DataConfig(size=16, loader="torchvision", workers=1)
+
+
+@pytest.mark.parametrize("size", [(60000, 1), (1, 60000)])
+def test_an_extremely_long_image_is_used(tmp_path, alone, size):
+    """Resized as a whole its clustering view takes 12 GB."""
+    Image.new("RGB", size, (200, 30, 90)).save(tmp_path / "long.png")
+    images = find_images(tmp_path)
+    view = clustering_view(images.read(0), resize=256, size=224)
+    assert view.shape == (224, 224, 3)
+    assert (view == torch.tensor([200, 30, 90])).all()
+    views = [view_of(CONFIG)] * 2
+    training = training_loader(images, CONFIG, views=views, batch_size=1, seed=0, world=alone)
+    assert next(training.epoch(0)).views[0].shape == (1, 16, 16, 3)
+
+
+@pytest.mark.parametrize("size", [(640, 5), (5, 640), (641, 5)])
+def test_what_is_cut_off_an_extremely_long_image_is_not_seen(size):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    whole = F.center_crop(F.resize(image, [8], antialias=True), [8])
+    seen = clustering_view(image, resize=8, size=8)
+    if size[0] != 641:  # whose middle is between two pixels
+        assert np.abs(np.array(whole).astype(int) - seen.numpy()).max() <= 1
+    assert seen.shape == (8, 8, 3)
+
+
+@pytest.mark.parametrize("clustering", [False, True])
+def test_a_broken_image_in_a_worker_is_one_sentence(tmp_path, image_folder, alone, clustering):
+    whole = (image_folder / "class_0" / "00.jpg").read_bytes()
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(whole if number != 2 else whole[: len(whole) // 2])
+    images = find_images(tmp_path)
+    if clustering:
+        batches = clustering_loader(images, CONFIG, batch_size=2, world=alone)
+    else:
+        batches = training_loader(images, CONFIG, views=[view_of(CONFIG)], batch_size=2, seed=0, world=alone).epoch(0)
+    with pytest.raises(ImageError, match=rf"^cannot read image {tmp_path / '2.jpg'}") as raised:
+        list(batches)
+    assert "Traceback" not in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_check_may_be_read_in_part(image_folder, monkeypatch):
+    """As by `head`: a closed output is no fault."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        monkeypatch.setattr(sys, "argv", ["pcl_fast.data", "check", str(image_folder)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == 1
