@@ -16,6 +16,7 @@ import tyro
 
 from pcl_fast.augmentations import AUGMENTATIONS, View
 from pcl_fast.command_line import Integers
+from pcl_fast.seeds import check_seed
 
 # A string, of which the command line takes and lists these.
 _Augmentation = tyro.extras.literal_type_from_choices(AUGMENTATIONS)
@@ -386,6 +387,7 @@ def validate(config: Config) -> None:
     for flag, value in not_negative.items():
         if value < 0:
             raise ValueError(f"{flag} must not be negative, got {value}")
+    check_seed(config.seed)
     if config.loss.num_negatives is not None and config.loss.num_negatives < 1:
         raise ValueError(f"--loss.num-negatives must be positive or None for all, got {config.loss.num_negatives}")
     if not 0 <= config.model.momentum <= 1:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import torch.distributed as dist
 import tyro
 from rich.console import Console
 
@@ -29,6 +30,7 @@ from pcl_fast.evaluation.results import as_table, write_results
 from pcl_fast.evaluation.tasks import Context, Options, Task
 from pcl_fast.pretrained import THE_ONLY_ONE, Pretrained, read_pretrained
 from pcl_fast.run.signals import Stopped, StopSignals
+from pcl_fast.seeds import check_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +49,11 @@ def main() -> None:
     except (ValueError, UserError, OSError) as error:
         # The message says what to do; a stack trace would hide it.
         sys.exit(f"pcl_fast.evaluate: {error}")
+    except dist.DistNetworkError as error:
+        sys.exit(
+            f"pcl_fast.evaluate: the ranks cannot meet: {error}. If the port is in use, choose another by torchrun's "
+            "--master-port (MASTER_PORT)"
+        )
 
 
 def run(options: Options) -> bool:
@@ -56,6 +63,7 @@ def run(options: Options) -> bool:
         ValueError, UserError, OSError: something given cannot be used; says what, and what to do.
     """
     tasks = [options] if isinstance(options, Task) else list(_possible(options))
+    check_seed(options.seed)
     for task in tasks:
         task.check()
     world = connect()

@@ -16,6 +16,16 @@ class Purpose(IntEnum):
     EVALUATION = 6
 
 
+def check_seed(seed: int) -> None:
+    """Refuse a seed that PyTorch's generators do not take.
+
+    Raises:
+        ValueError: it has more than 64 bits.
+    """
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"--seed must fit into 64 bits, got {seed}")
+
+
 def mix_seeds(*parts: int) -> int:
     """Hash of integers to 63 bits (splitmix64 steps), so that neighbouring epochs and steps draw unrelated numbers."""
     state = 0

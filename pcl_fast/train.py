@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from pcl_fast.command_line import parse_preset
 from pcl_fast.config import PRESETS, Config, doubts, to_dict, validate
@@ -36,6 +37,11 @@ def main() -> None:
     except (ValueError, UserError, OSError) as error:
         # The message says what to do; a stack trace would hide it.
         sys.exit(f"pcl_fast.train: {error}")
+    except dist.DistNetworkError as error:
+        sys.exit(
+            f"pcl_fast.train: the ranks cannot meet: {error}. If the port is in use, choose another by torchrun's "
+            "--master-port (MASTER_PORT)"
+        )
     disconnect(world)
 
 

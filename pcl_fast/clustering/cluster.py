@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from pcl_fast.distributed import all_gather_shards
 
 @torch.no_grad()
 def cluster(
-    features: torch.Tensor,
+    features: torch.Tensor | np.ndarray,
     ks: Sequence[int],
     *,
     temperature: float,
@@ -51,15 +52,15 @@ def cluster(
         One PrototypeSet per k, the same on every rank, with the assignment of the whole data set.
 
     Raises:
-        ValueError: see `kmeans` and `concentration`; or init does not have one entry per k.
+        ValueError, TypeError: see `kmeans` and `concentration`; or init does not have one entry per k.
     """
     if init is not None and len(init) != len(ks):
         raise ValueError(f"init must be one [k, d] for each of the {len(ks)} ks, got {len(init)}")
     check_options(iterations, redo)
     shards = check_shards(features, group)
     starts = [None] * len(ks) if init is None else init
-    for k, start in zip(ks, starts, strict=True):
-        check_clusters(shards, k, start, redo)
+    ks = [check_clusters(shards, k, start, redo) for k, start in zip(ks, starts, strict=True)]
+    features = shards.features
     picked = pick_backend(backend, features.device, features.dtype, features.shape[1])
     options = {"iterations": iterations, "redo": redo}
     results = take_turns(

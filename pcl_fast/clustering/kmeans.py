@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -13,7 +17,7 @@ from pcl_fast.distributed import all_gather_rows
 
 @torch.no_grad()
 def kmeans(
-    features: torch.Tensor,
+    features: torch.Tensor | np.ndarray,
     k: int,
     *,
     iterations: int = 20,
@@ -26,9 +30,9 @@ def kmeans(
     """Minimise sum_i min_j |x_i - c_j|^2 by Lloyd's algorithm (Euclidean; centroids are not normalised).
 
     Args:
-        features: [n_local, d] float32 or float16, contiguous, this rank's shard; shards may differ in length and be
-            empty. On a GPU the type decides the precision of the search: float16 is about three times as fast.
-            Centroids, sums and distances are float32 either way.
+        features: [n_local, d] float32 or float16, contiguous, this rank's shard, a NumPy array perhaps; shards may
+            differ in length and be empty. On a GPU the type decides the precision of the search: float16 is about three
+            times as fast. Centroids, sums and distances are float32 either way.
         k: number of clusters, at most the number of points on all ranks. If fewer points are distinct, some clusters
             stay empty or share a centroid.
         iterations: how often the centroids are updated at most; the updates end early when no assignment changes. A
@@ -49,31 +53,55 @@ def kmeans(
     Raises:
         ValueError: wrong shape, dtype, k, init (or NaN in it) or backend, or (on every rank) NaN or infinite features
             on some rank.
+        TypeError: features are no array, or a number is no integer.
         MissingPackageError: the backend is not installed.
     """
     check_options(iterations, redo)
     shards = check_shards(features, group)
-    check_clusters(shards, k, init, redo)
+    k = check_clusters(shards, k, init, redo)
+    features = shards.features
     picked = pick_backend(backend, features.device, features.dtype, features.shape[1])
     return take_turns([lloyd(shards, k, picked, iterations=iterations, redo=redo, seed=seed, init=init)])[0]
 
 
 def check_options(iterations: int, redo: int) -> None:
+    iterations, redo = _integer("iterations", iterations), _integer("redo", redo)
     if iterations < 1 or redo < 1:
         raise ValueError(f"iterations and redo must be at least 1, got {iterations} and {redo}")
 
 
-def check_shards(features: torch.Tensor, group: dist.ProcessGroup | None) -> Shards:
-    """Return the shards of all ranks, if they can be clustered.
+def _integer(name: str, value: Any) -> int:
+    """
+    Raises:
+        TypeError: the value is no integer, of Python's or another library's.
+    """
+    try:
+        if isinstance(value, (bool, np.bool_)):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r}") from None
+
+
+def check_shards(features: torch.Tensor | np.ndarray, group: dist.ProcessGroup | None) -> Shards:
+    """Return the shards of all ranks, if they can be clustered, as tensors.
 
     Raises:
         ValueError: wrong shape, dtype or strides; or, on all ranks, features of one rank are not finite.
+        TypeError: they are no array.
     """
+    if isinstance(features, np.ndarray):
+        # PyTorch warns of arrays that must not be written to, which nobody does here.
+        features = torch.from_numpy(features if features.flags.writeable else features.copy())
+    if not isinstance(features, torch.Tensor):
+        raise TypeError(f"features must be a tensor or a NumPy array, got {type(features).__name__}")
     if features.ndim != 2 or features.dtype not in (torch.float32, torch.float16) or not features.is_contiguous():
         raise ValueError(
             f"features must be [n, d] float32 or float16 and contiguous, got {list(features.shape)} {features.dtype} "
             f"with strides {features.stride()}"
         )
+    if not features.shape[1]:
+        raise ValueError(f"features must have a length of at least 1, got {list(features.shape)}")
     mine = torch.tensor([[len(features), _broken_rows(features)]], device=features.device)
     lengths, broken_per_rank = all_gather_rows(mine, group).T.tolist()
     for rank, count in enumerate(broken_per_rank):
@@ -91,17 +119,24 @@ def _broken_rows(features: torch.Tensor) -> int:
     return sum(int((~chunk.isfinite()).any(1).sum()) for chunk in features.split(1 << 16))
 
 
-def check_clusters(shards: Shards, k: int, init: torch.Tensor | None, redo: int) -> None:
-    points, d = sum(shards.lengths), shards.features.shape[1]
+def check_clusters(shards: Shards, k: int, init: torch.Tensor | None, redo: int) -> int:
+    """Return k, as Python's integer, if so many clusters can be made.
+
+    Raises:
+        ValueError: they cannot, or not from this `init`.
+        TypeError: k is no integer.
+    """
+    k, points, d = _integer("k", k), sum(shards.lengths), shards.features.shape[1]
     if not 1 <= k <= points:
         raise ValueError(
             f"cannot make k = {k} clusters of {points} points; set k (in training: --cluster.ks) between 1 and {points}"
         )
     if init is None:
-        return
+        return k
     if init.shape != (k, d) or init.dtype != torch.float32:
         raise ValueError(f"init must be [{k}, {d}] float32, got {list(init.shape)} {init.dtype}")
     if not init.isfinite().all():
         raise ValueError(f"init is not finite: {int((~init.isfinite()).any(1).sum())} of {k} rows")
     if redo != 1:
         raise ValueError(f"with init every start would be the same: redo must be 1, got {redo}")
+    return k

@@ -46,7 +46,8 @@ def write_report(folder: Path, metrics: dict[str, Metric]) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid:  # those that are left
         axes.set_axis_off()
-    figure.suptitle(str(folder))
+    # A path is no mathematics, though it may have $ and ^ in it.
+    figure.suptitle(str(folder).encode(errors="replace").decode(), parse_math=False)
     path = folder / "report.png"
     figure.savefig(path, dpi=110)
     return path
