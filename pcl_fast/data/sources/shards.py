@@ -22,6 +22,7 @@ from pcl_fast.data.sources.images import ImageSet, reason_of
 from pcl_fast.data.sources.shard_scan import scan
 from pcl_fast.errors import ImageError
 from pcl_fast.files import write_whole
+from pcl_fast.user import cache_folder
 
 INDEX = "pcl_fast-index.npz"
 MAX_OPEN = 256
@@ -191,8 +192,7 @@ def _state(shard: Path) -> tuple[str, int, int]:
 
 def _places(root: Path) -> tuple[Path, Path]:
     """Return where the index may lie, the better place first."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pcl_fast"
-    return root / INDEX, cache / f"shards-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
+    return root / INDEX, cache_folder() / f"shards-{hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.npz"
 
 
 def _load(place: Path, header: str) -> dict[str, np.ndarray] | None:
