@@ -61,6 +61,8 @@ AUGMENTATIONS: dict[str, View] = {
     "v1": View(jitter=(0.4, 0.4, 0.4, 0.4), jitter_share=1.0, grey_share=0.2, grey_first=True, flip_share=0.5),
     # The paper's v2, which is MoCo v2's: it adds the blur.
     "v2": View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_share=0.8, grey_share=0.2, blur_share=0.5, flip_share=0.5),
+    # The paper's v2 for small images, as MoCo's authors have it for CIFAR-10.
+    "no_blur": View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_share=0.8, grey_share=0.2, flip_share=0.5),
     # SimCLR's (Chen et al. 2020, appendix A), with its crops of 0.08 to 1 of the image (--data.min-crop-area).
     "simclr": View(jitter=(0.8, 0.8, 0.8, 0.2), jitter_share=0.8, grey_share=0.2, blur_share=0.5, flip_share=0.5),
     # What classifiers are trained on, with crops of 0.08 to 1 of the image.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
-from typing import Annotated, Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 T = TypeVar("T")
+AUTO = "auto"
 # Flags that tyro answers itself.
 _WITHOUT_PRESET = ("-h", "--help", "--tyro-")
 
@@ -29,8 +30,8 @@ def parse_preset(presets: Mapping[str, tuple[str, T]], *, prog: str, description
     return tyro.extras.overridable_config_cli(dict(presets), prog=prog, description=description)
 
 
-def _several(number: Callable[[str], Any], metavar: str) -> PrimitiveConstructorSpec:
-    """Any count of numbers, with spaces or commas between them."""
+def _several(number: Callable[[str], Any], metavar: str, *, auto: bool = False) -> PrimitiveConstructorSpec:
+    """Any count of numbers, with spaces or commas between them; or the word auto."""
 
     def one(word: str) -> Any:
         try:
@@ -38,17 +39,20 @@ def _several(number: Callable[[str], Any], metavar: str) -> PrimitiveConstructor
         except ValueError:
             raise ValueError(f"{word!r} is no {metavar}") from None
 
-    def parse(arguments: Iterable[str]) -> tuple:
+    def parse(arguments: Sequence[str]) -> tuple | str:
+        if auto and list(arguments) == [AUTO]:
+            return AUTO
         return tuple(one(word) for argument in arguments for word in argument.replace(",", " ").split())
 
     return PrimitiveConstructorSpec(
         nargs="*",
-        metavar=f"[{metavar} [{metavar} ...]]",
+        metavar=f"{'auto|' if auto else ''}[{metavar} [{metavar} ...]]",
         instance_from_str=parse,
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda value: [str(item) for item in value],
+        is_instance=lambda value: isinstance(value, tuple) or (auto and value == AUTO),
+        str_from_instance=lambda value: [AUTO] if value == AUTO else [str(item) for item in value],
     )
 
 
 Integers = Annotated[tuple[int, ...], _several(int, "INT")]
+IntegersOrAuto = Annotated[tuple[int, ...] | Literal["auto"], _several(int, "INT", auto=True)]
 Numbers = Annotated[tuple[float, ...], _several(float, "FLOAT")]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from pcl_fast.augmentations import AUGMENTATIONS, View
-from pcl_fast.command_line import Integers
+from pcl_fast.command_line import AUTO, Integers, IntegersOrAuto
 from pcl_fast.seeds import check_seed
 
 # A string, of which the command line takes and lists these.
@@ -34,7 +34,8 @@ class DataConfig:
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     """What decodes and crops; auto is DALI wherever it can be imported."""
     views: _Augmentation = "v1"
-    """Augmentation: the paper's v1, the paper's v2 (adds blur), or one for handwritten digits."""
+    """Augmentation: the paper's v1 or v2 (adds blur), v2 without blur for small images, SimCLR's, crop and flip alone,
+    or one for handwritten digits."""
     size: int = 224
     """Side of the crops, in pixels."""
     resize: int | None = None
@@ -106,8 +107,9 @@ class LossConfig:
 class ClusterConfig:
     """The E-step."""
 
-    ks: Integers = (25000, 50000, 100000)
-    """Numbers of clusters, one per granularity. Empty: no prototypes, which is MoCo."""
+    ks: IntegersOrAuto = (25000, 50000, 100000)
+    """Numbers of clusters, one per granularity. Empty: no prototypes, which is MoCo. auto: the paper's, for as many
+    images as there are: n/51, n/26 and n/13; queue and negatives are then at most n."""
     warmup_epochs: int = 20
     """Epochs of InfoNCE alone before the first E-step."""
     iterations: int = 20
@@ -219,6 +221,16 @@ _PCL_V2 = _derive(
     loss={"temperature": 0.2},
     optim={"schedule": "cosine"},
 )
+# Of the MoCo authors' demo on CIFAR-10, with PCL's prototypes.
+_CIFAR = _derive(
+    _PCL_V1,
+    "cifar",
+    data={"views": "no_blur", "size": 32, "resize": 32, "min_crop_area": 0.08},
+    model={"arch": "resnet18", "small_stem": True, "momentum": 0.99, "queue_size": 4096, "bn_splits": 8},
+    cluster={"ks": AUTO},
+    optim={"batch_size": 512, "lr": 0.06, "weight_decay": 5e-4, "schedule": "cosine"},
+)
+_IMAGENET100 = _derive(_PCL_V2, "imagenet100", model={"arch": "resnet18"}, cluster={"ks": AUTO})
 _MOCO_V1 = _derive(_PCL_V1, "moco_v1", cluster={"ks": ()}, model={"queue_size": 65536}, loss={"temperature": 0.07})
 _MOCO_V2 = _derive(_PCL_V2, "moco_v2", cluster={"ks": ()}, model={"queue_size": 65536})
 
@@ -253,6 +265,8 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "moco_v1": ("MoCo v1: PCL v1's encoder without prototypes.", _MOCO_V1),
     "moco_v2": ("MoCo v2: PCL v2's encoder without prototypes.", _MOCO_V2),
     "simclr": ("SimCLR with a batch of 256: two views against all others, LARS, no momentum encoder.", _SIMCLR),
+    "imagenet100": ("PCL v2 with a ResNet-18, for some 100,000 photographs.", _IMAGENET100),
+    "cifar": ("PCL on 32 px: MoCo's recipe for CIFAR-10, ResNet-18 with a small stem.", _CIFAR),
 }
 
 
@@ -401,7 +415,7 @@ def validate(config: Config) -> None:
     if config.data.shorter_side < config.data.size:
         raise ValueError(f"--data.resize {config.data.resize} is smaller than the crop, --data.size {config.data.size}")
     for flag, ks in {"--cluster.ks": config.cluster.ks, "--evaluation.ks": config.evaluation.ks}.items():
-        if any(k < 1 for k in ks):
+        if ks != AUTO and any(k < 1 for k in ks):
             raise ValueError(f"{flag} must be positive numbers of clusters, got {ks}")
 
 

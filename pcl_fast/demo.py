@@ -106,7 +106,7 @@ def miniature(config: Config) -> Config:
         config,
         epochs=demo.epochs,
         data=demo.data,
-        model=replace(config.model, arch=demo.model.arch),
+        model=replace(config.model, arch=demo.model.arch, small_stem=demo.model.small_stem),
         optim=replace(config.optim, batch_size=demo.optim.batch_size, schedule=demo.optim.schedule),
         evaluation=replace(demo.evaluation, ks=() if config.cluster.ks else demo.cluster.ks),
     )

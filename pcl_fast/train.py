@@ -22,6 +22,7 @@ from pcl_fast.data.sources.digits import digits_folder
 from pcl_fast.distributed import World, all_or_none, check_same, connect, disconnect, main_first
 from pcl_fast.errors import UserError
 from pcl_fast.files import write_whole
+from pcl_fast.fitting import fit
 from pcl_fast.methods import check_method
 from pcl_fast.run.report import write_report
 from pcl_fast.trainer import Trainer
@@ -56,6 +57,9 @@ def run(config: Config, world: World) -> bool:
     for line in doubts(config) if world.is_main else ():
         print(f"warning: {line}", flush=True)
     images = open_images(config, world)
+    config, chosen = fit(config, len(images))
+    for line in chosen if world.is_main else ():
+        print(line, flush=True)
     torch.backends.cudnn.benchmark = True
     trainer = Trainer(config, images, world)
     all_or_none(lambda: _write_config(config) if world.is_main else None, world)

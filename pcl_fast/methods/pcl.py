@@ -18,6 +18,7 @@ from pcl_fast.clustering.prototypes import Prototypes
 from pcl_fast.config import PRESETS, Config, setting
 from pcl_fast.data import Batch
 from pcl_fast.distributed import World, all_gather_rows
+from pcl_fast.fitting import automatic_ks
 from pcl_fast.losses import ProtoNCEResult, pcl_loss
 from pcl_fast.methods.base import FeatureSpec, Inputs, Method, Metric, Step
 from pcl_fast.nn.encoder import Encoder
@@ -82,13 +83,20 @@ class PCL(Method, name="pcl"):
         if config.cluster.ks and max(config.cluster.ks) > images:
             raise ValueError(
                 f"cannot make {max(config.cluster.ks)} clusters of {images} images; set --cluster.ks to smaller "
-                f"numbers, for instance {images // 200 or 1} {images // 100 or 1} {images // 50 or 1}"
+                f"numbers, or to auto, which is {' '.join(map(str, automatic_ks(images)))} here"
             )
 
     @classmethod
     def miniature(cls, config: Config) -> dict[str, Any]:
         demo = PRESETS["demo"][1]
-        names = ["model.momentum", "model.queue_size", "loss.num_negatives", "optim.lr", "optim.weight_decay"]
+        names = [
+            "model.momentum",
+            "model.queue_size",
+            "model.bn_splits",
+            "loss.num_negatives",
+            "optim.lr",
+            "optim.weight_decay",
+        ]
         if config.cluster.ks:
             names += ["cluster.ks", "cluster.warmup_epochs", "cluster.redo"]
         return {name: setting(demo, name) for name in names}
