@@ -61,7 +61,7 @@ def encode_maps(
         num_workers=pick_resources(data, device).workers,
         pin_memory=device.type == "cuda",
     )
-    for batch in loader:
+    for batch in without_stacks(loader):
         found[done : done + len(batch)] = pooled(batch)
         done += len(batch)
         progress(done)

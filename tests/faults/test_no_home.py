@@ -11,7 +11,6 @@ import pytest
 
 from pcl_fast import user
 
-
 pytestmark = pytest.mark.filterwarnings("error")
 
 

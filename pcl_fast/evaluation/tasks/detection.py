@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from pcl_fast.command_line import Integers
 from pcl_fast.data import ImageSet
 from pcl_fast.data.loaders.resources import pick_resources
 from pcl_fast.data.sources.coco import holds_coco
@@ -54,7 +55,7 @@ class Detection(Task, name="detection", scores="query"):
     6, and fine-tuned on COCO."""
     epochs: int | None = None
     """None: 15 on VOC (recalled), 23 if it is fine-tuned (MoCo's), 26 on COCO (torchvision's)."""
-    milestones: tuple[int, ...] | None = None
+    milestones: Integers | None = None
     """Epochs at which the learning rate is divided by ten. None: 12 of 15 on VOC (recalled), 17 and 21 of 23 if it is
     fine-tuned, 16 and 22 of 26 on COCO; earlier or later with other --epochs."""
     batch_size: int | None = None

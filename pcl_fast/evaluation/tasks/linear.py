@@ -15,6 +15,7 @@ import tyro
 from matplotlib.figure import Figure
 
 from pcl_fast.augmentations import AUGMENTATIONS, View
+from pcl_fast.command_line import Integers, Numbers
 from pcl_fast.config import DataConfig, view_of
 from pcl_fast.data import ImageSet, training_loader
 from pcl_fast.distributed import shard_bounds
@@ -76,15 +77,15 @@ class Linear(Task, name="linear", scores="query"):
     """What all flags below are unless they are given. imagenet: for any class folders, 100 epochs, a tenth of the
     learning rate from epochs 60 and 80 on, learning rates 5 (PCL's) and 30 (MoCo's), no weight decay. places205: 28
     epochs, drops at 7, 14 and 21, learning rate 0.01, weight decay 1e-4 (OpenSelfSup's)."""
-    lr: tuple[float, ...] = ()
+    lr: Numbers = ()
     """Learning rates, for a batch of 256; another batch size scales them linearly. Exactly the paper's protocol, with
     nothing held out, is --lr 5."""
-    weight_decay: tuple[float, ...] = ()
+    weight_decay: Numbers = ()
     """Weight decays, each with every learning rate. With --fast those of logistic regression on standardised features,
     1e-6, 1e-5, ... 0.1 if none are given."""
     epochs: int | None = None
     """None: the protocol's."""
-    milestones: tuple[int, ...] | None = None
+    milestones: Integers | None = None
     """Epochs from which on the learning rate is a tenth of what it was; None: the protocol's, or at the same shares of
     --epochs."""
     batch_size: int | None = None

@@ -14,6 +14,7 @@ import torch
 import tyro
 
 from pcl_fast.augmentations import AUGMENTATIONS
+from pcl_fast.command_line import Integers, Numbers
 from pcl_fast.config import DataConfig, view_of
 from pcl_fast.data import ImageSet
 from pcl_fast.distributed import all_or_none, check_same
@@ -59,7 +60,7 @@ class Semi(Task, name="semi", scores="query"):
     The recipe's values are recalled: they have not been checked against the paper's.
     """
 
-    share: tuple[float, ...] = _PAPER
+    share: Numbers = _PAPER
     """Shares of the training images whose labels are used, a run for each: as many images of every class, drawn by
     the seed, at least one."""
     lists: Annotated[tuple[Path, ...], tyro.conf.arg(name="list", metavar="FILE ...")] = ()
@@ -71,10 +72,10 @@ class Semi(Task, name="semi", scores="query"):
     """Images per step over all ranks (recalled); all images, if there are fewer."""
     encoder_lr: float = 0.01
     """The encoder's learning rate for a batch of 256, scaled linearly for another (recalled)."""
-    head_lr: tuple[float, ...] = ()
+    head_lr: Numbers = ()
     """The classifier's, likewise: one for all runs, or one for each. Empty: 1 with up to 3% of the labels, 0.1 with
     more (recalled)."""
-    milestones: tuple[int, ...] = (12, 16)
+    milestones: Integers = (12, 16)
     """Epochs, from 0, at which the learning rates drop (recalled)."""
     drop: float = 0.2
     """The factor by which they drop (recalled)."""

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib.figure import Figure
 
-from pcl_fast.command_line import Integers
+from pcl_fast.command_line import Integers, Numbers
 from pcl_fast.data import ImageSet
 from pcl_fast.data.sources.places import holds_places
 from pcl_fast.data.sources.voc import VOC_CLASSES, VocSplit, holds_voc, read_split
@@ -60,7 +60,7 @@ class Svm(Task, name="svm", scores="query"):
     """How many times these images are drawn."""
     full: bool = True
     """Train on all of VOC07's images, too."""
-    costs: tuple[float, ...] = ()
+    costs: Numbers = ()
     """Every C that is tried on VOC07. None given: the protocol's, which is 0.5 for pcl; fair tries decades from 1e-7 to
     100, and 0.5^4 to 0.5^19."""
     jobs: int | None = None
