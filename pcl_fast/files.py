@@ -1,7 +1,10 @@
-"""Files that are either whole or not there."""
+"""Files that are either whole or not there, and what is said when the disk does not take them."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import os
 import shutil
 import uuid
@@ -9,30 +12,50 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+# The disk, a quota or a limit of the process leaves no room.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-def write_whole(path: Path, write: Callable[[BinaryIO], Any], *, also_as: Path | None = None) -> None:
+
+def write_whole(
+    path: Path, write: Callable[[BinaryIO], Any], *, also_as: Path | None = None, size: int | None = None
+) -> None:
     """Let `write` fill a file that will be at `path` whole or not at all, whatever happens meanwhile: it is written
-    aside, flushed to the disk, then renamed.
+    aside, flushed to the disk, then renamed. After a fault nothing is left of it.
 
     Args:
         also_as: another path for the same bytes, as good as a copy. It is there before `path` is.
+        size: bytes that it will have, about, if that is known; for the message.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; a sentence with the path and, where there is no room, how much is needed.
     """
-    # Another run may be writing the same file.
-    aside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+    aside = _aside(path)
     try:
-        with open(aside, "xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
+        _fill(aside, write)
         if also_as is not None:
             _duplicate(aside, also_as)
         os.replace(aside, path)
         _flush_folder(path.parent)
+    except OSError as error:
+        _remove(aside)  # or it would not count as free
+        raise fault_of(path, error, size) from error
     finally:
-        aside.unlink(missing_ok=True)
+        _remove(aside)
+
+
+def fault_of(path: Path, error: OSError, size: int | None = None) -> OSError:
+    """Say in a sentence that `path` could not be written, and what to do where there is no room for it."""
+    said = f"cannot write {path}: {error.strerror or error}"
+    if error.errno not in _NO_ROOM:
+        return OSError(said)
+    takes = "" if size is None else f"it takes {in_words(size)}, and "
+    free = in_words(shutil.disk_usage(path.parent).free)
+    return OSError(f"{said}; {takes}{free} are free there. What was saved before stands: make room, then go on")
+
+
+def in_words(size: float) -> str:
+    """Return a number of bytes for people."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.2f} MB"
 
 
 def remove_unfinished(path: Path) -> None:
@@ -41,15 +64,52 @@ def remove_unfinished(path: Path) -> None:
         aside.unlink(missing_ok=True)
 
 
+class _File(io.BufferedWriter):
+    """Notes the disk's first fault: torch.save raises an error of its own, which has lost the reason."""
+
+    fault: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.fault = self.fault or error
+            raise
+
+
+def _aside(path: Path) -> Path:
+    # Another process may be writing the same file.
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")
+
+
+def _fill(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a new file and flush it to the disk."""
+    with _File(io.FileIO(path, "x")) as file:
+        try:
+            write(file)
+        except RuntimeError as error:
+            raise (file.fault or error) from error
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _duplicate(source: Path, target: Path) -> None:
-    """A second name for the same bytes, or a copy where the file system has no links."""
-    target.unlink(missing_ok=True)
+    """Give the same bytes a second name, or make a copy where the file system has no links; whole or not at all."""
+    aside = _aside(target)
     try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
+        try:
+            os.link(source, aside)
+        except OSError:
+            with open(source, "rb") as original:
+                _fill(aside, lambda file: shutil.copyfileobj(original, file))
+        os.replace(aside, target)
+    finally:
+        _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _flush_folder(folder: Path) -> None:

@@ -40,6 +40,7 @@ class Trainer:
             ValueError: the data set or the number of ranks does not fit the recipe, the checkpoint is another run's, or
                 k-means cannot run with the backend asked for.
             UserError: the checkpoint cannot be read, or a package is missing.
+            OSError: there is no room for a checkpoint.
         """
         check_sizes(config, len(images), world.size, labelled=images.labels is not None)
         method_class(config.method).check(config, len(images), world.size)
@@ -56,7 +57,8 @@ class Trainer:
         self.recorder = all_or_none(
             lambda: Recorder(config.output, self.method.metrics, enabled=world.is_main, resume_at=resume_at), world
         )
-        for line in (describe_loader(config.data, world), *self.method.notes()):
+        room = self.saver.check_room(self.learner, self.progress)
+        for line in (describe_loader(config.data, world), *self.method.notes(), *room):
             self.recorder.say(line)
         if self._wants_features():
             _ = self.shard  # better too large for the device now than after the warm-up
@@ -236,7 +238,7 @@ class Trainer:
     def _save(self, *, keep: bool = False) -> None:
         record = {
             "global_step": self.global_step,
-            "metrics_length": self.recorder.length(),
+            "metrics_length": all_or_none(self.recorder.sync, self.world),
             "epoch_metrics": self.metrics.state(),
         }
         self.saver.save(self.learner, self.progress, record, keep=keep)

@@ -16,6 +16,7 @@ It holds tensors and plain Python values, by these keys:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,27 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep_as: str | None 
         folder: exists.
         state: tensors and plain Python values (what torch.load reads with weights_only=True).
         keep_as: also keep this checkpoint under another name in the folder, which later saves do not touch.
+
+    Raises:
+        OSError: it cannot be written; see `write_whole`.
     """
-    also_as = None if keep_as is None else folder / keep_as
-    write_whole(folder / NAME, lambda file: torch.save({"format": FORMAT, **state}, file), also_as=also_as)
+    also_as, whole = None if keep_as is None else folder / keep_as, {"format": FORMAT, **state}
+    write_whole(folder / NAME, lambda file: torch.save(whole, file), also_as=also_as, size=size_of(state))
+
+
+def size_of(state: Any) -> int:
+    """About how many bytes a state takes in a file: those of its tensors, memory that they share once."""
+    storages = [tensor.untyped_storage() for _, tensor in tensors_of(state)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in nested dicts and lists, each with its name, as in "optimizer.state.0.momentum_buffer"."""
+    if isinstance(state, torch.Tensor):
+        yield name, state
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    for key, value in items:
+        yield from tensors_of(value, f"{name}.{key}" if name else f"{key}")
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

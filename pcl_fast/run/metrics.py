@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,8 +23,9 @@ from pcl_fast.distributed import World, begin_all_reduce_sum, begin_to_read
 from pcl_fast.errors import NonFiniteError
 from pcl_fast.learner import FINITE
 from pcl_fast.methods import Metric
+from pcl_fast.run.rows import FILE, RowFile, read_rows
 
-FILE = "metrics.jsonl"
+__all__ = ["Recorder", "StepMetrics", "Stopwatch", "describe", "read_rows"]
 
 
 class Recorder:
@@ -54,14 +53,11 @@ class Recorder:
         self._bar: Progress | None = None
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
+        from pcl_fast.run.board import Board  # TensorBoard takes a second to import
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = open(folder / FILE, "a" if resume_at else "w", encoding="utf-8")  # noqa: SIM115
-        if resume_at:
-            self._file.truncate(resume_at[1])
-            self._file.seek(0, os.SEEK_END)
-        self._board = SummaryWriter(folder, purge_step=resume_at[0] + 1 if resume_at else 0)
+        self._file = RowFile(folder / FILE, keep=resume_at[1] if resume_at else 0)
+        self._board = Board(folder, purge_step=resume_at[0] + 1 if resume_at else 0, say=self.say)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)
@@ -70,14 +66,20 @@ class Recorder:
         """Write one row; numbers (also in dicts) go to TensorBoard as kind/name."""
         if not self.enabled:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step, "epoch": epoch, **values}) + "\n")
-        self._file.flush()
+        self._file.append({"kind": kind, "step": step, "epoch": epoch, **values})
         for name, value in _scalars(values):
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.add(f"{kind}/{name}", value, step)
 
-    def length(self) -> int:
-        """Bytes of metrics.jsonl so far: what belongs to a checkpoint written now."""
-        return self._file.tell() if self.enabled else 0
+    def sync(self) -> int:
+        """Make all rows durable; return the bytes of metrics.jsonl, what belongs to a checkpoint written now.
+
+        Raises:
+            OSError: the disk does not take them.
+        """
+        if not self.enabled:
+            return 0
+        self._board.flush()
+        return self._file.sync()
 
     @contextmanager
     def progress(self, title: str, steps: int, done: int) -> Iterator[None]:
@@ -251,12 +253,6 @@ class Stopwatch:
         taken = {name: round(value, 3) for name, value in self.seconds.items()}
         self.seconds = {}
         return taken
-
-
-def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """All rows of a run's metrics.jsonl."""
-    with open(folder / FILE, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
 
 
 def describe(values: dict[str, float]) -> str:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import ScalarFormatter
 
+from pcl_fast.files import write_whole
 from pcl_fast.methods import Metric
 from pcl_fast.run.metrics import read_rows
 
@@ -22,6 +23,9 @@ def write_report(folder: Path, metrics: dict[str, Metric]) -> Path:
 
     Args:
         metrics: those of the run's method, which say by themselves where they are drawn.
+
+    Raises:
+        OSError: it cannot be written.
     """
     rows: dict[str, Rows] = {kind: [] for kind in ("epoch", "clustering", "evaluation")}
     for row in read_rows(folder):
@@ -49,7 +53,7 @@ def write_report(folder: Path, metrics: dict[str, Metric]) -> Path:
     # A path is no mathematics, though it may have $ and ^ in it.
     figure.suptitle(str(folder).encode(errors="replace").decode(), parse_math=False)
     path = folder / "report.png"
-    figure.savefig(path, dpi=110)
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=110))
     return path
 
 

@@ -11,7 +11,11 @@ from pcl_fast.config import Config, recipe_differences, to_dict
 from pcl_fast.distributed import World, all_or_none, check_same, gather_objects
 from pcl_fast.files import remove_unfinished
 from pcl_fast.learner import Learner
-from pcl_fast.run.checkpoint import NAME, load_checkpoint, save_checkpoint
+from pcl_fast.run.checkpoint import NAME, load_checkpoint, save_checkpoint, size_of
+from pcl_fast.run.room import check_room
+
+# Patterns of the names under which something is written whole.
+_WRITTEN = ("checkpoint*.pt", "config.json", "report.png")
 
 
 @dataclass
@@ -79,13 +83,30 @@ class Saver:
         folder = self.config.output
         state = load_same_checkpoint(folder, self.world)
         if self.world.is_main:
-            remove_unfinished(folder / NAME)
+            for name in _WRITTEN:
+                remove_unfinished(folder / name)
         if state is None:
             return Progress(), {}
         check_same_run(state, self.config, self.fingerprint)
         all_or_none(lambda: learner.load(state, state["ranks"]), self.world)
         record = {name: state[name] for name in ("global_step", "metrics_length", "epoch_metrics")}
         return Progress(state["epoch"], state["step"], state["finished"]), record
+
+    def check_room(self, learner: Learner, progress: Progress) -> list[str]:
+        """Look whether the disk has room for the checkpoints to come; returns lines for the log.
+
+        Raises:
+            OSError: not even for the next one; on every rank.
+        """
+        folder, epochs = self.config.output, range(progress.epoch + 1, self.config.epochs + 1)
+
+        def check() -> list[str]:
+            folder.mkdir(parents=True, exist_ok=True)
+            size = size_of(learner.state()) + self.world.size * size_of(learner.own_state())
+            first = not (folder / NAME).exists()
+            return check_room(folder, size, kept=sum(map(self.is_kept, epochs)), first=first)
+
+        return all_or_none(lambda: check() if self.world.is_main and not progress.finished else [], self.world)
 
 
 def load_same_checkpoint(folder: Path, world: World) -> dict[str, Any] | None:

@@ -41,8 +41,12 @@ def test_kept_checkpoints_do_not_change(tmp_path):
 
 
 def test_a_crash_before_the_rename_cannot_spoil_a_kept_checkpoint(tmp_path, monkeypatch):
-    def crash(*paths):
-        raise KeyboardInterrupt
+    replace = os.replace
+
+    def crash(source, target):
+        if target.name == "checkpoint.pt":
+            raise KeyboardInterrupt
+        replace(source, target)
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", crash)

@@ -128,11 +128,11 @@ def test_ranks_agree_on_means_stopping_and_bad_losses(image_folder):
 def test_a_resumed_record_drops_what_came_after_the_checkpoint(tmp_path):
     recorder = Recorder(tmp_path, {})
     recorder.row("epoch", 1, 1, loss=1.0)
-    kept = recorder.length()
+    kept = recorder.sync()
     recorder.row("epoch", 2, 2, loss=2.0)
     recorder.close()
     resumed = Recorder(tmp_path, {}, resume_at=(1, kept))
-    assert resumed.length() == kept
+    assert resumed.sync() == kept
     resumed.row("epoch", 2, 2, loss=3.0)
     resumed.close()
     assert [row["loss"] for row in read_rows(tmp_path)] == [1.0, 3.0]

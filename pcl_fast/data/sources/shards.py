@@ -213,7 +213,7 @@ def _save(places: Iterable[Path], arrays: dict[str, np.ndarray]) -> None:
             write_whole(place, lambda file: np.savez(file, **arrays))
             return
         except OSError as error:
-            failures.append(f"{place}: {reason_of(error)}")
+            failures.append(f"{place}: {reason_of(error.__cause__ or error)}")
     warnings.warn(
         f"the index of the shards can be kept nowhere and is made anew at every start ({'; '.join(failures)})",
         stacklevel=3,
