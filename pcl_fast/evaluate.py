@@ -29,6 +29,7 @@ from pcl_fast.evaluation.continuation import Continuation
 from pcl_fast.evaluation.results import as_table, write_results
 from pcl_fast.evaluation.tasks import Context, Options, Task
 from pcl_fast.pretrained import THE_ONLY_ONE, Pretrained, read_pretrained
+from pcl_fast.run.launcher import end_with_launcher
 from pcl_fast.run.signals import Stopped, StopSignals
 from pcl_fast.seeds import check_seed
 
@@ -42,6 +43,7 @@ def main() -> None:
     kinds = {"all": All, **dict(sorted(Task.named.items()))}
     commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())
     options = tyro.cli(functools.reduce(operator.or_, commands), prog="pcl_fast.evaluate", description=__doc__)
+    end_with_launcher()
     try:
         run(options)
     except KeyboardInterrupt:

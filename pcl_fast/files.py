@@ -8,10 +8,12 @@ import io
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+# What is asked before a file in a folder is replaced, see `guarded`.
+_guards: dict[Path, Callable[[], None]] = {}
 # The disk, a quota or a limit of the process leaves no room.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -28,19 +30,37 @@ def write_whole(
 
     Raises:
         OSError: it cannot be written; a sentence with the path and, where there is no room, how much is needed.
+        Whatever the folder's guard raises, see `guarded`.
     """
     aside = _aside(path)
     try:
         _fill(aside, write)
         if also_as is not None:
             _duplicate(aside, also_as)
-        os.replace(aside, path)
+        _rename(aside, path)
         _flush_folder(path.parent)
     except OSError as error:
         _remove(aside)  # or it would not count as free
         raise fault_of(path, error, size) from error
     finally:
         _remove(aside)
+
+
+@contextlib.contextmanager
+def guarded(folder: Path, guard: Callable[[], None]) -> Iterator[None]:
+    """In this context `guard` is called before `write_whole` gives a file of this folder its name, and may raise."""
+    folder = folder.resolve()
+    _guards[folder] = guard
+    try:
+        yield
+    finally:
+        _guards.pop(folder)
+
+
+def ask_guard(path: Path) -> None:
+    """Call the guard of the file's folder, if there is one, and let it raise."""
+    if (guard := _guards.get(path.parent.resolve())) is not None:
+        guard()
 
 
 def fault_of(path: Path, error: OSError, size: int | None = None) -> OSError:
@@ -102,9 +122,14 @@ def _duplicate(source: Path, target: Path) -> None:
         except OSError:
             with open(source, "rb") as original:
                 _fill(aside, lambda file: shutil.copyfileobj(original, file))
-        os.replace(aside, target)
+        _rename(aside, target)
     finally:
         _remove(aside)
+
+
+def _rename(source: Path, target: Path) -> None:
+    ask_guard(target)
+    os.replace(source, target)
 
 
 def _remove(path: Path) -> None:

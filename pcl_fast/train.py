@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from contextlib import ExitStack
 
 import torch
 import torch.distributed as dist
@@ -24,6 +25,8 @@ from pcl_fast.errors import UserError
 from pcl_fast.files import write_whole
 from pcl_fast.fitting import fit
 from pcl_fast.methods import check_method
+from pcl_fast.run.launcher import end_with_launcher
+from pcl_fast.run.ownership import owned
 from pcl_fast.run.report import write_report
 from pcl_fast.trainer import Trainer
 
@@ -33,6 +36,7 @@ def main() -> None:
     try:
         validate(config)
         check_method(config)
+        end_with_launcher()
         world = connect()
         run(config, world)
     except (ValueError, UserError, OSError) as error:
@@ -51,7 +55,8 @@ def run(config: Config, world: World) -> bool:
 
     Raises:
         ValueError: something in `config` cannot work, or config.output holds another run.
-        UserError: the images or the checkpoint cannot be used, a package is missing, or training diverged.
+        UserError: the images or the checkpoint cannot be used, a package is missing, training diverged, or another
+            process uses config.output.
         OSError: config.output cannot be written.
     """
     for line in doubts(config) if world.is_main else ():
@@ -60,6 +65,12 @@ def run(config: Config, world: World) -> bool:
     config, chosen = fit(config, len(images))
     for line in chosen if world.is_main else ():
         print(line, flush=True)
+    with ExitStack() as stack:
+        all_or_none(lambda: stack.enter_context(owned(config.output)) if world.is_main else None, world)
+        return _train(config, images, world)
+
+
+def _train(config: Config, images: ImageSet, world: World) -> bool:
     torch.backends.cudnn.benchmark = True
     trainer = Trainer(config, images, world)
     all_or_none(lambda: _write_config(config) if world.is_main else None, world)

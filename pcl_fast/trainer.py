@@ -108,6 +108,8 @@ class Trainer:
                 return self._stopped()
         self._before_epoch()  # of what would come next: the prototypes and scores of the last weights
         progress.finished = True
+        # As after the last step, also where this process has done none.
+        self.learner.set_rate(self.config.epochs - 1, self.loader.steps - 1, self.loader.steps)
         self._row("finished", seconds=self.watch.take())
         self._save()
         return True

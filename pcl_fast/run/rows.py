@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pcl_fast.files import fault_of
+from pcl_fast.files import ask_guard, fault_of
 
 FILE = "metrics.jsonl"
 
@@ -40,7 +40,9 @@ class RowFile:
 
         Raises:
             OSError: the disk does not take it; a sentence with the path.
+            UserError: another process has taken over the folder.
         """
+        ask_guard(self.path)
         try:
             self._write()
             os.fsync(self._file.fileno())

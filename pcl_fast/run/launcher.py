@@ -1,0 +1,33 @@
+"""Ranks do not outlive the launcher that started them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+
+_SECONDS_BETWEEN_LOOKS = 1.0
+# After a signal, for a rank that waits for another that is gone for ever.
+_SECONDS_TO_END = 300.0
+
+
+def end_with_launcher() -> None:
+    """From now on, when the launcher of this rank is gone (torchrun, killed with -9), treat that like a SIGTERM: save
+    and end. Nobody else would end this rank, and the same command would meet it in the run's folder.
+
+    A process that no launcher has started may outlive its parent: with nohup it is meant to.
+    """
+    if "LOCAL_RANK" in os.environ:
+        threading.Thread(target=_watch, args=(os.getppid(),), name="launcher", daemon=True).start()
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"the launcher, process {launcher}, is gone: this run ends too", file=sys.stderr, flush=True)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(_SECONDS_TO_END)
+    os.kill(os.getpid(), signal.SIGKILL)
