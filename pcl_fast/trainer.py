@@ -53,7 +53,7 @@ class Trainer:
         self.watch, self.signals = Stopwatch(), StopSignals()
         self.saver = Saver(config, images.fingerprint(), world)
         self.progress, saved = self.saver.restore(self.learner)
-        resume_at = (saved["global_step"], saved["metrics_length"]) if saved else None
+        resume_at = (saved["global_step"], self.progress.epoch, saved["metrics_length"]) if saved else None
         self.recorder = all_or_none(
             lambda: Recorder(config.output, self.method.metrics, enabled=world.is_main, resume_at=resume_at), world
         )

@@ -23,7 +23,7 @@ from pcl_fast.distributed import World, begin_all_reduce_sum, begin_to_read
 from pcl_fast.errors import NonFiniteError
 from pcl_fast.learner import FINITE
 from pcl_fast.methods import Metric
-from pcl_fast.run.rows import FILE, RowFile, read_rows
+from pcl_fast.run.rows import FILE, GAP, RowFile, mend, read_rows
 
 __all__ = ["Recorder", "StepMetrics", "Stopwatch", "describe", "read_rows"]
 
@@ -31,8 +31,8 @@ __all__ = ["Recorder", "StepMetrics", "Stopwatch", "describe", "read_rows"]
 class Recorder:
     """Records rows of metrics. On all ranks but the main one every method does nothing.
 
-    A row of metrics.jsonl has `kind` (step, epoch, features, clustering, evaluation, finished), `step`
-    (of the whole run) and `epoch`.
+    A row of metrics.jsonl has `kind` (step, epoch, features, clustering, evaluation, finished, gap), `step` (of the
+    whole run) and `epoch`.
     """
 
     def __init__(
@@ -41,12 +41,13 @@ class Recorder:
         metrics: dict[str, Metric],
         *,
         enabled: bool = True,
-        resume_at: tuple[int, int] | None = None,
+        resume_at: tuple[int, int, int] | None = None,
     ):
         """
         Args:
             metrics: how the method's metrics are shown.
-            resume_at: (step, length of metrics.jsonl) when the checkpoint was written; what came later is dropped.
+            resume_at: (step, epoch, length of metrics.jsonl) when the checkpoint was written; what came later is
+                dropped, and what is missing of it becomes a row.
         """
         self.enabled, self.metrics = enabled, metrics
         self.console = Console(quiet=not enabled, soft_wrap=True)
@@ -56,8 +57,13 @@ class Recorder:
         from pcl_fast.run.board import Board  # TensorBoard takes a second to import
 
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = RowFile(folder / FILE, keep=resume_at[1] if resume_at else 0)
-        self._board = Board(folder, purge_step=resume_at[0] + 1 if resume_at else 0, say=self.say)
+        step, epoch, length = resume_at or (-1, 0, 0)
+        keep, missing = mend(folder / FILE, length, step) if resume_at else (0, None)
+        self._file = RowFile(folder / FILE, keep=keep)
+        self._board = Board(folder, purge_step=step + 1, say=self.say)
+        if missing:
+            self.say(f"{missing}: the run goes on without what was there")
+            self.row(GAP, step, epoch, missing=missing)
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False)

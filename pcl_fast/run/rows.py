@@ -8,9 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pcl_fast.files import ask_guard, fault_of
+from pcl_fast.files import ask_guard, fault_of, write_whole
 
 FILE = "metrics.jsonl"
+# The kind of the row that says what is missing before it.
+GAP = "gap"
 
 
 class RowFile:
@@ -19,7 +21,7 @@ class RowFile:
     """
 
     def __init__(self, path: Path, *, keep: int = 0):
-        """keep: bytes that stay; a run that is taken up writes anew what came later.
+        """keep: bytes that stay; see `mend`.
 
         Raises:
             OSError: it cannot be written.
@@ -69,6 +71,67 @@ class RowFile:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """All rows of a run's metrics.jsonl."""
-    with open(folder / FILE, encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    """All rows of a run's metrics.jsonl. Lines that are none are left out: the last may be half written yet."""
+    lines = (folder / FILE).read_bytes().split(b"\n")
+    return [row for row in map(_row, lines) if row is not None]
+
+
+def mend(path: Path, length: int, step: int) -> tuple[int, str | None]:
+    """Make a record fit for a run that is taken up from a checkpoint, whatever has become of it meanwhile.
+
+    Lines that are no rows are taken out; the file as it was is then kept beside it.
+
+    Args:
+        path: of the record, which may be missing.
+        length: bytes that it had at the checkpoint.
+        step: of the checkpoint.
+
+    Returns:
+        The bytes of it that stay, for what came later is written anew; and what is missing of it, in words, or None.
+
+    Raises:
+        OSError: it cannot be read or written.
+    """
+    content = path.read_bytes() if path.exists() else None
+    told, before = _gap_at(content or b"", step)
+    if told is not None:
+        return before, told
+    lines = (content or b"")[:length].split(b"\n")
+    lines = lines if lines[-1] else lines[:-1]
+    rows = [line + b"\n" for line in lines if _row(line) is not None]
+    kept = b"".join(rows)
+    if content is not None and content.startswith(kept) and len(kept) == length:
+        return length, None
+    if content and len(rows) < len(lines):
+        write_whole(path.with_name(f"{path.name}.spoiled"), lambda file: file.write(content))
+    write_whole(path, lambda file: file.write(kept))
+    return len(kept), _missing(content, length, len(lines) - len(rows))
+
+
+def _missing(content: bytes | None, length: int, unreadable: int) -> str:
+    if content is None:
+        return f"{FILE} was gone, with {length} bytes"
+    parts = [f"{FILE} had {len(content)} of {length} bytes"] if len(content) < length else []
+    parts += [f"{unreadable} of its lines were unreadable"] if unreadable else []
+    return " and ".join(parts) or f"{FILE} was cut within a line"
+
+
+def _gap_at(content: bytes, step: int) -> tuple[str | None, int]:
+    """Find the row about a gap that an earlier attempt to go on from the same step has written: what it says, and
+    where it begins.
+    """
+    begin = 0
+    for line in content.split(b"\n"):
+        row = _row(line)
+        if row is not None and row["kind"] == GAP and row.get("step") == step:
+            return str(row.get("missing")), begin
+        begin += len(line) + 1
+    return None, 0
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "kind" in row else None

@@ -15,7 +15,7 @@ from pcl_fast.run.checkpoint import NAME, load_checkpoint, save_checkpoint, size
 from pcl_fast.run.room import check_room
 
 # Patterns of the names under which something is written whole.
-_WRITTEN = ("checkpoint*.pt", "config.json", "report.png")
+_WRITTEN = ("checkpoint*.pt", "config.json", "metrics.jsonl*", "report.png")
 
 
 @dataclass

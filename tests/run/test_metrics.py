@@ -131,7 +131,7 @@ def test_a_resumed_record_drops_what_came_after_the_checkpoint(tmp_path):
     kept = recorder.sync()
     recorder.row("epoch", 2, 2, loss=2.0)
     recorder.close()
-    resumed = Recorder(tmp_path, {}, resume_at=(1, kept))
+    resumed = Recorder(tmp_path, {}, resume_at=(1, 1, kept))
     assert resumed.sync() == kept
     resumed.row("epoch", 2, 2, loss=3.0)
     resumed.close()
