@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pcl_fast.clustering import kmeans
+from pcl_fast.command import command
 from pcl_fast.config import PRESETS, Config, changed_settings, setting, with_settings
 from pcl_fast.data import clustering_loader, find_images, normalise
 from pcl_fast.data.sources.digits import digits_folder
@@ -228,4 +229,5 @@ def as_label_table(rows: dict[str, LabelScores]) -> Table:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    with command("pcl_fast.demo"):
+        tyro.cli(main)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import operator
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -19,10 +18,10 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import torch.distributed as dist
 import tyro
 from rich.console import Console
 
+from pcl_fast.command import command
 from pcl_fast.distributed import World, all_or_none, check_same, connect, disconnect
 from pcl_fast.errors import UserError
 from pcl_fast.evaluation.continuation import Continuation
@@ -42,20 +41,10 @@ class All(Options):
 def main() -> None:
     kinds = {"all": All, **dict(sorted(Task.named.items()))}
     commands = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in kinds.items())
-    options = tyro.cli(functools.reduce(operator.or_, commands), prog="pcl_fast.evaluate", description=__doc__)
-    end_with_launcher()
-    try:
+    with command("pcl_fast.evaluate"):
+        options = tyro.cli(functools.reduce(operator.or_, commands), prog="pcl_fast.evaluate", description=__doc__)
+        end_with_launcher()
         run(options)
-    except KeyboardInterrupt:
-        sys.exit("pcl_fast.evaluate: stopped")
-    except (ValueError, UserError, OSError) as error:
-        # The message says what to do; a stack trace would hide it.
-        sys.exit(f"pcl_fast.evaluate: {error}")
-    except dist.DistNetworkError as error:
-        sys.exit(
-            f"pcl_fast.evaluate: the ranks cannot meet: {error}. If the port is in use, choose another by torchrun's "
-            "--master-port (MASTER_PORT)"
-        )
 
 
 def run(options: Options) -> bool:

@@ -8,20 +8,18 @@ Preset first, then flags that change any of its values. Running the same command
 from __future__ import annotations
 
 import json
-import sys
-from pathlib import Path
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
+from pcl_fast.command import command
 from pcl_fast.command_line import parse_preset
 from pcl_fast.config import PRESETS, Config, doubts, to_dict, validate
 from pcl_fast.data import ImageSet, check_headers, open_set, usable
 from pcl_fast.data.loaders.resources import pick_resources
 from pcl_fast.data.sources.digits import digits_folder
 from pcl_fast.distributed import World, all_or_none, check_same, connect, disconnect, main_first
-from pcl_fast.errors import UserError
 from pcl_fast.files import write_whole
 from pcl_fast.fitting import fit
 from pcl_fast.methods import check_method
@@ -32,22 +30,14 @@ from pcl_fast.trainer import Trainer
 
 
 def main() -> None:
-    config = parse_preset(PRESETS, prog="pcl_fast.train", description=__doc__)
-    try:
+    with command("pcl_fast.train"):
+        config = parse_preset(PRESETS, prog="pcl_fast.train", description=__doc__)
         validate(config)
         check_method(config)
         end_with_launcher()
         world = connect()
         run(config, world)
-    except (ValueError, UserError, OSError) as error:
-        # The message says what to do; a stack trace would hide it.
-        sys.exit(f"pcl_fast.train: {error}")
-    except dist.DistNetworkError as error:
-        sys.exit(
-            f"pcl_fast.train: the ranks cannot meet: {error}. If the port is in use, choose another by torchrun's "
-            "--master-port (MASTER_PORT)"
-        )
-    disconnect(world)
+        disconnect(world)
 
 
 def run(config: Config, world: World) -> bool:

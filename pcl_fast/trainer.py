@@ -80,7 +80,7 @@ class Trainer:
         return training, clustering_loader(images, config.data, batch_size=CLUSTERING_BATCH, world=world)
 
     def fit(self) -> bool:
-        """Train to the end; False when SIGTERM or SIGINT stopped it early, with everything saved.
+        """Train to the end; False when a signal stopped it early, with everything saved.
 
         Raises:
             NonFiniteError: names the images of the batch; the last checkpoint stands.
@@ -229,10 +229,10 @@ class Trainer:
         means = self.metrics.epoch_means()
         rate = images / seconds["training"]
         self._row("epoch", **means, lr=lr, images_per_s=rate, seconds=seconds)
-        self.recorder.epoch_line(epoch, self.config.epochs, means, rate, seconds)
         # After the row, which belongs to the checkpoint; its own time counts for the next epoch.
         with self.watch.phase("checkpoint"):
             self._save(keep=self.saver.is_kept(epoch))
+        self.recorder.epoch_line(epoch, self.config.epochs, means, rate, seconds)
 
     def _row(self, kind: str, **values: Any) -> None:
         self.recorder.row(kind, self.global_step, self.progress.epoch, **values)

@@ -16,7 +16,8 @@ class Stopped(BaseException):
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGINT while it is entered, instead of ending the process.
+    """Notes SIGTERM, SIGINT and SIGHUP (the terminal is gone) while it is entered, instead of ending the process. A
+    SIGHUP that is ignored stays so: nohup wants the run to go on.
 
     asked: whether one has come. All ranks are told by the next reduction of the metrics.
     """
@@ -27,7 +28,10 @@ class StopSignals:
         self._handlers: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
-        self._handlers = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._handlers = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: Any) -> None:

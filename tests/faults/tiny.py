@@ -34,6 +34,14 @@ def tiny(data: Path, output: Path, **changes) -> Config:
     return with_settings(config, _TINY | {name.replace("__", "."): value for name, value in changes.items()})
 
 
+def flags_of_tiny(data: Path, output: Path, **changes) -> list[str]:
+    """The same on the command line, after the preset `demo`."""
+    flags = ["--data", str(data), "--output", str(output)]
+    for name, value in (_TINY | {name.replace("__", "."): value for name, value in changes.items()}).items():
+        flags += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return flags
+
+
 @contextmanager
 def no_file_beyond(size: int) -> Iterator[None]:
     """No file can be longer, as on a disk that has only so much room: this process's writes fail there."""

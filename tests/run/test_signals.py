@@ -10,7 +10,7 @@ import pytest
 from pcl_fast.run.signals import Stopped, StopSignals
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_noted_and_afterwards_means_what_it_meant(number):
     before = signal.getsignal(number)
     with StopSignals() as signals:

@@ -1,0 +1,79 @@
+"""What all commands have in common: how they speak, and how they fail."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+from collections.abc import Iterator
+from typing import Any, TextIO
+
+from pcl_fast.errors import UserError
+
+
+@contextlib.contextmanager
+def command(name: str) -> Iterator[None]:
+    """Run a command in this context. A fault that its user can mend ends the process with one sentence, where a stack
+    trace would hide what to do; and whatever happens to its output ends nothing, see `unfailing_output`.
+    """
+    with unfailing_output():
+        try:
+            yield
+        except KeyboardInterrupt:
+            sys.exit(f"{name}: stopped")
+        except (ValueError, UserError, OSError) as error:
+            sys.exit(f"{name}: {error}")
+        except RuntimeError as error:
+            if not _is_of_another_rank(error):
+                raise
+            if "EADDRINUSE" in str(error):
+                sys.exit(
+                    f"{name}: the ranks cannot meet: {error}. If the port is in use, choose another by torchrun's "
+                    "--master-port (MASTER_PORT)"
+                )
+            sys.exit(f"{name}: another rank is gone, whose output says why; the last checkpoint stands ({error})")
+
+
+def _is_of_another_rank(error: RuntimeError) -> bool:
+    """Return whether a collective has failed: gloo's errors have no type of their own."""
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error)
+
+
+@contextlib.contextmanager
+def unfailing_output() -> Iterator[None]:
+    """Let nothing fail that is printed in this context: not because the reader of a pipe (`| head`) or the terminal is
+    gone, nor because the output's encoding lacks a character, which is written as an escape.
+    """
+    before = {name: getattr(sys, name) for name in ("stdout", "stderr")}
+    try:
+        for name, stream in before.items():
+            setattr(sys, name, _unfailing(stream))
+        yield
+    finally:
+        for name, stream in before.items():
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                getattr(sys, name).flush()
+            setattr(sys, name, stream)
+
+
+def _unfailing(stream: TextIO | None) -> TextIO | None:
+    """Return an unfailing stream to where `stream` leads; itself if that is no file, which then cannot be lost."""
+    try:
+        descriptor = stream.fileno()
+    except (AttributeError, OSError, ValueError):
+        return stream
+    with contextlib.suppress(OSError):
+        stream.flush()
+    raw = io.BufferedWriter(_Unfailing(descriptor, "w", closefd=False))
+    lines = stream.line_buffering
+    return io.TextIOWrapper(raw, encoding=stream.encoding, errors="backslashreplace", line_buffering=lines)
+
+
+class _Unfailing(io.FileIO):
+    """Drops what cannot be written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return memoryview(data).nbytes
