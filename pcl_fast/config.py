@@ -190,6 +190,9 @@ class Config:
     """What is learned: a file of pcl_fast/methods/. A preset says which."""
     output: Path = Path("runs/pcl")
     """Folder for config.json, checkpoint.pt, metrics.jsonl, TensorBoard events and report.png."""
+    resume_from: Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
+    """Begin where another run's checkpoint is, a file or a folder, with another learning rate or number of epochs, say.
+    --output must be a new folder. None: at the beginning."""
     epochs: int = 200
     seed: int = 0
     log_every: int = 10
@@ -278,9 +281,9 @@ def view_of(data: DataConfig) -> View:
 # What may differ between a run and its continuation: where things lie, what computes them and what is printed, not
 # what is learned. (Which images there are is compared apart.)
 _NOT_RECIPE = (
-    "preset", "output", "log_every", "data.root", "data.format", "data.loader", "data.workers", "data.prefetch",
-    "data.decoder_mib", "data.cache", "data.skip_broken", "loss.backend", "cluster.backend", "evaluation.",
-    "checkpoint.",
+    "preset", "output", "resume_from", "log_every", "data.root", "data.format", "data.loader", "data.workers",
+    "data.prefetch", "data.decoder_mib", "data.cache", "data.skip_broken", "loss.backend", "cluster.backend",
+    "evaluation.", "checkpoint.",
 )  # fmt: skip
 
 
@@ -336,6 +339,12 @@ def model_config(saved: dict[str, Any]) -> ModelConfig:
     return ModelConfig(**{name: value for name, value in saved["model"].items() if name in known})
 
 
+def optim_config(saved: dict[str, Any]) -> OptimConfig:
+    """The optimiser's part of a recipe from `to_dict`; a field that did not exist when it was saved has its default."""
+    known = {field.name for field in fields(OptimConfig)}
+    return OptimConfig(**{name: value for name, value in saved["optim"].items() if name in known})
+
+
 def data_config(saved: dict[str, Any]) -> DataConfig:
     """How a recipe from `to_dict` reads and crops images; where they lie is left out."""
     known = ("views", "size", "resize", "min_crop_area")
@@ -356,15 +365,9 @@ def validate(config: Config) -> None:
     Raises:
         ValueError: names the flag, its value and what to use instead.
     """
-    finite = {
-        "--optim.lr": config.optim.lr,
-        "--optim.momentum": config.optim.momentum,
-        "--optim.weight-decay": config.optim.weight_decay,
-        "--optim.trust": config.optim.trust,
-    }
-    for flag, value in finite.items():
-        if not math.isfinite(value):
-            raise ValueError(f"{flag} must be a finite number, got {value}")
+    for name, value in _flatten(to_dict(config)).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} must be a finite number, got {value}")
     positive = {
         "--epochs": config.epochs,
         "--log-every": config.log_every,

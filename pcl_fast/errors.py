@@ -21,3 +21,10 @@ class MissingPackageError(UserError):
 
 class NonFiniteError(UserError):
     """The loss or a gradient became NaN or infinite; names the images of the batch."""
+
+
+# What to do about it.
+DIVERGED = (
+    "A run that diverges can go on from an earlier checkpoint with a smaller learning rate: --resume-from CHECKPOINT "
+    "--output NEW --optim.lr LESS"
+)

@@ -57,8 +57,7 @@ class Trainer:
         self.recorder = all_or_none(
             lambda: Recorder(config.output, self.method.metrics, enabled=world.is_main, resume_at=resume_at), world
         )
-        room = self.saver.check_room(self.learner, self.progress)
-        for line in (describe_loader(config.data, world), *self.method.notes(), *room):
+        for line in (describe_loader(config.data, world), *self.method.notes(), *self.saver.notes):
             self.recorder.say(line)
         if self._wants_features():
             _ = self.shard  # better too large for the device now than after the warm-up
@@ -96,14 +95,16 @@ class Trainer:
 
     def _fit(self) -> bool:
         progress = self.progress
-        if progress.finished:
+        if progress.finished and progress.epoch == self.config.epochs:
             self.recorder.say(f"{self.config.output} is complete: nothing left to do")
             return True
         if self.global_step:
             self.recorder.say(f"resuming after {progress.epoch} epochs and {progress.step} steps")
         while progress.epoch < self.config.epochs:
-            if progress.step == 0:
+            # A run that is made longer has had the E-step of its former end.
+            if progress.step == 0 and not progress.finished:
                 self._before_epoch()
+            progress.finished = False
             if not self._train_epoch():
                 return self._stopped()
         self._before_epoch()  # of what would come next: the prototypes and scores of the last weights

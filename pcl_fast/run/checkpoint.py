@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from pcl_fast.errors import CheckpointError
+from pcl_fast.errors import DIVERGED, CheckpointError, NonFiniteError
 from pcl_fast.files import write_whole
 
 NAME = "checkpoint.pt"
@@ -43,6 +43,27 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep_as: str | None 
     """
     also_as, whole = None if keep_as is None else folder / keep_as, {"format": FORMAT, **state}
     write_whole(folder / NAME, lambda file: torch.save(whole, file), also_as=also_as, size=size_of(state))
+
+
+def check_finite(state: dict[str, Any]) -> None:
+    """Refuse to save what training could not go on from.
+
+    Raises:
+        NonFiniteError: a tensor in `state` has an entry that is not finite; names it.
+    """
+    # The encoders are in the method too.
+    parts = {name: state[name] for name in ("method", "optimizer", "ranks")}
+    found = [(name, tensor) for name, tensor in tensors_of(parts) if tensor.is_floating_point()]
+    finite = {tensor.device: [] for _, tensor in found}
+    for _, tensor in found:
+        finite[tensor.device].append(tensor.isfinite().all())
+    if all(torch.stack(flags).all() for flags in finite.values()):  # waits once for each device
+        return
+    bad = [name for name, tensor in found if not tensor.isfinite().all()]
+    raise NonFiniteError(
+        f"after step {state['global_step']} {len(bad)} of the run's tensors are not finite, {bad[0]} for one; they are "
+        f"not saved, and the last checkpoint stands. {DIVERGED}"
+    )
 
 
 def size_of(state: Any) -> int:

@@ -20,7 +20,7 @@ from rich.progress import (
 
 from pcl_fast.data import ImageSet
 from pcl_fast.distributed import World, begin_all_reduce_sum, begin_to_read
-from pcl_fast.errors import NonFiniteError
+from pcl_fast.errors import DIVERGED, NonFiniteError
 from pcl_fast.learner import FINITE
 from pcl_fast.methods import Metric
 from pcl_fast.run.rows import FILE, GAP, RowFile, mend, read_rows
@@ -236,7 +236,7 @@ class StepMetrics:
         indices = index.tolist()
         raise NonFiniteError(
             f"{what}; that step was not applied and the last checkpoint stands. The batch's images are {indices}, the "
-            f"first of them {self.images.name(indices[0])}"
+            f"first of them {self.images.name(indices[0])}. {DIVERGED}"
         )
 
 

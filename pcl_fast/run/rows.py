@@ -92,6 +92,8 @@ def mend(path: Path, length: int, step: int) -> tuple[int, str | None]:
     Raises:
         OSError: it cannot be read or written.
     """
+    if not length:
+        return 0, None
     content = path.read_bytes() if path.exists() else None
     told, before = _gap_at(content or b"", step)
     if told is not None:

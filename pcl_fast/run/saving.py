@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pcl_fast.config import Config, recipe_differences, to_dict
+from pcl_fast.config import Config, to_dict
 from pcl_fast.distributed import World, all_or_none, check_same, gather_objects
 from pcl_fast.files import remove_unfinished
 from pcl_fast.learner import Learner
-from pcl_fast.run.checkpoint import NAME, load_checkpoint, save_checkpoint, size_of
+from pcl_fast.run.checkpoint import NAME, check_finite, load_checkpoint, save_checkpoint, size_of
+from pcl_fast.run.continuing import check_same_run, check_taken_up
 from pcl_fast.run.room import check_room
 
 # Patterns of the names under which something is written whole.
@@ -28,11 +29,15 @@ class Progress:
 
 
 class Saver:
-    """Saves a run and takes it up again. All ranks call its methods together."""
+    """Saves a run and takes it up again. All ranks call its methods together.
+
+    notes: lines for the log at the start of a run.
+    """
 
     def __init__(self, config: Config, fingerprint: str, world: World):
         """fingerprint: of the data set, see ImageSet.fingerprint."""
         self.config, self.fingerprint, self.world = config, fingerprint, world
+        self.notes: list[str] = []
         self._saved = time.monotonic()
 
     def save(self, learner: Learner, progress: Progress, record: dict[str, Any], *, keep: bool = False) -> None:
@@ -42,6 +47,10 @@ class Saver:
         Args:
             record: "global_step", "metrics_length" and "epoch_metrics", see checkpoint.py.
             keep: also keep it as that of its epoch.
+
+        Raises:
+            NonFiniteError: a weight, or anything else of it, is not finite; names it. The last checkpoint stands.
+            OSError: it cannot be written.
         """
         ranks = gather_objects(learner.own_state(), self.world)
 
@@ -54,6 +63,7 @@ class Saver:
                 **learner.state(),
                 "ranks": ranks,
             }
+            check_finite(state)
             save_checkpoint(self.config.output, state, keep_as=f"checkpoint-{progress.epoch:04d}.pt" if keep else None)
 
         all_or_none(write if self.world.is_main else lambda: None, self.world)
@@ -70,7 +80,8 @@ class Saver:
         return every > 0 and epoch % every == 0
 
     def restore(self, learner: Learner) -> tuple[Progress, dict[str, Any]]:
-        """Take up the last checkpoint of the run, if there is one.
+        """Take up the last checkpoint of the run, or for a new run that of config.resume_from, if there is one. What
+        there is to say about it is in `notes` then.
 
         Returns:
             How far the run has come, and what `save` got as its record; a new Progress and {} for a new run.
@@ -79,21 +90,36 @@ class Saver:
             CheckpointError: it cannot be read; on every rank.
             ValueError: the ranks find different checkpoints; it is another recipe's, another method's or of another
                 data set; or the method cannot go on with this number of ranks.
+            OSError: there is no room for the next one.
         """
-        folder = self.config.output
-        state = load_same_checkpoint(folder, self.world)
+        state = load_same_checkpoint(self.config.output, self.world)
         if self.world.is_main:
             for name in _WRITTEN:
-                remove_unfinished(folder / name)
-        if state is None:
-            return Progress(), {}
-        check_same_run(state, self.config, self.fingerprint)
-        all_or_none(lambda: learner.load(state, state["ranks"]), self.world)
-        record = {name: state[name] for name in ("global_step", "metrics_length", "epoch_metrics")}
-        return Progress(state["epoch"], state["step"], state["finished"]), record
+                remove_unfinished(self.config.output / name)
+        if state is not None:
+            self.notes += check_same_run(state, self.config, self.fingerprint)
+        elif self.config.resume_from is not None:
+            state = self._taken_up(self.config.resume_from)
+        progress, record = Progress(), {}
+        if state is not None:
+            all_or_none(lambda: learner.load(state, state["ranks"]), self.world)
+            progress = Progress(state["epoch"], state["step"], state["finished"])
+            record = {name: state[name] for name in ("global_step", "metrics_length", "epoch_metrics")}
+        self._check_room(learner, progress)
+        return progress, record
 
-    def check_room(self, learner: Learner, progress: Progress) -> list[str]:
-        """Look whether the disk has room for the checkpoints to come; returns lines for the log.
+    def _taken_up(self, path: Path) -> dict[str, Any]:
+        """The state of another run's checkpoint, as it is for a new run."""
+        if (path if path.is_dir() else path.parent).resolve() == self.config.output.resolve():
+            raise ValueError(f"--resume-from {path} lies in --output; choose a new --output, where the run goes on")
+        state = load_same_checkpoint(path, self.world)
+        if state is None:
+            raise ValueError(f"--resume-from {path}: there is no checkpoint")
+        self.notes += check_taken_up(state, self.config, self.fingerprint)
+        return {**state, "metrics_length": 0}  # its record stays where it is
+
+    def _check_room(self, learner: Learner, progress: Progress) -> None:
+        """Look whether the disk has room for the checkpoints to come.
 
         Raises:
             OSError: not even for the next one; on every rank.
@@ -106,7 +132,7 @@ class Saver:
             first = not (folder / NAME).exists()
             return check_room(folder, size, kept=sum(map(self.is_kept, epochs)), first=first)
 
-        return all_or_none(lambda: check() if self.world.is_main and not progress.finished else [], self.world)
+        self.notes += all_or_none(lambda: check() if self.world.is_main and epochs else [], self.world)
 
 
 def load_same_checkpoint(folder: Path, world: World) -> dict[str, Any] | None:
@@ -124,25 +150,3 @@ def load_same_checkpoint(folder: Path, world: World) -> dict[str, Any] | None:
     advice = "--output must be a folder that all machines share"
     check_same(f"what they find in {folder}", found, world, advice=advice)
     return state
-
-
-def check_same_run(state: dict[str, Any], config: Config, fingerprint: str) -> None:
-    """Refuse another run's checkpoint.
-
-    Raises:
-        ValueError: it belongs to another method, recipe or data set; names what differs.
-    """
-    method = state["config"]["method"]
-    if method != config.method:
-        raise ValueError(
-            f"{config.output} holds a run of the method {method}, not of {config.method}; choose another --output, or "
-            f"go on with its own preset, {state['config']['preset']}"
-        )
-    differences = recipe_differences(state["config"], to_dict(config))
-    if state["data"] != fingerprint:
-        differences.append(f"data set: {state['data']} -> {fingerprint}")
-    if differences:
-        raise ValueError(
-            f"{config.output} holds a run under another recipe; choose another --output, or go back to its values:\n  "
-            + "\n  ".join(differences)
-        )

@@ -49,7 +49,7 @@ def test_a_new_run_begins_at_the_beginning(config, alone):
     ("changes", "images", "message"),
     [
         ({"method": "another"}, "these images", "holds a run of the method pcl, not of another.* preset, demo"),
-        ({"epochs": 7}, "these images", "under another recipe.*\n  epochs: 24 -> 7"),
+        ({"seed": 7}, "these images", "under another recipe.*\n  seed: 0 -> 7"),
         ({}, "those images", "data set: these images -> those images"),
     ],
 )
