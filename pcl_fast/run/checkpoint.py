@@ -15,6 +15,8 @@ It holds tensors and plain Python values, by these keys:
 
 from __future__ import annotations
 
+import errno
+import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +30,12 @@ from pcl_fast.files import write_whole
 NAME = "checkpoint.pt"
 FORMAT = 2
 _KEPT = re.compile(r"checkpoint-(\d+)\.pt")
+# What a run needs to go on.
+PARTS = (
+    "config", "data", "epoch", "step", "global_step", "finished", "metrics_length", "epoch_metrics", "method",
+    "encoders", "optimizer", "scaler", "ranks",
+)  # fmt: skip
+_WAY_OUT = "move it away to start anew, or put a kept one in its place"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, keep_as: str | None = None) -> None:
@@ -99,15 +107,51 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(
-            f"{file} is no readable checkpoint ({error}); move it away to start anew, or put a kept one in its place"
-        ) from error
+        raise CheckpointError(f"{file} is no readable checkpoint: {_fault(file, error)}; {_WAY_OUT}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(
-            f"{file} was not written by this version of pcl_fast; go on with the one that wrote it, or move it away to "
-            "start anew"
+            f"{file} was not written by this version of pcl_fast: it holds {_contents(state)}. Go on with the version "
+            f"that wrote it; or {_WAY_OUT}. pcl_fast.evaluate takes weights of other programs"
         )
     return state
+
+
+def check_whole(state: dict[str, Any], path: Path) -> None:
+    """Refuse to go on from a checkpoint that lacks something.
+
+    Raises:
+        CheckpointError: names what.
+    """
+    missing = [name for name in PARTS if name not in state]
+    if missing:
+        raise CheckpointError(f"the checkpoint of {path} has no {', '.join(missing)}; {_WAY_OUT}")
+
+
+def _fault(file: Path, error: Exception) -> str:
+    """Say why PyTorch does not read a file; its own messages take ten lines, and advise to run what is in there."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        return error.strerror or str(error)
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        is_zip = opened.read(2) == b"PK"
+    if not size:
+        return "it is empty"
+    if is_zip and isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors and plain values, which is not read since it could run code"
+    return f"its {size} bytes are {'damaged, or only a part' if is_zip else 'not a file of PyTorch'}"
+
+
+def _contents(state: Any) -> str:
+    """Say what a file holds."""
+    if isinstance(state, torch.Tensor):
+        return f"a tensor of shape {tuple(state.shape)}"
+    if not isinstance(state, dict):
+        return f"a {type(state).__name__}"
+    if "format" in state:
+        return f"format {state['format']}, and this is format {FORMAT}"
+    names = [str(name) for name in state]
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"a dict of {shown}" if names else "an empty dict"
 
 
 def kept_checkpoints(path: Path) -> list[Path]:

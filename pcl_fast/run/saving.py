@@ -11,7 +11,7 @@ from pcl_fast.config import Config, to_dict
 from pcl_fast.distributed import World, all_or_none, check_same, gather_objects
 from pcl_fast.files import remove_unfinished
 from pcl_fast.learner import Learner
-from pcl_fast.run.checkpoint import NAME, check_finite, load_checkpoint, save_checkpoint, size_of
+from pcl_fast.run.checkpoint import NAME, check_finite, check_whole, load_checkpoint, save_checkpoint, size_of
 from pcl_fast.run.continuing import check_same_run, check_taken_up
 from pcl_fast.run.room import check_room
 
@@ -136,14 +136,21 @@ class Saver:
 
 
 def load_same_checkpoint(folder: Path, world: World) -> dict[str, Any] | None:
-    """The last checkpoint in a folder, on every rank; None if there is none. Ranks that went on from different steps
-    would wait for each other for ever.
+    """The last checkpoint in a folder, or that of a file, on every rank; None if there is none. Ranks that went on from
+    different steps would wait for each other for ever.
 
     Raises:
-        CheckpointError: it cannot be read; on every rank.
+        CheckpointError: it cannot be read, or lacks something; on every rank.
         ValueError: the ranks find different checkpoints, or some find none; says on which machines.
     """
-    state = all_or_none(lambda: load_checkpoint(folder), world)
+
+    def load() -> dict[str, Any] | None:
+        state = load_checkpoint(folder)
+        if state is not None:
+            check_whole(state, folder)
+        return state
+
+    state = all_or_none(load, world)
     found = "no checkpoint"
     if state is not None:
         found = f"the checkpoint of step {state['global_step']}" + (", the last" if state["finished"] else "")

@@ -15,7 +15,7 @@ from ranks import run_ranks
 from pcl_fast.config import PRESETS
 from pcl_fast.distributed import World, all_or_none, check_same, connecting, main_first
 from pcl_fast.errors import CheckpointError, ImageError, UserError
-from pcl_fast.run.checkpoint import save_checkpoint
+from pcl_fast.run.checkpoint import PARTS, save_checkpoint
 from pcl_fast.run.saving import load_same_checkpoint
 from pcl_fast.train import open_images
 
@@ -127,9 +127,9 @@ def test_ranks_go_on_from_the_same_checkpoint_or_not_at_all(tmp_path):
     for folder in folders:
         folder.mkdir()
     none, early, late, end, spoiled = folders
-    save_checkpoint(early, {"global_step": 8, "finished": False})
-    save_checkpoint(late, {"global_step": 12, "finished": False})
-    save_checkpoint(end, {"global_step": 12, "finished": True})
+    save_checkpoint(early, {**dict.fromkeys(PARTS), "global_step": 8, "finished": False})
+    save_checkpoint(late, {**dict.fromkeys(PARTS), "global_step": 12, "finished": False})
+    save_checkpoint(end, {**dict.fromkeys(PARTS), "global_step": 12, "finished": True})
     (spoiled / "checkpoint.pt").write_bytes(b"spoiled")
 
     def load(one: Path, other: Path) -> list[tuple[str, str]]:
