@@ -16,7 +16,7 @@ from ranks import run_ranks
 
 import pcl_fast.evaluation.fine_tuning as fine_tuning
 import pcl_fast.evaluation.tasks.semi as semi
-from pcl_fast.data import find_images
+from pcl_fast.data import ImageFolder, find_images
 from pcl_fast.distributed import World
 from pcl_fast.errors import ImageError
 from pcl_fast.evaluate import run
@@ -199,17 +199,17 @@ def test_a_stopped_task_does_not_go_on_with_other_images(folder, checkpoint, tmp
 
 def on_rank(world, options):
     """The scores, and which images this rank has seen that are surely no test images."""
-    seen, read = set(), semi.ImageSet.read
+    seen, read = set(), ImageFolder.read
 
     def noting(images, index):
         seen.add(images.keys()[index])
         return read(images, index)
 
-    semi.ImageSet.read = noting
+    ImageFolder.read = noting
     try:
         outcome = options.run(context_of(world, options))
     finally:
-        semi.ImageSet.read = read
+        ImageFolder.read = read
     return outcome.rows[0].scores, for_training(seen)
 
 

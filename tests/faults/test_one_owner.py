@@ -169,10 +169,28 @@ def test_a_rank_stops_when_its_launcher_is_killed(launched):
     assert (f"the launcher, process {launcher.pid}, is gone" in said[1]) == launched
 
 
+# Steps that are slow enough for the ranks to notice, before the run is at its end, that their launcher is gone.
+SLOW_FROM_STEP_5 = """
+import time
+from pcl_fast.run.metrics import StepMetrics
+from pcl_fast.train import main
+add = StepMetrics.add
+def slowly(self, reached, *args):
+    add(self, reached, *args)
+    if reached >= 5:
+        time.sleep(1)
+StepMetrics.add = slowly
+if __name__ == "__main__":
+    main()
+"""
+
+
 @pytest.mark.slow
 def test_the_same_command_goes_on_after_the_launcher_was_killed(two_ranks, image_folder, tmp_path):
     """At once: the ranks have noticed, saved and ended, or are waited for."""
-    started = command(image_folder, tmp_path / "run", ranks=2)
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_FROM_STEP_5)
+    started = command(image_folder, tmp_path / "run", ranks=2, program=(str(script),))
     metrics, said = tmp_path / "run" / "metrics.jsonl", tmp_path / "said"
     with said.open("w") as file:
         launcher = subprocess.Popen(started, env=on_the_cpu(), stdout=file, stderr=file)
