@@ -15,6 +15,7 @@ from pcl_fast.clustering.prototypes import prototypes_in
 from pcl_fast.config import PRESETS
 from pcl_fast.data import Batch, normalise
 from pcl_fast.distributed import shard_bounds
+from pcl_fast.learner import Learner
 from pcl_fast.losses import proto_nce
 from pcl_fast.methods import build
 from pcl_fast.methods import pcl as module
@@ -78,8 +79,19 @@ def test_ranks_take_the_same_step_and_queue_all_keys_in_order(alone):
     torch.testing.assert_close(queue[:6], keys, rtol=1e-5, atol=1e-6)
 
 
+class Exactly(module.PCL, name="pcl in float64"):
+    """In float32 rounding decides on which side of zero some activations are."""
+
+    settings = ()
+
+    def encode(self, encoder: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+        backbone = encoder.backbone(normalise(images, torch.float32).double())
+        return F.normalize(encoder.head(backbone), dim=1)
+
+
 def steps_of(world, config, whole: Batch, number_of_steps: int):
-    learner = learner_of(config, world)
+    learner = Learner(build(replace(config, method=Exactly.name), world, 6).double(), config, world)
+    learner.set_rate(0)
     rows = slice(*shard_bounds(len(whole.index), world.rank, world.size))
     for number in range(number_of_steps):
         learner.step(part(whole, rows, rolled=number), number)
