@@ -63,6 +63,7 @@ class Trainer:
             _ = self.shard  # better too large for the device now than after the warm-up
         self.metrics = StepMetrics(self.recorder, images, world, batch_size=config.optim.batch_size)
         self.metrics.load(saved.get("epoch_metrics", {}))
+        self._warned = False
 
     def _loaders(self) -> tuple[TrainingLoader, Iterable[torch.Tensor]]:
         """For training, and for the clustering view."""
@@ -234,6 +235,9 @@ class Trainer:
         with self.watch.phase("checkpoint"):
             self._save(keep=self.saver.is_kept(epoch))
         self.recorder.epoch_line(epoch, self.config.epochs, means, rate, seconds)
+        if not self._warned and (warning := self.method.warning(means, self.global_step)):
+            self.recorder.say(f"warning: {warning}")
+            self._warned = True
 
     def _row(self, kind: str, **values: Any) -> None:
         self.recorder.row(kind, self.global_step, self.progress.epoch, **values)

@@ -156,6 +156,16 @@ class Method(nn.Module):
         """Lines for the log at the start of a run."""
         return []
 
+    def warning(self, means: dict[str, float], step: int) -> str | None:
+        """What to tell the user if training goes wrong without failing. It is asked after every epoch, on all ranks,
+        until there is something to say.
+
+        Args:
+            means: the epoch's mean metrics, over all ranks.
+            step: how many steps the run has done.
+        """
+        return None
+
     # --- a step ---------------------------------------------------------------------------------------------------
 
     def draw(self, batch: Batch, number: int) -> dict[str, torch.Tensor | int]:

@@ -29,6 +29,10 @@ from pcl_fast.nn.shuffle import BatchShuffle
 from pcl_fast.schedule import clusters_before, rank_batch
 from pcl_fast.seeds import Purpose, mix_seeds
 
+# Of unit features: with less spread (see _spread) than this they are all alike. A new ResNet has 0.04 to 0.25.
+_COLLAPSED = 0.01
+# Multiples of the time, in steps, in which the momentum encoder forgets what it was; before that it tells little.
+_PATIENCE = 5
 _LOSS, _ACCURACY = "loss", "accuracy against the negatives, %"
 
 
@@ -41,6 +45,7 @@ class PCL(Method, name="pcl"):
         "instance_accuracy": Metric("instance", _ACCURACY),
         "prototype_loss": Metric("ProtoNCE", _LOSS),
         "prototype_accuracy": Metric("prototype", _ACCURACY),
+        "key_spread": Metric("keys of different images", "1 - cosine similarity"),
     }
     settings = (
         "cluster.",
@@ -108,6 +113,20 @@ class PCL(Method, name="pcl"):
         reason = obstacle(device, loss_dtype(device), self.config.model.dim)
         return [f"k-means runs in plain PyTorch, which is slower: its kernels' backend {reason}"] if reason else []
 
+    def warning(self, means: dict[str, float], step: int) -> str | None:
+        """A collapse: the momentum encoder makes the same of all images."""
+        model, optim = self.config.model, self.config.optim
+        spread = means.get("key_spread", 1.0)
+        if spread >= _COLLAPSED or step * (1 - model.momentum) < _PATIENCE:
+            return None
+        return (
+            f"the momentum features of different images are nearly the same (cosine similarity {1 - spread:.3f} on "
+            "average): they have collapsed, and the clusters mean nothing. If the images do differ, start again with "
+            f"a lower learning rate (--optim.lr {optim.lr:g}) or a warm-up (--optim.warmup-epochs "
+            f"{optim.warmup_epochs}), less weight decay (--optim.weight-decay {optim.weight_decay:g}) or a slower "
+            f"momentum encoder (--model.momentum {model.momentum:g}, nearer to 1)"
+        )
+
     # --- M-step ---------------------------------------------------------------------------------------------------
 
     def draw(self, batch: Batch, number: int) -> dict[str, torch.Tensor | int]:
@@ -138,7 +157,7 @@ class PCL(Method, name="pcl"):
             seed=inputs.drawn["seed"],
             backend=loss.backend,
         )
-        return Step(result.loss, _metrics(result), key)
+        return Step(result.loss, {**_metrics(result), **_spread(key)}, key)
 
     @torch.no_grad()
     def _keys(self, views: torch.Tensor, restore: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -189,6 +208,15 @@ def _shuffle(config: Config, world: World) -> BatchShuffle:
     if not config.model.shuffle_bn:
         return BatchShuffle(rows, None)
     return BatchShuffle(rows, world.group, config.model.bn_splits)
+
+
+def _spread(key: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How far the keys [N, dim] of a batch are apart: 1 less the mean cosine similarity of two of them."""
+    rows = len(key)
+    if rows < 2:
+        return {}
+    similarities = key.float().sum(0).square().sum() - rows  # of all ordered pairs
+    return {"key_spread": 1 - similarities / (rows * (rows - 1))}
 
 
 def _metrics(result: ProtoNCEResult) -> dict[str, torch.Tensor]:

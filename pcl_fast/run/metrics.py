@@ -194,9 +194,11 @@ class StepMetrics:
         width = local.shape[1]
         table = torch.tensor(read()) / self.world.size
         votes = dict(zip(names[width:], (table[-1, width:] > 0).tolist(), strict=True))
-        self._names = [name for name in names[:width] if name != FINITE]
         self._check_finite(table, local, steps, names)
         kept = [column for column, name in enumerate(names[:width]) if name != FINITE]
+        if self._names != (found := [names[column] for column in kept]):
+            self._epoch.clear()  # a checkpoint within the epoch was of a version with other metrics
+            self._names = found
         self._epoch += list(table[:, kept])
         values = self._named(self._epoch[-1])
         self.recorder.row("step", steps[-1][0], epoch, **values, lr=lr)
