@@ -58,6 +58,7 @@ def test_advice_for_a_tiny_set_is_of_use():
     assert max(automatic_ks(53)) <= 53
 
 
+@pytest.mark.slow
 def test_a_run_records_what_was_chosen_and_goes_on(image_folder, tmp_path, alone, capsys):
     config = with_auto(DEMO, dim=8)
     config = replace(

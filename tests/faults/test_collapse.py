@@ -46,6 +46,7 @@ def test_a_warning_waits_until_the_momentum_encoder_has_followed(alone):
         assert flag in text
 
 
+@pytest.mark.slow
 def test_a_run_that_collapses_says_so_once(image_folder, tmp_path, alone, capsys):
     changes = {"output": tmp_path, "epochs": 4, "data.root": image_folder, "data.loader": "torchvision"}
     changes |= {"data.size": 8, "optim.batch_size": 12, "evaluation.every": 0}
