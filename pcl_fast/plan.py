@@ -8,7 +8,7 @@ with records of its own (--results) is planned by these.
 
 from __future__ import annotations
 
-import sys
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from pcl_fast.command import command
 from pcl_fast.command_line import Integers, parse_preset
 from pcl_fast.config import PRESETS
 from pcl_fast.planning import official, ours
@@ -62,7 +63,7 @@ class Options:
     results: Path = DEFAULT
     """Folder of the benchmarks' records."""
     output: Path = Path("plan.png")
-    """Where the picture goes."""
+    """Where the picture goes; into a folder as plan.png."""
 
 
 # Costs are known of PCL, and of MoCo, which is PCL without prototypes; and of ResNet-50 on photographs: what the demo
@@ -84,15 +85,14 @@ class Plan(NamedTuple):
 
 
 def main() -> None:
-    options = parse_preset(CHOICES, prog="pcl_fast.plan", description=__doc__)
-    try:
+    with command("pcl_fast.plan"):
+        options = parse_preset(CHOICES, prog="pcl_fast.plan", description=__doc__)
+        if options.output.is_dir():
+            options = replace(options, output=options.output / "plan.png")
         found = plan(options)
         draw({"official": found.official, "ours": found.ours}, _title(options, found), options.output)
-    except ValueError as error:
-        # The message says what to do; a stack trace would hide it.
-        sys.exit(f"pcl_fast.plan: {error}")
-    console = Console()
-    report(options, found, console if console.is_terminal else Console(width=_WIDTH))
+        console = Console()
+        report(options, found, console if console.is_terminal else Console(width=_WIDTH))
 
 
 def plan(options: Options) -> Plan:
@@ -126,8 +126,8 @@ def _check(options: Options) -> None:
         ValueError: names the flag, its value and what to use instead.
     """
     for name, value in vars(options).items():
-        if isinstance(value, (int, float)) and not value > 0:
-            raise ValueError(f"{_flag(name)} must be positive, got {value}")
+        if isinstance(value, (int, float)) and not 0 < value < math.inf:
+            raise ValueError(f"{_flag(name)} must be {'finite' if value == math.inf else 'positive'}, got {value}")
     if any(k < 1 for k in options.ks):
         raise ValueError(f"--ks must be positive numbers of clusters, got {options.ks}")
     batch, images, world = options.batch_size, options.images, options.gpus * options.nodes

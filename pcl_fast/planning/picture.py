@@ -7,6 +7,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from pcl_fast.files import write_whole
 from pcl_fast.planning.job import DATA, EXCHANGE, FEATURES, PHASES, Phase
 
 # Okabe and Ito's palette, told apart by everyone, and two greys for what is small.
@@ -16,10 +17,12 @@ _LABELLED = 0.035  # of the longer bar: narrower pieces have no room for a label
 
 
 def draw(bars: Mapping[str, Mapping[str, Phase]], title: str, path: Path) -> None:
-    """Write a PNG: one bar of hours per entry of `bars`, whose phases are named as in job.PHASES.
+    """Write a picture, a PNG if the path does not say otherwise: one bar of hours per entry of `bars`, whose phases are
+    named as in job.PHASES.
 
     Raises:
-        ValueError: the file cannot be written.
+        OSError: the file cannot be written.
+        ValueError: there is no such format.
     """
     figure = Figure(figsize=(11, 1.5 + 1.1 * len(bars)), layout="constrained")
     axes = figure.subplots()
@@ -39,7 +42,4 @@ def draw(bars: Mapping[str, Mapping[str, Phase]], title: str, path: Path) -> Non
     axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, frameon=False)
-    try:
-        figure.savefig(path, dpi=130)
-    except OSError as error:
-        raise ValueError(f"--output {path} cannot be written: {error}") from error
+    write_whole(path, lambda file: figure.savefig(file, format=path.suffix[1:] or "png", dpi=130))

@@ -186,9 +186,12 @@ def test_flags_change_the_recipe(monkeypatch, tmp_path, capsys):
         ("--epochs -1", "--epochs must be positive, got -1"),
         ("--price -3", "--price must be positive, got -3"),
         ("--gpu-link 0", "--gpu-link must be positive, got 0"),
+        ("--price inf", "--price must be finite, got inf"),
+        ("--goal nan", "--goal must be positive, got nan"),
         ("--cache 0", "--cache must be positive, got 0"),
         ("--results /nowhere", "--results /nowhere is no folder"),
-        ("--output /nowhere/plan.png", "--output /nowhere/plan.png cannot be written"),
+        ("--output /nowhere/plan.png", "cannot write /nowhere/plan.png: No such file or directory"),
+        ("--output /nowhere.xyz", "Format 'xyz' is not supported"),
     ],
 )
 def test_errors_for_people(monkeypatch, tmp_path, flags, message):
