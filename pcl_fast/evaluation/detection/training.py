@@ -31,7 +31,7 @@ class Recipe:
     batch_size: images per step over all ranks together.
     lr: learning rate at this batch size.
     weight_decay: of all trained parameters.
-    warmup: steps over which the learning rate grows linearly in the beginning.
+    warmup: steps over which the learning rate grows linearly in the beginning; at most the first epoch.
     """
 
     epochs: int
@@ -44,7 +44,7 @@ class Recipe:
     def rate(self, step: int, steps: int) -> float:
         """Return the learning rate of step `step` of the whole training, with `steps` steps in an epoch."""
         lr = self.lr * 0.1 ** sum(step // steps >= milestone for milestone in self.milestones)
-        return lr * min(1.0, (step + 1) / self.warmup) if self.warmup else lr
+        return lr * min(1.0, (step + 1) / max(1, min(self.warmup, steps)))
 
 
 def train_detector(
