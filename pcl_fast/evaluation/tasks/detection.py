@@ -66,7 +66,7 @@ class Detection(Task, name="detection", scores="query"):
     weight_decay: float = 1e-4
     """Of everything that is trained (recalled)."""
     warmup: int | None = None
-    """Steps in which the learning rate grows linearly. None: 500 on VOC, 1000 on COCO."""
+    """Steps in which the learning rate grows linearly, at most an epoch. None: 500 on VOC, 1000 on COCO."""
     min_size: int | None = None
     """Images are scaled to this shorter side, in pixels. None: 600 on VOC, 800 on COCO."""
     max_size: int | None = None
@@ -190,12 +190,11 @@ class Detection(Task, name="detection", scores="query"):
             )  # fmt: skip
         detector.to(world.device, memory_format=torch.channels_last)
         protocol = plan.describe(pretrained.arch, given_lr=self.lr is not None)
-        for line in protocol:
-            context.say(line)
+        steps = recipe.epochs * (len(train) // recipe.batch_size)
+        context.say(f"training on {len(train)} images, {steps} steps; learning rate {recipe.lr:g}")
         options = {"world": world, "resources": pick_resources(self.reading(pretrained), world.device)}
         continuation = context.continuation
         with continuation.saving():
-            steps = recipe.epochs * (len(train) // recipe.batch_size)
             with context.progress("training", steps) as progress:
                 state = train_detector(
                     detector, train, recipe, seed=self.seed, state=continuation.load(), reached=continuation.reached,
@@ -227,13 +226,15 @@ class _Plan(NamedTuple):
         """Say what is trained, and how."""
         recipe = self.recipe
         scaled = "" if given_lr else " (it follows the batch)"
-        drops = f", divided by ten after {' and '.join(map(str, recipe.milestones))}" if recipe.milestones else ""
+        drops = [str(milestone) for milestone in recipe.milestones if milestone < recipe.epochs]
+        dropped = f", divided by ten after epochs {' and '.join(drops)}" if drops else ""
         return [
             f"{'Mask' if self.masks else 'Faster'} R-CNN of torchvision {version('torchvision')} with a feature "
             f"pyramid on {arch}, {self.describe_body()}, its batch norm fixed",
-            f"SGD with momentum 0.9, weight decay {recipe.weight_decay:g}, batch {recipe.batch_size}, learning rate "
-            f"{recipe.lr:g}{scaled} after {recipe.warmup} steps of warm-up, {recipe.epochs} epochs{drops}; shorter "
-            f"side {self.min_size} px, longer side at most {self.max_size}, half of the training images mirrored",
+            f"SGD with momentum 0.9, weight decay {recipe.weight_decay:g}, batch {recipe.batch_size}, {recipe.epochs} "
+            f"epochs, learning rate {recipe.lr:g}{scaled} after {recipe.warmup} steps of warm-up (at most an epoch)"
+            f"{dropped}; shorter side {self.min_size} px, longer side at most {self.max_size}, half of the training "
+            "images mirrored",
         ]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
@@ -44,9 +46,9 @@ def folder(tmp_path_factory):
 
 
 def look(world, folder, every: int = 50):
-    detecting._TELL_EVERY = every
     images, told = read_coco(folder, "val2017").images, []
-    found = detect(Seeing(), images, world=world, resources=RESOURCES, reached=lambda: told.append(1))
+    with mock.patch.object(detecting, "_TELL_EVERY", every):
+        found = detect(Seeing(), images, world=world, resources=RESOURCES, reached=lambda: told.append(1))
     return found, len(told)
 
 

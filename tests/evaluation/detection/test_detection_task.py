@@ -89,7 +89,7 @@ def test_voc(checkpoint, devkit, tmp_path, capsys):
         "trained on the 2 trainval images of VOC07 that have objects, without those that are marked difficult",
         "tested on VOC07's 2 test images",
         "with a feature pyramid on resnet18, frozen, its batch norm fixed",
-        "batch 2, learning rate 0.0002 after 2 steps of warm-up",
+        "batch 2, 1 epochs, learning rate 0.0002 after 2 steps of warm-up",
         "shorter side 64 px, longer side at most 96",
         "all 100 tensors of the frozen encoder are the checkpoint's after the training",
         "AP at an intersection over union of 0.5",

@@ -89,12 +89,12 @@ def test_what_is_trained(backbone):
 
 def test_boxes_are_exact_under_autocast(backbone):
     """In bfloat16 anchors beyond 256 pixels would be at even places only, and so would boxes."""
-    detector = build_detector(backbone, 2, masks=False, frozen=True, min_size=320, max_size=400).eval()
+    detector = build_detector(backbone, 2, masks=False, frozen=True, min_size=160, max_size=320).eval()
     detector.roi_heads.score_thresh = 0
     detector.rpn._post_nms_top_n["testing"] = 20
     anchors = []
     detector.rpn.anchor_generator.register_forward_hook(lambda module, inputs, outputs: anchors.extend(outputs))
-    image = torch.rand(3, 80, 100, generator=torch.Generator().manual_seed(0))
+    image = torch.rand(3, 80, 160, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         detector([image])
         with torch.autocast("cpu", dtype=torch.bfloat16):
