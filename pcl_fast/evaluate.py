@@ -120,10 +120,13 @@ def _run(task: Task, world: World, console: Console) -> None:
     for line in outcome.protocol:
         context.say(line)
     console.print(as_table(outcome, task.name))
-    if world.is_main:
-        seconds = time.perf_counter() - begin
+    seconds = time.perf_counter() - begin
+
+    def write() -> None:
         paths = write_results(output, task, pretrained, outcome, ranks=world.size, device=_name(world), seconds=seconds)
         context.say(f"{task.name} took {seconds:.0f} s; results in {' and '.join(map(str, paths))}")
+
+    all_or_none(lambda: write() if world.is_main else None, world)
     continuation.finish()  # not before the results are there
 
 

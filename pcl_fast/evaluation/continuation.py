@@ -33,7 +33,7 @@ class Continuation:
         self._saved = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """Return what `save` got last, on every rank and on the CPU, or None if the work is new.
+        """Return the state that `reached` saved last, on every rank and on the CPU, or None if the work is new.
 
         Raises:
             CheckpointError: the file cannot be read.
