@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -48,3 +49,12 @@ def two_ranks(image_folder, tmp_path_factory) -> tuple[Path, str]:
 @pytest.fixture
 def alone() -> World:
     return World(0, 1, torch.device("cpu"), None)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the ranks have. Two that wait for each other on busy cores are many times slower with so little to do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 
+import pcl_fast.evaluate as command_of_evaluation
 from pcl_fast.run.checkpoint import load_checkpoint
 from pcl_fast.run.metrics import read_rows
 
@@ -121,3 +123,15 @@ def same_rows(one: Path, other: Path) -> None:
         for folder in (one, other)
     ]
     assert rows[0] == rows[1]
+
+
+def evaluate(*arguments: object) -> str | None:
+    """Run pcl_fast.evaluate in this process; the message with which it ends, if it fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["evaluate", *map(str, arguments)])
+        patch.setenv("COLUMNS", "200")
+        try:
+            command_of_evaluation.main()
+        except SystemExit as error:
+            return str(error.code)
+    return None

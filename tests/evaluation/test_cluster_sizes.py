@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from launches import evaluate as run
 from runs import save_run
-from test_command import run
 
 from pcl_fast.evaluation.tasks.cluster_sizes import ClusterSizes
 

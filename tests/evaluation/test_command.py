@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_images
+from launches import evaluate as run
 from ranks import run_ranks
 from steps import small_config
 
-from pcl_fast import evaluate
 from pcl_fast.config import DataConfig, to_dict
 from pcl_fast.data import clustering_loader, find_images, normalise
 from pcl_fast.distributed import World, all_gather_shards
@@ -47,18 +47,6 @@ def run_folder(tmp_path_factory) -> Path:
     }
     save_checkpoint(folder, {"config": to_dict(config), "encoders": encoders, "epoch": 3})
     return folder
-
-
-def run(*arguments: str | Path) -> str | None:
-    """The message with which the command ends, if it fails."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["evaluate", *map(str, arguments)])
-        patch.setenv("COLUMNS", "200")
-        try:
-            evaluate.main()
-        except SystemExit as error:
-            return str(error.code)
-    return None
 
 
 def test_knn_leaves_a_table_a_file_and_a_picture(data, run_folder, tmp_path, capsys):

@@ -23,13 +23,7 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 VIEW = view_of(READING)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the ranks have. Two that wait for each other on busy cores are many times slower with so little to do."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_images
+from launches import evaluate as run
 from ranks import run_ranks
 from rich.console import Console
 from runs import ALONE, save_run
 from scipy.special import digamma
 from sklearn.feature_selection import mutual_info_classif
 from sklearn.metrics import mutual_info_score
-from test_command import run
 
 from pcl_fast import evaluate
 from pcl_fast.data import find_images

@@ -26,12 +26,7 @@ from pcl_fast.evaluation.tasks.semi import Semi
 ALONE = World(0, 1, torch.device("cpu"), None)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

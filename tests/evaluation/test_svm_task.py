@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import write_images
+from launches import evaluate as run
 from ranks import run_ranks
 from rich.console import Console
-from test_command import ALONE, run, run_folder  # noqa: F401  a fixture
+from test_command import ALONE, run_folder  # noqa: F401  a fixture
 from voc_sets import write_voc
 
 import pcl_fast.evaluation.tasks.svm

@@ -19,9 +19,9 @@ from pcl_fast.data import ImageFolder, ImageSet
 from pcl_fast.distributed import all_gather_shards, gather_objects
 from pcl_fast.errors import UserError
 from pcl_fast.evaluation.labelled import holds_labels
-from pcl_fast.evaluation.map import COMPONENTS, embed, map_neighbours, neighbour_accuracy, trustworthiness
 from pcl_fast.evaluation.pictures import names_of
 from pcl_fast.evaluation.tasks.base import Context, Outcome, Row, Task
+from pcl_fast.evaluation.tsne import COMPONENTS, embed, map_neighbours, neighbour_accuracy, trustworthiness
 from pcl_fast.seeds import Purpose, mix_seeds
 
 _NEIGHBOURS = 5

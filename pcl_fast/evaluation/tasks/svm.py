@@ -19,8 +19,8 @@ from pcl_fast.data.sources.voc import VOC_CLASSES, VocSplit, holds_voc, read_spl
 from pcl_fast.distributed import all_gather_shards, main_first
 from pcl_fast.evaluation import paper
 from pcl_fast.evaluation.labelled import Labelled, holds_labelled
-from pcl_fast.evaluation.maps import encode_maps
 from pcl_fast.evaluation.parallel import own_cores, spread
+from pcl_fast.evaluation.pooled_maps import encode_maps
 from pcl_fast.evaluation.svm import (
     ITERATIONS,
     PROTOCOLS,

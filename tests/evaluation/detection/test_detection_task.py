@@ -6,18 +6,19 @@ import json
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from coco_sets import write_coco
 from detectors import shrunk, small_resnet
+from launches import evaluate
 from steps import small_config
 from voc_sets import write_voc
 
 import pcl_fast.evaluation.detection.training as training
 import pcl_fast.evaluation.tasks.detection as module
-from pcl_fast import evaluate
 from pcl_fast.config import Config, to_dict
 from pcl_fast.evaluation.detection.model import build_detector
 from pcl_fast.evaluation.detection.recipes import COCO, VOC_FROZEN, adapted
@@ -25,16 +26,13 @@ from pcl_fast.evaluation.tasks.detection import Detection
 from pcl_fast.nn.encoder import Encoder
 from pcl_fast.run.checkpoint import save_checkpoint
 
+run = partial(evaluate, "detection")
 SMALL = ("--min-size", 64, "--max-size", 96, "--workers", 0, "--batch-size", 2, "--lr", 2e-4, "--warmup", 2)
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch):
+def _small(monkeypatch, one_thread):
     monkeypatch.setattr(module, "build_detector", lambda *args, **options: shrunk(build_detector(*args, **options)))
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -67,18 +65,6 @@ def devkit(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory) -> Path:
     return write_coco(tmp_path_factory.mktemp("coco"))
-
-
-def run(*arguments: str | Path) -> str | None:
-    """The message with which the command ends, if it fails."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["evaluate", "detection", *map(str, arguments)])
-        patch.setenv("COLUMNS", "200")
-        try:
-            evaluate.main()
-        except SystemExit as error:
-            return str(error.code)
-    return None
 
 
 def test_voc(checkpoint, devkit, tmp_path, capsys):

@@ -28,13 +28,7 @@ ALONE = {"world": World(0, 1, torch.device("cpu"), None), "resources": RESOURCES
 RECIPE = Recipe(epochs=2, milestones=(1,), batch_size=2, lr=2e-4, weight_decay=1e-4, warmup=2)
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """So small networks gain nothing from a second one."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

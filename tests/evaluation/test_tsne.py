@@ -11,17 +11,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import write_images
+from launches import evaluate as run
 from ranks import run_ranks
 from rich.console import Console
 from runs import ALONE, save_run
 from sklearn.manifold import trustworthiness as theirs
-from test_command import run
 from threadpoolctl import threadpool_limits
 
 from pcl_fast import evaluate
-from pcl_fast.evaluation import map as module
-from pcl_fast.evaluation.map import embed, map_neighbours, neighbour_accuracy, trustworthiness
+from pcl_fast.evaluation import tsne as module
 from pcl_fast.evaluation.tasks.map import Map
+from pcl_fast.evaluation.tsne import embed, map_neighbours, neighbour_accuracy, trustworthiness
 
 
 def blobs(n: int = 90, d: int = 60) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from pcl_fast.config import DataConfig
 from pcl_fast.data import find_images, normalise
 from pcl_fast.distributed import World, all_gather_shards
 from pcl_fast.errors import UserError
-from pcl_fast.evaluation.maps import encode_maps
+from pcl_fast.evaluation.pooled_maps import encode_maps
 from pcl_fast.pretrained import Pretrained, read_pretrained
 
 # cifar_resnet8 divides a side by four, so that 28 px give maps of 7 x 7.
