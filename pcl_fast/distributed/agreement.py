@@ -9,8 +9,11 @@ import socket
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import torch.distributed as dist
+import numpy as np
+import torch
 
+from pcl_fast.distributed.collectives import all_gather_shards, shard_lengths
+from pcl_fast.distributed.messages import from_bytes, to_bytes
 from pcl_fast.distributed.world import World
 from pcl_fast.errors import UserError
 
@@ -20,12 +23,14 @@ _FAULTS = (UserError, ValueError, OSError)
 
 
 def gather_objects(item: Any, world: World) -> list[Any]:
-    """Return every rank's `item` (picklable), in rank order, on all ranks."""
+    """Return every rank's `item`, in rank order, on all ranks; tensors in it on the CPU. What it may be: `to_bytes`."""
     if world.group is None:
         return [item]
-    items: list[Any] = [None] * world.size
-    dist.all_gather_object(items, item, group=world.group)
-    return items
+    message = torch.from_numpy(np.frombuffer(bytearray(to_bytes(item)), np.uint8)).to(world.device)
+    lengths = shard_lengths(len(message), world.group, world.device)
+    together = all_gather_shards(message, world.group).cpu().numpy().tobytes()
+    ends = np.cumsum(lengths).tolist()
+    return [from_bytes(together[end - length : end]) for length, end in zip(lengths, ends, strict=True)]
 
 
 def all_or_none(work: Callable[[], T], world: World) -> T:
@@ -42,7 +47,7 @@ def all_or_none(work: Callable[[], T], world: World) -> T:
         result = work()
     except _FAULTS as error:
         fault = error
-    raise_fault(gather_objects((socket.gethostname(), fault), world), world.rank)
+    raise_fault(fault, gather_objects((socket.gethostname(), told(fault)), world))
     return result
 
 
@@ -89,14 +94,29 @@ def compare(what: str, values: Sequence[tuple[str, str]], advice: str) -> None:
     raise ValueError(f"the ranks differ in {what}; {advice}:\n  " + "\n  ".join(lines))
 
 
-def raise_fault(faults: Sequence[tuple[str, Exception | None]], rank: int) -> None:
+def told(fault: Exception | None) -> tuple[str, str] | None:
+    """Return what the other ranks are told of a fault: its kind and its text."""
+    if fault is None:
+        return None
+    kinds = _kinds()
+    return next(kind.__name__ for kind in type(fault).__mro__ if kind.__name__ in kinds), str(fault)
+
+
+def raise_fault(own: Exception | None, faults: Sequence[tuple[str, tuple[str, str] | None]]) -> None:
     """Raise this rank's own error, or else the first of another rank; nothing if there is none.
 
     Args:
-        faults: (host, error or None) of every rank.
-        rank: this rank.
+        own: this rank's, or None.
+        faults: (host, what it has `told`) of every rank.
     """
-    here, own = faults[rank]
-    for host, fault in [(here, own), *faults]:
+    if own is not None:
+        raise own
+    here = socket.gethostname()
+    for host, fault in faults:
         if fault is not None:
-            raise fault if host == here else UserError(f"on {host}: {fault}")
+            kind, text = fault
+            raise _kinds()[kind](text) if host == here else UserError(f"on {host}: {text}")
+
+
+def _kinds() -> dict[str, type[Exception]]:
+    return {kind.__name__: kind for kind in (*_FAULTS, *UserError.__subclasses__())}

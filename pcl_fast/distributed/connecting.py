@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import socket
 from datetime import timedelta
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pcl_fast.distributed.agreement import compare, raise_fault
+from pcl_fast.distributed.agreement import compare, raise_fault, told
 from pcl_fast.distributed.gpu import check_gpu, check_no_gpu
+from pcl_fast.distributed.messages import from_bytes, to_bytes
 from pcl_fast.distributed.world import World
 
 # How long a rank may keep the others waiting, for example with AMI at ImageNet's size or on a slow disk.
@@ -68,10 +68,11 @@ def _join() -> torch.device:
         device = _pick_device()
     except ValueError as error:
         fault = error
-    told = _exchange((fault, _kind_of(device) if device else ""), dist.PrefixStore("devices", store), rank, size)
-    raise_fault([(host, fault) for host, (fault, _) in told], rank)
+    kind = _kind_of(device) if device else ""
+    found = _exchange((told(fault), kind), dist.PrefixStore("devices", store), rank, size)
+    raise_fault(fault, [(host, fault) for host, (fault, _) in found])
     advice = 'give all of them the same, or set CUDA_VISIBLE_DEVICES="" on all of them'
-    compare("the device that they train on", [(host, kind) for host, (_, kind) in told], advice)
+    compare("the device that they train on", [(host, kind) for host, (_, kind) in found], advice)
     store.set_timeout(_TIMEOUT)
     cuda = device.type == "cuda"
     # High priority, so that sums travel while k-means fills the GPU and not only afterwards.
@@ -106,9 +107,9 @@ def _exchange(item: Any, store: dist.Store, rank: int, size: int) -> list[tuple[
     Raises:
         ValueError: a rank has not started in time.
     """
-    store.set(str(rank), pickle.dumps((socket.gethostname(), item)))
+    store.set(str(rank), to_bytes((socket.gethostname(), item)))
     try:
-        return [pickle.loads(store.get(str(other))) for other in range(size)]
+        return [from_bytes(store.get(str(other))) for other in range(size)]
     except dist.DistStoreError as error:
         raise ValueError("not all ranks have started in time; the other machines' output says why") from error
 

@@ -30,8 +30,8 @@ def spread(function: Callable[..., Any], jobs: Sequence[tuple], *, processes: in
     no two runs would find the same.
 
     Args:
-        function: can be pickled, as its results can; it may raise ValueError, OSError or UserError, which all ranks
-            then raise.
+        function: can be pickled, for this machine's own processes; it may raise ValueError, OSError or UserError,
+            which all ranks then raise. Its results are such as `gather_objects` takes.
         processes: how many work for this rank; 1: this process itself.
 
     Raises:

@@ -67,7 +67,7 @@ def detect(
         if (done + 1) % _TELL_EVERY == 0:
             progress(done + 1)
             reached()
-    everything = {index: item for part in gather_objects(found, world) for index, item in part.items()}
+    everything = {index: Detections(*item) for part in gather_objects(found, world) for index, item in part.items()}
     return [everything[index] for index in range(len(images))]
 
 

@@ -141,13 +141,13 @@ class Map(Task, name="map", scores="momentum"):
         """Return the map of the checkpoint of `context` on all ranks; the main one makes it."""
         shard = context.encode(images, self.reading(context.pretrained), "images").unit(self.features)
         features = all_gather_shards(shard, context.world.group).float()
-        panel = None
+        panel: dict[str, Any] = {}
         if context.world.is_main:
             points = embed(features.cpu().numpy(), perplexity=self.perplexity, seed=self.seed)
             near = map_neighbours(points, _NEIGHBOURS)
             scores = trustworthiness(features, near), neighbour_accuracy(near, labels)
-            panel = _Panel(name, torch.from_numpy(points), *scores)
-        return gather_objects(panel, context.world)[0]
+            panel = vars(_Panel(name, torch.from_numpy(points), *scores))
+        return _Panel(**gather_objects(panel, context.world)[0])
 
 
 def _plain(found: dict[str, _Panel]) -> dict[str, dict[str, Any]]:
