@@ -122,9 +122,9 @@ def without_prototypes(config: Config) -> Config:
 
 def train(config: Config, output: Path, folder: Path) -> None:
     """Launch the trainer as a user would; ends the program if the run did not come to its end."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}"]
+    launcher = ["-m", "pcl_fast.launch", f"--nproc-per-node={RANKS}"]
     trainer = ["-m", "pcl_fast.train", config.preset, "--data", str(folder), "--output", str(output)]
-    command = [sys.executable, *torchrun, *trainer, *flags(config)]
+    command = [sys.executable, *launcher, *trainer, *flags(config)]
     print(shlex.join(["python", *command[1:]]), flush=True)
     # One thread per rank, and no GPU where the ranks would have to share it.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

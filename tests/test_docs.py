@@ -105,9 +105,11 @@ def test_files_exist(page):
 
 @each_page
 def test_commands_are_ours(page):
-    """Module, preset or subcommand, and flags. What stands before `-m pcl_fast`, torchrun's, is not looked at."""
+    """Module, preset or subcommand, and flags. What stands before the last `-m pcl_fast`, a launcher's, is not looked
+    at.
+    """
     for command in commands(page):
-        if module := MODULE.search(command):
+        for module in list(MODULE.finditer(command))[-1:]:
             arguments = shlex.split(command[module.end() :])
             first = [argument for argument in arguments[:1] if not argument.startswith("-")]
             known = flags_of(module[1], *(argument for argument in first if argument not in ("PRESET", "TASK")))

@@ -81,7 +81,7 @@ class _Reader:
         return tuple(self.restore(parts))
 
     def _dict(self, pairs: list[list[Any]]) -> dict:
-        return {key: value for key, value in self.restore(pairs)}
+        return dict(self.restore(pairs))
 
     def _bytes(self, length: int) -> bytes:
         begin, self._position = self._position, self._position + length

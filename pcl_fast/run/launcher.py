@@ -14,13 +14,15 @@ _SECONDS_TO_END = 300.0
 
 
 def end_with_launcher() -> None:
-    """From now on, when the launcher of this rank is gone (torchrun, killed with -9), treat that like a SIGTERM: save
-    and end. Nobody else would end this rank, and the same command would meet it in the run's folder.
+    """From now on, when the launcher of this rank is gone (killed with -9), treat that like a SIGTERM: save and end.
+    Nobody else would end this rank, and the same command would meet it in the run's folder.
 
     A process that no launcher has started may outlive its parent: with nohup it is meant to.
     """
     if "LOCAL_RANK" in os.environ:
-        threading.Thread(target=_watch, args=(os.getppid(),), name="launcher", daemon=True).start()
+        # It may be gone already. torchrun does not say which process it is.
+        launcher = int(os.environ.get("PCL_FAST_LAUNCHER", os.getppid()))
+        threading.Thread(target=_watch, args=(launcher,), name="launcher", daemon=True).start()
 
 
 def _watch(launcher: int) -> None:

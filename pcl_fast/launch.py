@@ -1,0 +1,163 @@
+"""Start a command as several ranks on this machine.
+
+    python -m pcl_fast.launch --nproc-per-node=G -m pcl_fast.train PRESET --data DIR --output DIR [--flags]
+
+It takes the place of `torchrun --standalone`, whose store listens on all of the machine's addresses: here nothing
+listens on any but the machine's own, 127.0.0.1. One output says why a run ended, that of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pcl_fast.command import command
+
+# When a rank has failed: how long the others may take to notice it by themselves and to end, and how long after a
+# SIGTERM. On GPUs they notice nothing: a collective waits for the rank that is gone.
+_SECONDS_TO_NOTICE = 10.0
+_SECONDS_TO_END = 30.0
+_SECONDS_BETWEEN_LOOKS = 0.05
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        "pcl_fast.launch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nproc-per-node", type=int, required=True, metavar="G", help="ranks, one for each GPU")
+    parser.add_argument("-m", "--module", action="store_true", help="the program is a module")
+    parser.add_argument("program", help="what each rank runs with Python: a file, or with -m a module")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the program's own")
+    given = parser.parse_args()
+    if given.nproc_per_node < 1:
+        parser.error(f"--nproc-per-node must be 1 or more, not {given.nproc_per_node}")
+    program = [*(["-m"] if given.module else []), given.program, *given.arguments]
+    with command("pcl_fast.launch"):
+        code = launch(program, given.nproc_per_node)
+    sys.exit(code)
+
+
+def launch(program: Sequence[str], ranks: int) -> int:
+    """Run a Python program as so many ranks, and wait until all have ended. Signals are passed on to them: they save
+    and end, however long that takes. When one fails the others are ended too.
+
+    Args:
+        program: what follows `python` on a command line.
+        ranks: they meet through a store that listens on 127.0.0.1, and exchange nothing over the network. Each gets an
+            equal share of the processor's cores as threads, unless OMP_NUM_THREADS is set.
+
+    Returns:
+        0, or the exit code of the first rank that failed: 128 and the signal's number if a signal has ended it.
+    """
+    listening = socket.create_server(("127.0.0.1", 0), backlog=ranks)
+    environment = _environment(listening.getsockname()[1], ranks)
+    processes: list[subprocess.Popen] = []
+    try:
+        for rank in range(ranks):
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            # Not in the terminal's foreground group, or Ctrl-C would reach the loaders' processes as well.
+            processes.append(subprocess.Popen([sys.executable, *program], env=own, start_new_session=True))
+        with _passing_on(processes):
+            _store = _serve(listening)
+            return _wait(processes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _environment(port: int, ranks: int) -> dict[str, str]:
+    """Return what all ranks find in their environment: where they meet, as torchrun says it."""
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    defaults = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
+        "GLOO_SOCKET_IFNAME": loopback,
+        "NCCL_SOCKET_IFNAME": loopback,
+    }
+    told = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        # PyTorch's word for: the launcher has the store, and no rank opens one.
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "PCL_FAST_LAUNCHER": str(os.getpid()),
+    }
+    return {**defaults, **os.environ, **told}
+
+
+def _serve(listening: socket.socket) -> Any:
+    """Return the store by which ranks meet, on a socket that listens already; it lives as long as it is referred to."""
+    # While the ranks import PyTorch too, which takes seconds; their connections wait at the socket.
+    from torch.distributed import TCPStore
+
+    host, port = listening.getsockname()
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+
+
+@contextmanager
+def _passing_on(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
+    """Pass signals on to the processes in this context; one that is ignored (SIGHUP, under nohup) stays so."""
+
+    def pass_on(number: int, frame: Any) -> None:
+        for process in processes:
+            process.send_signal(number)
+
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, pass_on)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _wait(processes: Sequence[subprocess.Popen]) -> int:
+    """Wait for all ranks; return 0, or the code of the first that failed."""
+    code, failed_at = 0, 0.0
+    terminated = False
+    while any(process.poll() is None for process in processes):
+        if not code:
+            code, failed_at = _failure(processes), time.monotonic()
+        waited = time.monotonic() - failed_at if code else 0.0
+        if waited > _SECONDS_TO_NOTICE + _SECONDS_TO_END:
+            break
+        if waited > _SECONDS_TO_NOTICE and not terminated:
+            terminated = True
+            for process in processes:
+                process.terminate()
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return code or _failure(processes)
+
+
+def _failure(processes: Sequence[subprocess.Popen]) -> int:
+    """Return the exit code of a rank that has failed, or 0; say so where the rank itself could not."""
+    for rank, process in enumerate(processes):
+        code = process.poll() or 0
+        if code < 0:
+            name = signal.Signals(-code).name
+            reason = ", as by a system that is short of memory" if name == "SIGKILL" else ""
+            print(
+                f"pcl_fast.launch: rank {rank}, process {process.pid}, was ended by {name}{reason}",
+                file=sys.stderr,
+                flush=True,
+            )
+            return 128 - code
+        if code:
+            return code
+    return 0
+
+
+if __name__ == "__main__":
+    main()
