@@ -15,6 +15,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read; names it."""
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint that a fault of the disk has spoiled, as far as one can tell; not one of something else."""
+
+
 class MissingPackageError(UserError):
     """A package that this choice needs is not installed."""
 

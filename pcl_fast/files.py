@@ -19,13 +19,19 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_whole(
-    path: Path, write: Callable[[BinaryIO], Any], *, also_as: Path | None = None, size: int | None = None
+    path: Path,
+    write: Callable[[BinaryIO], Any],
+    *,
+    also_as: Path | None = None,
+    before_as: Path | None = None,
+    size: int | None = None,
 ) -> None:
     """Let `write` fill a file that will be at `path` whole or not at all, whatever happens meanwhile: it is written
     aside, flushed to the disk, then renamed. After a fault nothing is left of it.
 
     Args:
         also_as: another path for the same bytes, as good as a copy. It is there before `path` is.
+        before_as: where the file that has been at `path` is kept. What has been there is removed first, to make room.
         size: bytes that it will have, about, if that is known; for the message.
 
     Raises:
@@ -34,9 +40,14 @@ def write_whole(
     """
     aside = _aside(path)
     try:
+        if before_as is not None and path.exists():
+            ask_guard(path)
+            before_as.unlink(missing_ok=True)
         _fill(aside, write)
         if also_as is not None:
             _duplicate(aside, also_as)
+        if before_as is not None and path.exists():
+            _keep(path, before_as)
         _rename(aside, path)
         _flush_folder(path.parent)
     except OSError as error:
@@ -125,6 +136,17 @@ def _duplicate(source: Path, target: Path) -> None:
         _rename(aside, target)
     finally:
         _remove(aside)
+
+
+def _keep(path: Path, before_as: Path) -> None:
+    """Give a file that is about to be replaced another name. Where the file system has no links, nothing is at `path`
+    for a moment.
+    """
+    ask_guard(path)
+    try:
+        os.link(path, before_as)
+    except OSError:
+        os.replace(path, before_as)
 
 
 def _rename(source: Path, target: Path) -> None:

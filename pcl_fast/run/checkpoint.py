@@ -24,10 +24,12 @@ from typing import Any
 
 import torch
 
-from pcl_fast.errors import DIVERGED, CheckpointError, NonFiniteError
+from pcl_fast.errors import DIVERGED, CheckpointError, DamagedError, NonFiniteError
 from pcl_fast.files import write_whole
 
 NAME = "checkpoint.pt"
+# The one before it, for a disk that has damaged the last.
+PREVIOUS = "checkpoint.previous.pt"
 FORMAT = 2
 _KEPT = re.compile(r"checkpoint-(\d+)\.pt")
 # What a run needs to go on.
@@ -35,11 +37,12 @@ PARTS = (
     "config", "data", "epoch", "step", "global_step", "finished", "metrics_length", "epoch_metrics", "method",
     "encoders", "optimizer", "scaler", "ranks",
 )  # fmt: skip
-_WAY_OUT = "move it away to start anew, or put a kept one in its place"
+_WAY_OUT = f"move it away (and {PREVIOUS}) to start anew, or put a kept one in its place"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, keep_as: str | None = None) -> None:
-    """Write `state` to folder/checkpoint.pt so that a crash at any moment leaves the old or the new one.
+    """Write `state` to folder/checkpoint.pt so that a crash at any moment leaves the old or the new one. The old one is
+    kept as checkpoint.previous.pt.
 
     Args:
         folder: exists.
@@ -50,7 +53,13 @@ def save_checkpoint(folder: Path, state: dict[str, Any], *, keep_as: str | None 
         OSError: it cannot be written; see `write_whole`.
     """
     also_as, whole = None if keep_as is None else folder / keep_as, {"format": FORMAT, **state}
-    write_whole(folder / NAME, lambda file: torch.save(whole, file), also_as=also_as, size=size_of(state))
+    write_whole(
+        folder / NAME,
+        lambda file: torch.save(whole, file),
+        also_as=also_as,
+        before_as=folder / PREVIOUS,
+        size=size_of(state),
+    )
 
 
 def check_finite(state: dict[str, Any]) -> None:
@@ -89,6 +98,30 @@ def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]
         yield from tensors_of(value, f"{name}.{key}" if name else f"{key}")
 
 
+def load_last(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
+    """The last checkpoint of a run's folder that can be read: if a fault of the disk has damaged or taken the last one,
+    that before it.
+
+    Returns:
+        (the checkpoint on the CPU, or None if the folder has none yet; what is wrong with the last one, in a sentence,
+        or None)
+
+    Raises:
+        CheckpointError: see `load_checkpoint`; or both are damaged.
+    """
+    previous, fault = folder / PREVIOUS, f"{folder / NAME} is gone"
+    if not previous.exists():
+        return load_checkpoint(folder), None
+    try:
+        state = load_checkpoint(folder)
+        if state is not None:
+            return state, None
+    except DamagedError as error:
+        fault = str(error).partition(";")[0]
+    state = load_checkpoint(previous)
+    return state, f"{fault}; going on from {PREVIOUS}, the one before it"
+
+
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
     """A checkpoint, on the CPU.
 
@@ -107,7 +140,8 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise CheckpointError(f"{file} is no readable checkpoint: {_fault(file, error)}; {_WAY_OUT}") from error
+        kind, fault = _fault(file, error)
+        raise kind(f"{file} is no readable checkpoint: {fault}; {_WAY_OUT}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(
             f"{file} was not written by this version of pcl_fast: it holds {_contents(state)}. Go on with the version "
@@ -127,18 +161,18 @@ def check_whole(state: dict[str, Any], path: Path) -> None:
         raise CheckpointError(f"the checkpoint of {path} has no {', '.join(missing)}; {_WAY_OUT}")
 
 
-def _fault(file: Path, error: Exception) -> str:
+def _fault(file: Path, error: Exception) -> tuple[type[CheckpointError], str]:
     """Say why PyTorch does not read a file; its own messages take ten lines, and advise to run what is in there."""
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-        return error.strerror or str(error)
+        return CheckpointError, error.strerror or str(error)
     size = file.stat().st_size
     with open(file, "rb") as opened:
         is_zip = opened.read(2) == b"PK"
     if not size:
-        return "it is empty"
+        return DamagedError, "it is empty"
     if is_zip and isinstance(error, pickle.UnpicklingError):
-        return "it holds more than tensors and plain values, which is not read since it could run code"
-    return f"its {size} bytes are {'damaged, or only a part' if is_zip else 'not a file of PyTorch'}"
+        return CheckpointError, "it holds more than tensors and plain values, which is not read since it could run code"
+    return DamagedError, f"its {size} bytes are {'damaged, or only a part' if is_zip else 'not a file of PyTorch'}"
 
 
 def _contents(state: Any) -> str:

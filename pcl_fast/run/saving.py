@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,15 @@ from pcl_fast.config import Config, to_dict
 from pcl_fast.distributed import World, all_or_none, check_same, gather_objects
 from pcl_fast.files import remove_unfinished
 from pcl_fast.learner import Learner
-from pcl_fast.run.checkpoint import NAME, check_finite, check_whole, load_checkpoint, save_checkpoint, size_of
+from pcl_fast.run.checkpoint import (
+    NAME,
+    check_finite,
+    check_whole,
+    load_checkpoint,
+    load_last,
+    save_checkpoint,
+    size_of,
+)
 from pcl_fast.run.continuing import check_same_run, check_taken_up
 from pcl_fast.run.room import check_room
 
@@ -92,7 +101,7 @@ class Saver:
                 data set; or the method cannot go on with this number of ranks.
             OSError: there is no room for the next one.
         """
-        state = load_same_checkpoint(self.config.output, self.world)
+        state = self._last()
         if self.world.is_main:
             for name in _WRITTEN:
                 remove_unfinished(self.config.output / name)
@@ -107,6 +116,19 @@ class Saver:
             record = {name: state[name] for name in ("global_step", "metrics_length", "epoch_metrics")}
         self._check_room(learner, progress)
         return progress, record
+
+    def _last(self) -> dict[str, Any] | None:
+        """The run's own last checkpoint, or None if it is new."""
+        fault = None
+
+        def load(folder: Path) -> dict[str, Any] | None:
+            nonlocal fault
+            state, fault = load_last(folder)
+            return state
+
+        state = load_same_checkpoint(self.config.output, self.world, load)
+        self.notes += [fault] if fault else []
+        return state
 
     def _taken_up(self, path: Path) -> dict[str, Any]:
         """The state of another run's checkpoint, as it is for a new run."""
@@ -135,8 +157,10 @@ class Saver:
         self.notes += all_or_none(lambda: check() if self.world.is_main and epochs else [], self.world)
 
 
-def load_same_checkpoint(folder: Path, world: World) -> dict[str, Any] | None:
-    """The last checkpoint in a folder, or that of a file, on every rank; None if there is none. Ranks that went on from
+def load_same_checkpoint(
+    path: Path, world: World, load: Callable[[Path], dict[str, Any] | None] = load_checkpoint
+) -> dict[str, Any] | None:
+    """The checkpoint load(path), or None if there is none, if it is the same on every rank. Ranks that went on from
     different steps would wait for each other for ever.
 
     Raises:
@@ -144,16 +168,16 @@ def load_same_checkpoint(folder: Path, world: World) -> dict[str, Any] | None:
         ValueError: the ranks find different checkpoints, or some find none; says on which machines.
     """
 
-    def load() -> dict[str, Any] | None:
-        state = load_checkpoint(folder)
+    def checked() -> dict[str, Any] | None:
+        state = load(path)
         if state is not None:
-            check_whole(state, folder)
+            check_whole(state, path)
         return state
 
-    state = all_or_none(load, world)
+    state = all_or_none(checked, world)
     found = "no checkpoint"
     if state is not None:
         found = f"the checkpoint of step {state['global_step']}" + (", the last" if state["finished"] else "")
     advice = "--output must be a folder that all machines share"
-    check_same(f"what they find in {folder}", found, world, advice=advice)
+    check_same(f"what they find in {path}", found, world, advice=advice)
     return state

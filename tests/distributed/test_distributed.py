@@ -14,7 +14,7 @@ from ranks import run_ranks
 
 from pcl_fast.config import PRESETS
 from pcl_fast.distributed import World, all_or_none, check_same, connecting, main_first
-from pcl_fast.errors import CheckpointError, ImageError, UserError
+from pcl_fast.errors import DamagedError, ImageError, UserError
 from pcl_fast.run.checkpoint import PARTS, save_checkpoint
 from pcl_fast.run.saving import load_same_checkpoint
 from pcl_fast.train import open_images
@@ -147,7 +147,7 @@ def test_ranks_go_on_from_the_same_checkpoint_or_not_at_all(tmp_path):
             assert kind == "ValueError"
             assert "--output must be a folder that all machines share" in text
             assert [line.strip() for line in text.splitlines()[1:]] == found
-    assert [kind for kind, _ in load(late, spoiled)] == ["UserError", CheckpointError.__name__]
+    assert [kind for kind, _ in load(late, spoiled)] == ["UserError", DamagedError.__name__]
 
 
 def join_with(world: World, folder: Path, found: list) -> str:

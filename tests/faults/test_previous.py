@@ -1,0 +1,147 @@
+"""A disk that damages or loses the last checkpoint costs what came after the one before it, and nobody's hand."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+
+import pytest
+import torch
+from faults.tiny import tiny
+from launches import same_rows, same_state
+
+from pcl_fast.distributed import World
+from pcl_fast.errors import CheckpointError, UserError
+from pcl_fast.files import write_whole
+from pcl_fast.run.checkpoint import load_checkpoint, load_last, save_checkpoint
+from pcl_fast.run.ownership import OWNER, owned
+from pcl_fast.train import run
+
+DAMAGE = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "cut by a byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "empty": lambda path: os.truncate(path, 0),
+    "zeros": lambda path: path.write_bytes(bytes(5000)),
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, image_folder):
+    """A run that nothing has happened to."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(tiny(image_folder, folder), World(0, 1, torch.device("cpu"), None))
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("saved", [2, 3])
+def test_the_same_command_goes_on_from_the_one_before(
+    whole, tmp_path, image_folder, alone, damage, saved, monkeypatch, capsys
+):
+    """saved: how many checkpoints the run has written when it happens, the last of them at its end."""
+    stop_after(saved, monkeypatch)
+    with pytest.raises(Halt) if saved < 3 else monkeypatch.context():
+        run(tiny(image_folder, tmp_path), alone)
+    monkeypatch.undo()
+    DAMAGE[damage](tmp_path / "checkpoint.pt")
+    assert run(tiny(image_folder, tmp_path), alone)
+    said = capsys.readouterr().out
+    assert "going on from checkpoint.previous.pt, the one before it" in said
+    assert f"{tmp_path / 'checkpoint.pt'} is " in said
+    same_state(whole, tmp_path)
+    same_rows(whole, tmp_path)
+
+
+class Halt(BaseException):
+    pass
+
+
+def stop_after(saved: int, monkeypatch) -> None:
+    """Let a run end, as if killed, when it has saved so often."""
+    saves = []
+
+    def counted(*args, **options):
+        save_checkpoint(*args, **options)
+        saves.append(1)
+        if len(saves) == saved:
+            raise Halt
+
+    if saved < 3:
+        monkeypatch.setattr("pcl_fast.run.saving.save_checkpoint", counted)
+
+
+def test_both_damaged_is_said(tmp_path):
+    save_checkpoint(tmp_path, {"epoch": 1})
+    save_checkpoint(tmp_path, {"epoch": 2})
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        os.truncate(tmp_path / name, 100)
+    with pytest.raises(CheckpointError, match=r"checkpoint.previous.pt is no readable checkpoint: its 100 bytes are"):
+        load_last(tmp_path)
+
+
+def test_what_is_not_damage_is_not_passed_over(tmp_path):
+    """Another version's checkpoint, or code: nobody wants to fall back behind that without knowing."""
+    save_checkpoint(tmp_path, {"epoch": 1})
+    save_checkpoint(tmp_path, {"epoch": 2})
+    for content, fault in (({"format": 99}, "format 99"), (shutil.Error, "more than tensors")):
+        torch.save(content, tmp_path / "checkpoint.pt")
+        with pytest.raises(CheckpointError, match=fault):
+            load_last(tmp_path)
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_one_before_is_kept_with_links_and_without(tmp_path, monkeypatch, links):
+    def no_links(*_):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    for epoch in (1, 2, 3):
+        save_checkpoint(tmp_path, {"epoch": epoch})
+    assert load_checkpoint(tmp_path)["epoch"] == 3
+    assert load_checkpoint(tmp_path / "checkpoint.previous.pt")["epoch"] == 2
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.previous.pt", "checkpoint.pt"]
+
+
+def test_a_kill_between_the_names_loses_nothing(tmp_path, monkeypatch):
+    """Where there are no links, nothing is called checkpoint.pt for a moment."""
+    save_checkpoint(tmp_path, {"epoch": 1})
+    replace = os.replace
+
+    def killed(source, target):
+        if target.name == "checkpoint.pt":
+            raise Halt
+        replace(source, target)
+
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(Halt):
+        save_checkpoint(tmp_path, {"epoch": 2})
+    state, fault = load_last(tmp_path)
+    assert state["epoch"] == 1
+    assert fault == f"{tmp_path / 'checkpoint.pt'} is gone; going on from checkpoint.previous.pt, the one before it"
+
+
+def test_the_one_before_makes_room_for_the_next(tmp_path):
+    """Never three at a time: two were enough before there was one before."""
+    path, before = tmp_path / "a", tmp_path / "b"
+    path.write_bytes(b"1")
+    before.write_bytes(b"0")
+    there = []
+    write_whole(path, lambda file: (there.extend(os.listdir(tmp_path)), file.write(b"2")), before_as=before)
+    assert sorted(there)[0] == "a"
+    assert len(there) == 2
+    assert (path.read_bytes(), before.read_bytes()) == (b"2", b"1")
+
+
+def test_who_has_been_taken_over_leaves_the_one_before(tmp_path):
+    with owned(tmp_path):
+        for epoch in (1, 2):
+            save_checkpoint(tmp_path, {"epoch": epoch})
+        (tmp_path / OWNER).write_text('{"token": "theirs"}')
+        with pytest.raises(UserError, match="taken over"):
+            save_checkpoint(tmp_path, {"epoch": 3})
+    assert load_checkpoint(tmp_path)["epoch"] == 2
+    assert load_checkpoint(tmp_path / "checkpoint.previous.pt")["epoch"] == 1
