@@ -24,6 +24,11 @@ def command(name: str) -> Iterator[None]:
         except (ValueError, UserError, OSError) as error:
             sys.exit(f"{name}: {error}")
         except RuntimeError as error:
+            if "DataLoader worker" in str(error):
+                sys.exit(
+                    f"{name}: the system has ended a process that loads images, most likely for lack of memory "
+                    f"({str(error).strip()}). What was saved stands; use fewer --data.workers, then go on"
+                )
             if not _is_of_another_rank(error):
                 raise
             if "EADDRINUSE" in str(error):

@@ -31,7 +31,8 @@ def write_whole(
 
     Args:
         also_as: another path for the same bytes, as good as a copy. It is there before `path` is.
-        before_as: where the file that has been at `path` is kept. What has been there is removed first, to make room.
+        before_as: where the file that has been at `path` is kept. What has been there stays until the new file is
+            whole, unless the disk has no room for all three.
         size: bytes that it will have, about, if that is known; for the message.
 
     Raises:
@@ -40,10 +41,14 @@ def write_whole(
     """
     aside = _aside(path)
     try:
-        if before_as is not None and path.exists():
+        try:
+            _fill(aside, write)
+        except OSError as error:
+            if before_as is None or error.errno not in _NO_ROOM or not path.exists():
+                raise
             ask_guard(path)
             before_as.unlink(missing_ok=True)
-        _fill(aside, write)
+            _fill(aside, write)
         if also_as is not None:
             _duplicate(aside, also_as)
         if before_as is not None and path.exists():
@@ -51,10 +56,23 @@ def write_whole(
         _rename(aside, path)
         _flush_folder(path.parent)
     except OSError as error:
-        _remove(aside)  # or it would not count as free
         raise fault_of(path, error, size) from error
     finally:
         _remove(aside)
+
+
+def replace(source: Path, target: Path) -> None:
+    """Give a file the name of another in its folder, which is gone then.
+
+    Raises:
+        OSError: it cannot be done; a sentence with the path.
+        Whatever the folder's guard raises, see `guarded`.
+    """
+    try:
+        _rename(source, target)
+        _flush_folder(target.parent)
+    except OSError as error:
+        raise fault_of(target, error) from error
 
 
 @contextlib.contextmanager
@@ -114,14 +132,18 @@ def _aside(path: Path) -> Path:
 
 
 def _fill(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Write a new file and flush it to the disk."""
-    with _File(io.FileIO(path, "x")) as file:
-        try:
-            write(file)
-        except RuntimeError as error:
-            raise (file.fault or error) from error
-        file.flush()
-        os.fsync(file.fileno())
+    """Write a new file and flush it to the disk. After a fault it is gone, or it would not count as free."""
+    try:
+        with _File(io.FileIO(path, "x")) as file:
+            try:
+                write(file)
+            except RuntimeError as error:
+                raise (file.fault or error) from error
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        _remove(path)
+        raise
 
 
 def _duplicate(source: Path, target: Path) -> None:
@@ -142,11 +164,13 @@ def _keep(path: Path, before_as: Path) -> None:
     """Give a file that is about to be replaced another name. Where the file system has no links, nothing is at `path`
     for a moment.
     """
-    ask_guard(path)
+    linked = _aside(before_as)
     try:
-        os.link(path, before_as)
+        os.link(path, linked)
     except OSError:
-        os.replace(path, before_as)
+        _rename(path, before_as)
+    else:
+        _rename(linked, before_as)
 
 
 def _rename(source: Path, target: Path) -> None:

@@ -98,22 +98,24 @@ def same_state(one: Path, other: Path) -> None:
     a, b = load_checkpoint(one), load_checkpoint(other)
     assert (a["epoch"], a["step"]) == (b["epoch"], b["step"])
 
-    def compare(x, y, path):
-        if isinstance(x, torch.Tensor):
-            assert torch.equal(x, y), path
-        elif isinstance(x, dict):
-            assert x.keys() == y.keys(), path
-            for key in x:
-                compare(x[key], y[key], f"{path}.{key}")
-        elif isinstance(x, list):
-            assert len(x) == len(y), path
-            for number, (left, right) in enumerate(zip(x, y, strict=True)):
-                compare(left, right, f"{path}[{number}]")
-        else:
-            assert x == y, path
-
     for part in ("method", "encoders", "optimizer", "scaler"):
-        compare(a[part], b[part], part)
+        same(a[part], b[part], part)
+
+
+def same(x, y, path: str) -> None:
+    """Nested values with tensors, bit for bit."""
+    if isinstance(x, torch.Tensor):
+        assert torch.equal(x, y), path
+    elif isinstance(x, dict):
+        assert x.keys() == y.keys(), path
+        for key in x:
+            same(x[key], y[key], f"{path}.{key}")
+    elif isinstance(x, list):
+        assert len(x) == len(y), path
+        for number, (left, right) in enumerate(zip(x, y, strict=True)):
+            same(left, right, f"{path}[{number}]")
+    else:
+        assert x == y, path
 
 
 def same_rows(one: Path, other: Path) -> None:

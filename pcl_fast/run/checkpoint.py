@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from pcl_fast.errors import DIVERGED, CheckpointError, DamagedError, NonFiniteError
-from pcl_fast.files import write_whole
+from pcl_fast.files import replace, write_whole
 
 NAME = "checkpoint.pt"
 # The one before it, for a disk that has damaged the last.
@@ -120,6 +120,15 @@ def load_last(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
         fault = str(error).partition(";")[0]
     state = load_checkpoint(previous)
     return state, f"{fault}; going on from {PREVIOUS}, the one before it"
+
+
+def put_back(folder: Path) -> None:
+    """Let the checkpoint before the last take the place of a damaged one: the next save would remove it to make room.
+
+    Raises:
+        OSError, UserError: see `write_whole`.
+    """
+    replace(folder / PREVIOUS, folder / NAME)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:

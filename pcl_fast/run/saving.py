@@ -18,6 +18,7 @@ from pcl_fast.run.checkpoint import (
     check_whole,
     load_checkpoint,
     load_last,
+    put_back,
     save_checkpoint,
     size_of,
 )
@@ -41,12 +42,14 @@ class Saver:
     """Saves a run and takes it up again. All ranks call its methods together.
 
     notes: lines for the log at the start of a run.
+    is_new: whether config.output had no checkpoint yet.
     """
 
     def __init__(self, config: Config, fingerprint: str, world: World):
         """fingerprint: of the data set, see ImageSet.fingerprint."""
         self.config, self.fingerprint, self.world = config, fingerprint, world
         self.notes: list[str] = []
+        self.is_new = True
         self._saved = time.monotonic()
 
     def save(self, learner: Learner, progress: Progress, record: dict[str, Any], *, keep: bool = False) -> None:
@@ -102,6 +105,7 @@ class Saver:
             OSError: there is no room for the next one.
         """
         state = self._last()
+        self.is_new = state is None
         if self.world.is_main:
             for name in _WRITTEN:
                 remove_unfinished(self.config.output / name)
@@ -126,8 +130,11 @@ class Saver:
             state, fault = load_last(folder)
             return state
 
-        state = load_same_checkpoint(self.config.output, self.world, load)
-        self.notes += [fault] if fault else []
+        folder = self.config.output
+        state = load_same_checkpoint(folder, self.world, load)
+        if fault:
+            all_or_none(lambda: put_back(folder) if self.world.is_main else None, self.world)
+            self.notes.append(fault)
         return state
 
     def _taken_up(self, path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -46,9 +47,10 @@ class StopSignals:
         # In this order: a signal that comes between the two is not missed.
         self._at_once = True
         try:
-            if self.asked:
-                raise Stopped
-            yield
+            with _quiet_where_nothing_can_be_raised():
+                if self.asked:
+                    raise Stopped
+                yield
         finally:
             self._at_once = False
 
@@ -58,3 +60,19 @@ class StopSignals:
         if self._at_once:
             self._at_once = False
             raise Stopped
+
+
+@contextmanager
+def _quiet_where_nothing_can_be_raised() -> Iterator[None]:
+    """In a hook that runs when a process forks, Python prints what is raised and goes on. The signal has been noted."""
+    before = sys.unraisablehook
+
+    def show(lost: Any) -> None:
+        if not issubclass(lost.exc_type, Stopped):
+            before(lost)
+
+    sys.unraisablehook = show
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before

@@ -143,21 +143,23 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-# After a step the disk is filled.
+# The disk is filled when the checkpoint of the second epoch is about to be written, and filled again when the one before
+# the last has made room for it.
 FILLING = """
-import os, sys
+import sys, torch
 from pathlib import Path
-from pcl_fast.run.metrics import StepMetrics
 from pcl_fast.train import main
-add, full = StepMetrics.add, Path(sys.argv.pop(1))
-def filling(self, reached, *args):
-    add(self, reached, *args)
-    if reached == 6 and os.environ.get("RANK", "0") == "0" and not full.exists():
+save, full = torch.save, Path(sys.argv.pop(1))
+def filling(state, file):
+    if state["global_step"] == 8 and not (full.exists() and full.stat().st_size == 0):
         try:
-            full.write_bytes(bytes(10**7))
+            with full.open("ab", buffering=0) as taking:
+                while True:
+                    taking.write(bytes(4096))
         except OSError:
             pass
-StepMetrics.add = filling
+    save(state, file)
+torch.save = filling
 main()
 """
 

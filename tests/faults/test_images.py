@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -11,11 +13,15 @@ import torch
 from PIL import Image
 from torchvision.transforms.v2 import functional as F
 
+from pcl_fast.command import command
 from pcl_fast.config import DataConfig, view_of
 from pcl_fast.data import clustering_loader, find_images, training_loader
 from pcl_fast.data.__main__ import main
+from pcl_fast.data.loaders.resources import Resources
+from pcl_fast.data.loaders.torchvision_loader import worker_options
 from pcl_fast.data.views.pil import clustering_view
 from pcl_fast.errors import ImageError
+from pcl_fast.run.signals import StopSignals
 
 CONFIG = DataConfig(size=16, loader="torchvision", workers=1)
 
@@ -70,3 +76,31 @@ def test_check_may_be_read_in_part(image_folder, monkeypatch):
         with pytest.raises(SystemExit) as ended:
             main()
         assert ended.value.code == 1
+
+
+class Waiting(torch.utils.data.Dataset):
+    """Its first item has the number of the process that loads it, and the next takes longer than the test."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(60 * index)
+        return os.getpid()
+
+
+def kill_the_loader() -> None:
+    options = worker_options(Resources(workers=1, prefetch=2, gpu=None, decoder_mib=0), prefetch=2)
+    with StopSignals(), command("pcl_fast.train"):
+        batches = iter(torch.utils.data.DataLoader(Waiting(), batch_size=None, **options))
+        os.kill(int(next(batches)), signal.SIGTERM)
+        next(batches)
+
+
+def test_a_process_that_loads_images_and_is_killed_is_a_sentence(capfd):
+    """The trainer's signal handlers are not the loading process's."""
+    with pytest.raises(SystemExit) as ended:
+        kill_the_loader()
+    assert "the system has ended a process that loads images" in str(ended.value)
+    assert "fewer --data.workers" in str(ended.value)
+    assert "Traceback" not in capfd.readouterr().err

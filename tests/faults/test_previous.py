@@ -36,13 +36,15 @@ def whole(tmp_path_factory, image_folder):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("saved", [2, 3])
+@pytest.mark.parametrize("saved", [2, 3, 5])
 def test_the_same_command_goes_on_from_the_one_before(
     whole, tmp_path, image_folder, alone, damage, saved, monkeypatch, capsys
 ):
-    """saved: how many checkpoints the run has written when it happens, the last of them at its end."""
+    """saved: how many checkpoints the run has written when it happens, the first two before its first step, the
+    last at its end.
+    """
     stop_after(saved, monkeypatch)
-    with pytest.raises(Halt) if saved < 3 else monkeypatch.context():
+    with pytest.raises(Halt) if saved < 5 else monkeypatch.context():
         run(tiny(image_folder, tmp_path), alone)
     monkeypatch.undo()
     DAMAGE[damage](tmp_path / "checkpoint.pt")
@@ -68,7 +70,7 @@ def stop_after(saved: int, monkeypatch) -> None:
         if len(saves) == saved:
             raise Halt
 
-    if saved < 3:
+    if saved < 5:
         monkeypatch.setattr("pcl_fast.run.saving.save_checkpoint", counted)
 
 
@@ -124,16 +126,24 @@ def test_a_kill_between_the_names_loses_nothing(tmp_path, monkeypatch):
     assert fault == f"{tmp_path / 'checkpoint.pt'} is gone; going on from checkpoint.previous.pt, the one before it"
 
 
-def test_the_one_before_makes_room_for_the_next(tmp_path):
-    """Never three at a time: two were enough before there was one before."""
+@pytest.mark.parametrize("room", [True, False])
+def test_the_one_before_makes_room_for_the_next_if_it_must(tmp_path, room):
+    """Two must always fit, three need not: a disk that was full enough before still takes the next."""
     path, before = tmp_path / "a", tmp_path / "b"
     path.write_bytes(b"1")
     before.write_bytes(b"0")
     there = []
-    write_whole(path, lambda file: (there.extend(os.listdir(tmp_path)), file.write(b"2")), before_as=before)
-    assert sorted(there)[0] == "a"
-    assert len(there) == 2
+
+    def write(file) -> None:
+        there.append(sorted(name for name in os.listdir(tmp_path) if not name.endswith(".tmp")))
+        if not room and before.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        file.write(b"2")
+
+    write_whole(path, write, before_as=before)
+    assert there == ([["a", "b"]] if room else [["a", "b"], ["a"]])
     assert (path.read_bytes(), before.read_bytes()) == (b"2", b"1")
+    assert len(os.listdir(tmp_path)) == 2
 
 
 def test_who_has_been_taken_over_leaves_the_one_before(tmp_path):

@@ -100,7 +100,7 @@ def test_rows_are_on_the_disk_before_the_checkpoint_that_counts_on_them(tmp_path
     monkeypatch.setattr(os, "fsync", flushed)
     monkeypatch.setattr(os, "replace", renamed)
     run(tiny(image_folder, tmp_path), alone)
-    assert happened.count("checkpoint") == 3  # two epochs, and the end
+    assert happened.count("checkpoint") == 5  # two at the beginning, two epochs, and the end
 
 
 def test_a_run_goes_on_without_its_record(tmp_path, image_folder, alone):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -140,14 +141,17 @@ def worker_options(resources: Resources, prefetch: int) -> dict:
         "pin_memory": pin,
         "persistent_workers": True,
         "prefetch_factor": prefetch,
-        "worker_init_fn": _leave_process_group,
+        "worker_init_fn": _forget_signals,
     }
 
 
-def _leave_process_group(worker: int) -> None:
-    """Move a worker to a process group of its own.
+def _forget_signals(worker: int) -> None:
+    """Move a worker to a process group of its own, where a signal means what it does to any process: it has inherited
+    the trainer's handlers, which would raise what the trainer alone understands.
 
     torchrun and terminals signal the trainer's whole process group; a worker that died of it would bring the trainer
     down before it has saved. (Ignoring the signals instead would keep workers from being ended at exit.)
     """
     os.setpgid(0, 0)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
