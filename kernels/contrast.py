@@ -29,8 +29,9 @@ Numerics. fp16 and bf16 operands are multiplied in the type that query and bank 
 queries are rounded to the type of a bank in half precision, which is no more exact than that, but their gradient is
 fp32, so training need not round it. fp32 operands are split into two fp16 numbers, high + low, and multiplied as
 high high + high low + low high: that keeps 22 bits, on the matrix units of every architecture, where TF32 has 11.
-Matrix units truncate what they add to an accumulator; so that these errors do not pile up over a part, fp32 numerators
-are added outside of them.
+Matrix units truncate what they add to an accumulator; so that these errors do not pile up over a part, numerators are
+added outside of them. On Hopper that also lets a product run beside other instructions, which a scaled accumulator does
+not.
 Exponentials times weights are scaled to at most 2^15 before they are rounded to fp16; otherwise a long tail of small
 exponentials would be rounded to nothing. The scale follows the largest weight so far, a running maximum like that of
 the scores.
@@ -313,7 +314,8 @@ def _plan(query: torch.Tensor, banks: list[_Bank]) -> list[_Launch]:
     for group in groups:
         operand = _operand_type(query, group)
         tile = tile_for(capability(query.device), operand.itemsize, d)
-        programs = multiprocessors(query.device) // (triton.cdiv(n, tile.rows) * triton.cdiv(d, BLOCK_D))
+        programs = multiprocessors(query.device) * tile.programs
+        programs //= triton.cdiv(n, tile.rows) * triton.cdiv(d, BLOCK_D)
         part_columns, parts = divide(tuple(bank.length for bank in group), tile.columns, max(1, programs))
         launches.append(_Launch(group, first_bank, first_part, parts, part_columns, operand, tile))
         first_bank, first_part = first_bank + len(group), first_part + sum(parts)

@@ -164,14 +164,15 @@ def stream(
         weight = tl.load(list_weights + start_of_list + place, mask=listed, other=0.0)
         weight = tl.where(is_queue & valid, queue_weight, weight)
 
-        products = tl.zeros([ROWS, COLUMNS], tl.float32)
+        # A hidden score is not selected afterwards: its sum starts so low that nothing it adds up matters.
+        seen = (weight != 0)[None, :] & (own[:, None] != ids[None, :])
+        products = tl.where(seen, 0.0, HIDDEN)
         columns, columns_low = _features(load_rows(bank, ids, valid, first, D, BLOCK_D), OPERAND, DOT)
         if D <= BLOCK_D:
             products = _product(queries, queries_low, tl.trans(columns), tl.trans(columns_low), products, OPERAND)
         else:
             products = _scores(query, rows, row_valid, bank, ids, valid, products, D, BLOCK_D, OPERAND, DOT)
-        seen = (weight != 0)[None, :] & (own[:, None] != ids[None, :])
-        tile = tl.where(seen, products * (weight * _score_unit(OPERAND))[None, :], HIDDEN)
+        tile = products * (tl.where(weight != 0, weight, 1.0) * _score_unit(OPERAND))[None, :]
         new_largest = tl.maximum(largest, tl.max(tile, axis=1))
         exponentials = tl.exp2(tile - new_largest[:, None])
         decay = tl.exp2(largest - new_largest)
@@ -181,13 +182,10 @@ def stream(
         share, share_low = _operands(exponentials * (weight * (SHARE_SCALE / new_unit))[None, :], OPERAND, DOT)
         # The hardware's quotient of two equal numbers may be below 1.
         change = (decay * tl.where(unit == new_unit, 1.0, unit / new_unit))[:, None]
-        if OPERAND == tl.float32:
-            # An fma, because the compiler would turn a plain sum back into the accumulator of the product.
-            here = tl.zeros([ROWS, BLOCK_D], tl.float32)
-            here = _product(share, share_low, columns, columns_low, here, OPERAND)
-            numerator = tl.fma(numerator, tl.broadcast_to(change, numerator.shape), here)
-        else:
-            numerator = _product(share, share_low, columns, columns_low, numerator * change, OPERAND)
+        # An fma, because the compiler would turn a plain sum back into the accumulator of the product.
+        here = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        here = _product(share, share_low, columns, columns_low, here, OPERAND)
+        numerator = tl.fma(numerator, tl.broadcast_to(change, numerator.shape), here)
         largest = new_largest
         unit = new_unit
 

@@ -12,6 +12,7 @@ from pcl_fast.kernels import contrast as kernels
 from pcl_fast.kernels import contrast_plain, sampling_plain
 from pcl_fast.kernels.contrast import PrototypeBank, contrast
 from pcl_fast.kernels.launch import divide, multiprocessors, tile_for
+from pcl_fast.kernels.tiles import LOWEST
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
@@ -205,6 +206,24 @@ def test_concentrations_of_any_size(dtype):
     check(problem)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [0.1, 1e4, 1e10])
+def test_hidden_columns_add_nothing_with_small_weights(dtype, temperature, monkeypatch):
+    """All rows have the only prototype, so that a tile is hidden whole before any score was seen. A hidden score that
+    lay above the maximum of no scores would count as an exponential of 1.
+    """
+    skip_what_the_gpu_lacks(16, dtype)
+    problem = Problem(5, 16, None, None, (1,), dtype=dtype)
+    problem.sets[0].concentration.fill_(temperature)
+    states, launch = [], kernels._stream
+    monkeypatch.setattr(kernels, "_stream", lambda *arguments: (launch(*arguments), states.append(arguments[-1])))
+    loss, correct, gradient = problem.fused()
+    for written in (states[0].sums, states[0].numerators, loss, gradient):
+        assert (written == 0).all()
+    assert (states[0].maxima == LOWEST.value).all()
+    assert correct.all()
+
+
 def test_types_may_be_mixed():
     """Queries are in half precision, one set's centroids in float32, and its assignment in int64; the sets then need
     separate launches.
@@ -393,7 +412,7 @@ def test_the_interpreter_meets_parts_of_several_tiles():
     not.
     """
     if kernels.INTERPRETED:
-        columns = tile_for(90, 2, 128).columns
-        size, parts = divide((1600, 1202), columns, multiprocessors(DEVICE))
-        assert size >= 2 * columns
+        tile = tile_for(90, 2, 128)
+        size, parts = divide((1600, 1202), tile.columns, multiprocessors(DEVICE) * tile.programs)
+        assert size >= 2 * tile.columns
         assert min(parts) >= 2
