@@ -1,9 +1,15 @@
-"""Compiles the kernels for GPUs that need not be present, and prints what they take, one line per kernel and target.
+"""Compiles the kernels for GPUs that need not be present, and prints two lines per kernel and target: what it takes,
+and the instructions of its inner loop by pipe, with the bound that follows from them.
 
     python tests/kernels/resources.py 80 90
 
-The exit code is 1 if a kernel spills registers to memory, needs more shared memory than the GPU has, or if a product
-does not run on the matrix units. This must run without TRITON_INTERPRET, which replaces the kernels by Python.
+The exit code is 1 if a kernel spills registers inside a loop, needs more shared memory than the GPU has, or fewer of
+its programs fit a multiprocessor than its launch counts on; if a product does not run on the matrix units, the compiler
+serialises it (C7515 of ptxas), or a register that it reads is overwritten before it was waited for. This must run
+without TRITON_INTERPRET, which replaces the kernels by Python.
+
+A bound is what the busiest pipe allows at full overlap, at the clock of the data sheet, were every branch taken: nobody
+measured it, and a kernel stays below it.
 """
 
 from __future__ import annotations
@@ -13,10 +19,12 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import machine_code
 import torch
 import triton
 from pcl_fast.kernels import assign, combine, launch, normalise, photometric, sampling, segment, stream
@@ -28,7 +36,14 @@ from triton.compiler import ASTSource
 SHARED = {
     70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
 }  # fmt: skip
+# Of all programs on a multiprocessor together; each takes 1 KB more than it asks for.
+SHARED_OF_ALL = {
+    70: 96 << 10, 75: 64 << 10, 80: 164 << 10, 86: 100 << 10, 89: 100 << 10,
+    90: 228 << 10, 100: 228 << 10, 120: 100 << 10,
+}  # fmt: skip
+REGISTERS = 1 << 16  # of a multiprocessor
 MATRIX = ("HMMA", "HGMMA", "UTCHMMA")
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8"}
 # Types of the kernels' pointers, by the arguments' names (without the digits at their ends), where these are not
 # pointers to float32.
@@ -49,7 +64,8 @@ NUMBERS = (
 
 class Case(NamedTuple):
     """A kernel to compile: its constants, the type of the features that it reads or of the images that it writes, its
-    options, and whether it should use the matrix units (products).
+    options, whether it should use the matrix units (products), and how many programs its launch counts on a
+    multiprocessor.
     """
 
     name: str
@@ -58,6 +74,7 @@ class Case(NamedTuple):
     features: torch.dtype
     options: dict
     products: bool
+    programs: int = 1
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -72,7 +89,7 @@ def cases(capability: int) -> Iterator[Case]:
             constants |= {"USED": sampling.SLOTS, "QUEUE": True, "OPERAND": operand, "DOT": operand}
             options = {"num_warps": tile.warps, "num_stages": tile.stages}
             name = f"stream {POINTER[features][1:]} d={d}"
-            yield Case(name, stream.stream, constants, features, options, products=True)
+            yield Case(name, stream.stream, constants, features, options, products=True, programs=tile.programs)
     for rows in (64, 1024):
         constants = {"USED": sampling.SLOTS, "SEEDED": True, "BLOCK": DRAW_BLOCK}
         constants |= {"EXCLUDED": 2 * rows, "CHUNK": chunk(rows, 2 * rows)}
@@ -145,32 +162,87 @@ def _type(name: str, case: Case) -> str:
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel takes."""
+    """What a compiled kernel takes, and what is wrong with its code."""
 
     registers: int
     spills: int  # instructions that move a register to or from local memory
+    spills_in_loops: int
     shared: int  # bytes
     matrix: str  # matrix instructions: how many of which kind
+    serialised: bool  # ptxas' warning C7515: every wgmma is waited for
+    overwritten: list[str]
+    loop: list[machine_code.Instruction]
 
     def __str__(self) -> str:
         sizes = f"{self.registers:4} registers {self.spills:4} spills {self.shared:7} B shared"
         return f"{sizes}   {self.matrix or 'no products'}"
 
+    def programs(self, warps: int, capability: int) -> int:
+        """Return how many programs a multiprocessor holds at a time, by registers and shared memory."""
+        registers = 32 * warps * (-(-self.registers // 8) * 8)
+        shared = self.shared + (0 if capability < 80 else 1024)
+        return min(REGISTERS // registers, SHARED_OF_ALL[capability] // max(1, shared))
+
 
 def resources(compiled) -> Resources:
     """Read from its machine code what a compiled kernel takes."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    tool = TOOLS / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        code, usage = (
+        text, usage = (
             subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout
             for flag in ("-sass", "-res-usage")
         )
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in (*MATRIX, "STL", "LDL")}
-    matrix = ", ".join(f"{counts[name]} {name}" for name in MATRIX if counts[name])
-    spills = counts["STL"] + counts["LDL"]
-    return Resources(int(re.search(r"REG:(\d+)", usage)[1]), spills, compiled.metadata.shared, matrix)
+    code = machine_code.parse(text)
+    counts = Counter(instruction.stem for instruction in code)
+    return Resources(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        spills=machine_code.spills(code),
+        spills_in_loops=machine_code.spills_in_loops(code),
+        shared=compiled.metadata.shared,
+        matrix=", ".join(f"{counts[name]} {name}" for name in MATRIX if counts[name]),
+        serialised=_serialised(compiled.asm["ptx"]),
+        overwritten=machine_code.overwritten_operands(code),
+        loop=machine_code.inner_loop(code),
+    )
+
+
+def _serialised(ptx: str) -> bool:
+    """Return whether ptxas warns that it serialises matrix instructions. Triton keeps the warning to itself."""
+    if "wgmma" not in ptx:
+        return False
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
+        command = [TOOLS / "ptxas", "-v", f"--gpu-name={target}", source, "-o", Path(folder) / "kernel.cubin"]
+        return "C7515" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
+
+
+def faults(case: Case, found: Resources, capability: int) -> list[str]:
+    """Return what is wrong with a kernel, in words."""
+    warps = case.options.get("num_warps", 4)
+    checks = {
+        f"{found.spills_in_loops} spills inside a loop": found.spills_in_loops,
+        "too much shared memory": found.shared > SHARED[capability],
+        f"fewer than {case.programs} programs fit": found.programs(warps, capability) < case.programs,
+        "products off the matrix units": case.products and not found.matrix,
+        "serialised wgmma (C7515)": found.serialised,
+        f"operand of wgmma overwritten: {', '.join(found.overwritten[:3])}": found.overwritten,
+    }
+    return [name for name, wrong in checks.items() if wrong]
+
+
+def loop_line(case: Case, found: Resources, capability: int) -> str:
+    """Return the instructions of the inner loop by pipe, and the bound that follows."""
+    warps = case.options.get("num_warps", 4)
+    pipes = ", ".join(f"{count} {name}" for name, count in machine_code.by_pipe(found.loop).most_common())
+    line = f"{len(found.loop)} instructions: {pipes}"
+    if capability in machine_code.GPUS:
+        limit = machine_code.bound(found.loop, warps, machine_code.GPUS[capability])
+        line += f"; {limit} on {machine_code.GPUS[capability].name} ({limit.limit})"
+    return line
 
 
 def main(targets: list[int]) -> int:
@@ -178,9 +250,10 @@ def main(targets: list[int]) -> int:
     for capability in targets:
         for case in cases(capability):
             found = resources(build(case, capability))
-            wrong = bool(found.spills) or found.shared > SHARED[capability] or (case.products and not found.matrix)
-            failed |= wrong
-            print(f"sm_{capability}  {case.name:20} {found}{'   <- FAILS' if wrong else ''}", flush=True)
+            wrong = faults(case, found, capability)
+            failed |= bool(wrong)
+            print(f"sm_{capability}  {case.name:20} {found}{'   <- FAILS: ' + '; '.join(wrong) if wrong else ''}")
+            print(f"{'':7}{loop_line(case, found, capability)}", flush=True)
     return int(failed)
 
 

@@ -1,4 +1,4 @@
-"""The kernels compile for GPUs that need not be present, without spilling, and multiply on the matrix units."""
+"""The kernels compile for GPUs that need not be present, do not spill in loops, and use the matrix units as meant."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TARGETS = ("70",) if triton.__version__.startswith("3.1.") else ("80", "90")
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile_without_spills_and_use_the_matrix_units(target):
+def test_kernels_compile_without_spills_in_loops_and_use_the_matrix_units(target):
     script = Path(__file__).parent / "resources.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, script, target], env=environment, capture_output=True, text=True)
