@@ -46,9 +46,15 @@ def shift_and_scale(
 ):  # fmt: skip
     """Writes out, which has as many entries as images. Grid: blocks of entries."""
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    place = first + tl.arange(0, BLOCK)
-    channel = place % 3
+    step = tl.arange(0, BLOCK)
+    channel = ((first % 3).to(tl.int32) + step) % 3
     mean = tl.where(channel == 0, mean0, tl.where(channel == 1, mean1, mean2))
     std = tl.where(channel == 0, std0, tl.where(channel == 1, std1, std2))
-    x = tl.load(images + place, mask=place < entries, other=0).to(tl.float32)
-    tl.store(out + place, tl.div_rn(x - mean, std), mask=place < entries)
+    # Only the last block is masked: a mask whose end may lie anywhere would have every entry moved by itself.
+    if first + BLOCK <= entries:
+        x = tl.load(images + first + step).to(tl.float32)
+        tl.store(out + first + step, tl.div_rn(x - mean, std))
+    else:
+        mask = first + step < entries
+        x = tl.load(images + first + step, mask=mask, other=0).to(tl.float32)
+        tl.store(out + first + step, tl.div_rn(x - mean, std), mask=mask)

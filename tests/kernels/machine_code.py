@@ -1,4 +1,4 @@
-"""What machine code says of a kernel: its loops, instructions by pipe, bounds, and whether wgmma's operands are kept."""
+"""What machine code says of a kernel: loops, instructions by pipe, bounds, and whether wgmma's operands are kept."""
 
 from __future__ import annotations
 

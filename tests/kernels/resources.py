@@ -64,8 +64,8 @@ NUMBERS = (
 
 class Case(NamedTuple):
     """A kernel to compile: its constants, the type of the features that it reads or of the images that it writes, its
-    options, whether it should use the matrix units (products), and how many programs its launch counts on a
-    multiprocessor.
+    options, whether it should use the matrix units (products), how many programs its launch counts on a multiprocessor,
+    and whether it should store 16 bytes at a time (wide).
     """
 
     name: str
@@ -75,6 +75,7 @@ class Case(NamedTuple):
     options: dict
     products: bool
     programs: int = 1
+    wide: bool = False
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -129,7 +130,7 @@ def cases_of_views() -> Iterator[Case]:
     yield Case("blur", photometric.blur, {"LINES": photometric.LINES}, torch.uint8, options, products=False)
     for out in (torch.float16, torch.float32):
         name, constants = f"shift_and_scale {POINTER[out][1:]}", {"BLOCK": normalise.BLOCK}
-        yield Case(name, normalise.shift_and_scale, constants, out, {}, products=False)
+        yield Case(name, normalise.shift_and_scale, constants, out, {}, products=False, wide=True)
 
 
 def build(case: Case, capability: int):
@@ -171,6 +172,7 @@ class Resources(NamedTuple):
     matrix: str  # matrix instructions: how many of which kind
     serialised: bool  # ptxas' warning C7515: every wgmma is waited for
     overwritten: list[str]
+    wide: bool  # stores 16 bytes at a time
     loop: list[machine_code.Instruction]
 
     def __str__(self) -> str:
@@ -204,6 +206,7 @@ def resources(compiled) -> Resources:
         matrix=", ".join(f"{counts[name]} {name}" for name in MATRIX if counts[name]),
         serialised=_serialised(compiled.asm["ptx"]),
         overwritten=machine_code.overwritten_operands(code),
+        wide=any(one.name.startswith("STG") and ".128" in one.name for one in code),
         loop=machine_code.inner_loop(code),
     )
 
@@ -228,6 +231,7 @@ def faults(case: Case, found: Resources, capability: int) -> list[str]:
         "too much shared memory": found.shared > SHARED[capability],
         f"fewer than {case.programs} programs fit": found.programs(warps, capability) < case.programs,
         "products off the matrix units": case.products and not found.matrix,
+        "no stores of 16 bytes": case.wide and not found.wide,
         "serialised wgmma (C7515)": found.serialised,
         f"operand of wgmma overwritten: {', '.join(found.overwritten[:3])}": found.overwritten,
     }
