@@ -30,8 +30,8 @@ queries are rounded to the type of a bank in half precision, which is no more ex
 fp32, so training need not round it. fp32 operands are split into two fp16 numbers, high + low, and multiplied as
 high high + high low + low high: that keeps 22 bits, on the matrix units of every architecture, where TF32 has 11.
 Matrix units truncate what they add to an accumulator; so that these errors do not pile up over a part, numerators are
-added outside of them. On Hopper that also lets a product run beside other instructions, which a scaled accumulator does
-not.
+added outside of them (except in half precision on Volta). On Hopper that also lets a product run beside other
+instructions, which a scaled accumulator does not.
 Exponentials times weights are scaled to at most 2^15 before they are rounded to fp16; otherwise a long tail of small
 exponentials would be rounded to nothing. The scale follows the largest weight so far, a running maximum like that of
 the scores.
@@ -64,6 +64,10 @@ def widest(device: torch.device) -> int:
 
     Triton up to 3.1 supports Volta's matrix units, for which it cannot compile more than one block of d, but it fails
     to compile the fp32 kernels for Hopper. Later versions support the matrix units of Ampere and newer GPUs.
+
+    Reports of fp16 products that are zero in part on Volta are open for Triton 2.2 and later (triton-lang/triton 3478
+    and 4037). Compiled code has as many matrix instructions as these kernels' products need, but only a GPU can tell:
+    run tests/kernels there before you trust them.
     """
     if INTERPRETED:
         return 4 * BLOCK_D
@@ -75,6 +79,13 @@ def widest(device: torch.device) -> int:
 def takes(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether the kernels take features of this type: GPUs before Ampere have no bf16."""
     return dtype in TRITON_TYPES and (dtype != torch.bfloat16 or capability(device) >= 80)
+
+
+def pays(bank: torch.dtype, device: torch.device) -> bool:
+    """Return whether the kernels are expected to be faster than PyTorch for banks of this type: not for fp32 on Volta,
+    where tiles of scores are so small that half of the warps repeat the others' products, until somebody measures it.
+    """
+    return bank != torch.float32 or capability(device) >= 80
 
 
 class PrototypeBank(NamedTuple):

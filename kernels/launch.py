@@ -28,9 +28,9 @@ class Tile:
 
 # Tiles of `stream.stream`: oldest compute capability -> bytes of an operand -> (tile for d up to 128, tile for wider
 # rows). The tests check that none of them spills registers inside a loop on sm_70, sm_80 or sm_90, and that so many
-# programs fit a multiprocessor. Stages are counted along the chain from an entry of the list to the row that it names: 5
-# stages keep two tiles of rows in flight. The tiles of sm_80 fit into the 99 KB of shared memory of consumer GPUs, sm_120
-# included.
+# programs fit a multiprocessor. Stages are counted along the chain from an entry of the list to the row that it names:
+# 5 stages keep two tiles of rows in flight. The tiles of sm_80 fit into the 99 KB of shared memory of consumer GPUs,
+# sm_120 included.
 _SM80 = {2: (Tile(64, 64, 8, 5), Tile(64, 64, 8, 2)), 4: (Tile(16, 64, 8, 5), Tile(16, 64, 8, 2))}
 TABLE: dict[int, dict[int, tuple[Tile, ...]]] = {
     70: {2: (Tile(64, 32, 8, 1),), 4: (Tile(32, 32, 8, 1),)},

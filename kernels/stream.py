@@ -6,13 +6,16 @@ contrast.py.
 import triton
 import triton.language as tl
 from pcl_fast.kernels.sampling import per_slot, pick
-from pcl_fast.kernels.tiles import HIDDEN, LOG2E, LOWEST, load_rows, reciprocal, store_rows
+from pcl_fast.kernels.tiles import HIDDEN, LOG2E, LOWEST, OLD_TRITON, load_rows, reciprocal, store_rows
 
 # What the largest product of exponential and weight is scaled to when it becomes an operand.
 SHARE_SCALE = tl.constexpr(32768.0)
 # What fp32 features are multiplied by before they are split into two fp16 numbers: entries must be below
 # 65504 / 1024 = 64.
 FEATURE_SCALE = tl.constexpr(1024.0)
+# Whether a numerator in half precision is scaled and then added to by the product itself. On Volta a product has its
+# own layout, and adding up outside of it would take half as much shared memory again.
+IN_PLACE = tl.constexpr(OLD_TRITON)
 
 
 @triton.jit
@@ -182,10 +185,13 @@ def stream(
         share, share_low = _operands(exponentials * (weight * (SHARE_SCALE / new_unit))[None, :], OPERAND, DOT)
         # The hardware's quotient of two equal numbers may be below 1.
         change = (decay * tl.where(unit == new_unit, 1.0, unit / new_unit))[:, None]
-        # An fma, because the compiler would turn a plain sum back into the accumulator of the product.
-        here = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        here = _product(share, share_low, columns, columns_low, here, OPERAND)
-        numerator = tl.fma(numerator, tl.broadcast_to(change, numerator.shape), here)
+        if IN_PLACE and OPERAND != tl.float32:
+            numerator = _product(share, share_low, columns, columns_low, numerator * change, OPERAND)
+        else:
+            # An fma, because the compiler would turn a plain sum back into the accumulator of the product.
+            here = tl.zeros([ROWS, BLOCK_D], tl.float32)
+            here = _product(share, share_low, columns, columns_low, here, OPERAND)
+            numerator = tl.fma(numerator, tl.broadcast_to(change, numerator.shape), here)
         largest = new_largest
         unit = new_unit
 

@@ -7,10 +7,10 @@ import triton.language as tl
 # Scores are kept in units of log 2, because the hardware's exponential is exp2.
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Finite stand-ins for -inf, because -inf - -inf is NaN. LOWEST is the maximum of no scores. HIDDEN is what a hidden score
-# starts from before it is multiplied by its weight: even with a weight of 1e-11 it is so far below LOWEST that its
-# exponential is 0 relative to that (fp32 features, for which the product is first divided by 2^20: 3e37 * 1e-11 * 1.4e-6
-# = 4e20). It may become -inf, whose exponential is 0, too.
+# Finite stand-ins for -inf, because -inf - -inf is NaN. LOWEST is the maximum of no scores. HIDDEN is what a hidden
+# score starts from before it is multiplied by its weight: even with a weight of 1e-11 it is so far below LOWEST that
+# its exponential is 0 relative to that (with fp32 features too, whose products are divided by 2^20: 3e37 * 1e-11 *
+# 1.4e-6 = 4e20). With a large weight it becomes -inf, whose exponential is 0, too.
 HIDDEN = tl.constexpr(-3e37)
 LOWEST = tl.constexpr(-1e20)
 

@@ -3,7 +3,8 @@
 Keys, queue and prototypes are constants: the only gradient is with respect to the query.
 
 All losses have an argument `backend`: "triton" means the fused kernels; "torch", plain PyTorch operations; "auto",
-triton for CUDA tensors of the types that it takes, torch elsewhere. Both draw the same negatives and, up to rounding,
+triton for CUDA tensors of the types that it takes, torch elsewhere (and for float32 keys, queue or prototypes on Volta,
+where nobody has measured which is faster). Both draw the same negatives and, up to rounding,
 return the same. The kernels take float32, float16 and bfloat16, d up to 512 (on Volta up to 128, and no bfloat16), and
 entries of float32 features below 64 in absolute value.
 
@@ -229,10 +230,11 @@ def _fused(backend: str, query: torch.Tensor, *banks: torch.Tensor) -> ModuleTyp
     if backend == "torch" or (backend == "auto" and not query.is_cuda):
         return None
     obstacle = _obstacle(query, banks)
+    if backend == "auto":
+        fast = obstacle is None and all(fused_kernels.pays(bank.dtype, query.device) for bank in banks)
+        return fused_kernels if fast else None
     if obstacle is None:
         return fused_kernels
-    if backend == "auto":
-        return None
     raise ValueError(f'backend "triton" {obstacle}; use backend "torch"')
 
 

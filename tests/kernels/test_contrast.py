@@ -394,6 +394,13 @@ def test_nothing_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize(("capability", "types"), [(70, {torch.float16}), (80, set(DTYPES)), (90, set(DTYPES))])
+def test_banks_for_which_the_kernels_pay(capability, types, monkeypatch):
+    """A float32 query against banks in half precision, as in training, is not asked about."""
+    monkeypatch.setattr(kernels, "capability", lambda device: capability)
+    assert {dtype for dtype in DTYPES if kernels.takes(dtype, DEVICE) and kernels.pays(dtype, DEVICE)} == types
+
+
 # --- launches -----------------------------------------------------------------------------------------------------
 
 

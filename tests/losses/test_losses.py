@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import oracle
 import pytest
 import torch
 import torch.nn.functional as F
 
 from pcl_fast.clustering import PrototypeSet
+from pcl_fast.losses import contrast as losses_of_contrast
 from pcl_fast.losses import info_nce, pcl_loss, proto_nce, protonce, sample_negatives
 
 D = 24
@@ -367,3 +370,17 @@ def test_errors_name_argument_and_value(generator):
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize(
+    ("capability", "bank", "fused"), [(70, torch.float32, False), (70, torch.float16, True), (80, torch.float32, True)]
+)
+def test_auto_takes_the_kernels_where_they_pay(capability, bank, fused, monkeypatch):
+    kernels = losses_of_contrast.fused_kernels
+    monkeypatch.setattr(kernels, "capability", lambda device: capability)
+    query, rows = (
+        SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(4, 128))
+        for dtype in (torch.float32, bank)
+    )
+    assert losses_of_contrast._fused("auto", query, rows) is (kernels if fused else None)
+    assert losses_of_contrast._fused("triton", query, rows) is kernels
