@@ -8,8 +8,8 @@ its programs fit a multiprocessor than its launch counts on; if a product does n
 serialises it (C7515 of ptxas), or a register that it reads is overwritten before it was waited for. This must run
 without TRITON_INTERPRET, which replaces the kernels by Python.
 
-A bound is what the busiest pipe allows at full overlap, at the clock of the data sheet, were every branch taken: nobody
-measured it, and a kernel stays below it.
+A bound is what the busiest pipe allows at full overlap, at the clock of the data sheet: nobody measured it, and a
+kernel stays below it. Both sides of a branch are counted, so of code with branches it is only a rough guide.
 """
 
 from __future__ import annotations
