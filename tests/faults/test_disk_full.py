@@ -143,8 +143,8 @@ def small_disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-# The disk is filled when the checkpoint of the second epoch is about to be written, and filled again when the one before
-# the last has made room for it.
+# The disk is filled when the checkpoint of the second epoch is about to be written, and again when the one before the
+# last has made room for it.
 FILLING = """
 import sys, torch
 from pathlib import Path
