@@ -1,0 +1,143 @@
+"""Whole steps and the E-step of every method on a pretended GPU, as a program: run_steps.py RANKS.
+
+Prints a JSON object: what was seen, by case. With four ranks there is this one, and a process group that exchanges
+nothing (PyTorch's "fake").
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import Mock
+
+import torch
+import torch.distributed as dist
+from gpu import DEVICE, PretendedGPU
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import pcl_fast.learner
+from pcl_fast.clustering import FeatureShard
+from pcl_fast.config import PRESETS, Config, with_settings
+from pcl_fast.data import Batch
+from pcl_fast.demo import small
+from pcl_fast.distributed import World
+from pcl_fast.learner import Learner
+from pcl_fast.methods import Method, build, check_method
+from pcl_fast.schedule import rank_batch
+
+IMAGES = 80  # of every rank's shard
+# DistributedDataParallel settles its buckets in the second step, for which the host waits.
+SETTLED = 2
+STEPS = 2
+data_parallel = pcl_fast.learner._data_parallel
+
+
+def world_of(ranks: int) -> World:
+    if ranks == 1:
+        return World(0, 1, DEVICE, None)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    return World(0, ranks, DEVICE, dist.group.WORLD)
+
+
+def with_gradients_reduced(method: Method) -> DistributedDataParallel:
+    """As the learner's own, with what the fake group cannot do: tell DistributedDataParallel what it has reduced. Nor
+    does that time its first ten steps, for which the host waits.
+    """
+    parallel = data_parallel(method)
+    parallel.logger = Mock()
+
+    def reduce(group, bucket):
+        dist.all_reduce(bucket.buffer(), group=group)
+        future = torch.futures.Future(devices=[DEVICE])
+        future.set_result(bucket.buffer())
+        return future
+
+    parallel.register_comm_hook(method.world.group, reduce)
+    return parallel
+
+
+def recipes(ranks: int) -> Iterator[tuple[str, Config]]:
+    """A small recipe of every method; with the batch in one part and in four, where the method divides it."""
+    for name, kind in Method.named.items():
+        preset = next(preset for preset, (_, config) in PRESETS.items() if config.method == name)
+        for splits in (1, 4):
+            config = small(preset)
+            settings = {"model.bn_splits": splits, "model.dim": 16, "optim.batch_size": 32, "data.size": 16}
+            if config.cluster.ks:
+                settings |= {"cluster.ks": (5, 9), "cluster.iterations": 3, "loss.num_negatives": 4}
+            config = with_settings(config, settings)
+            try:
+                check_method(config)
+                kind.check(config, IMAGES * ranks, ranks)
+            except ValueError:
+                continue  # it has no such setting
+            yield f"{name}, bn_splits {splits}", config
+
+
+def batch_of(method: Method, rows: int) -> Batch:
+    views = tuple(torch.zeros(rows, view.size, view.size, 3, dtype=torch.uint8, device=DEVICE) for view in method.views)
+    return Batch(views, torch.arange(rows))
+
+
+def steps(gpu: PretendedGPU, learner: Learner, config: Config, settle: int = 0) -> dict[str, Any]:
+    """What is seen of STEPS steps, after `settle` others."""
+    batch = batch_of(learner.method, rank_batch(config, learner.world.size))
+    for number in range(settle + STEPS):
+        if number == settle:
+            gpu.forget()
+        learner.set_rate(0, number, settle + STEPS)
+        values = learner.step(batch, number)
+    metrics = {name: (str(value.device), value.ndim) for name, value in values.items()}
+    return {**gpu.seen(), "metrics": metrics}
+
+
+def expectation(gpu: PretendedGPU, method: Method, config: Config) -> dict[str, Any] | None:
+    """What is seen of the first E-step, from the images on; None if the method has none."""
+    epoch = next((epoch for epoch in range(config.epochs + 1) if method.expects(epoch)), None)
+    if epoch is None:
+        return None
+    gpu.forget()
+    spec, side, features = method.features(), config.data.size, None
+    if not spec.from_bank:
+        images = torch.zeros(IMAGES, side, side, 3, dtype=torch.uint8, device=DEVICE)
+        shard = FeatureShard(IMAGES, spec.width, DEVICE)
+        features, _ = shard.fill(method.feature_encoder(), images.split(30), rows=60)
+    rows = method.expect(features, epoch)
+    return {**gpu.seen(), "clusters": [row["k"] for row in rows]}
+
+
+def case(gpu: PretendedGPU, config: Config, world: World) -> dict[str, Any]:
+    method = build(config, world, IMAGES * world.size)
+    learner = Learner(method, config, world)
+    seen = {"steps": steps(gpu, learner, config, SETTLED), "E-step": expectation(gpu, method, config)}
+    if seen["E-step"]:
+        seen["steps after it"] = steps(gpu, learner, config)
+    gpu.forget()
+    learner.end_epoch()
+    state = learner.state(), [learner.own_state()]
+    learner.load(*state)
+    seen["between epochs"] = gpu.seen()
+    return seen
+
+
+def attempt(work: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    try:
+        return work(*arguments)
+    except Exception:
+        return {"error": traceback.format_exc(limit=-6)}
+
+
+def start(ranks: int) -> tuple[World, PretendedGPU]:
+    world = world_of(ranks)
+    pcl_fast.learner._data_parallel = with_gradients_reduced
+    return world, PretendedGPU()
+
+
+if __name__ == "__main__":
+    world, gpu = start(int(sys.argv[1]))
+    with gpu:
+        print(json.dumps({name: attempt(case, gpu, config, world) for name, config in recipes(world.size)}))

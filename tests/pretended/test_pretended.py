@@ -1,0 +1,177 @@
+"""Whole steps of every method, and the E-step, on a pretended GPU: what would crash or wait on a real one.
+
+Which GPU is pretended depends on the installed stack: Volta's has V100 (`make check-v100`), the other one Turing, which
+computes in fp16 with a scaled loss too, and Hopper.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from building import run_pretended
+from gpu import Collective, Recorder
+from ranks import run_ranks
+from steps import batch
+
+from pcl_fast.config import PRESETS, with_settings
+from pcl_fast.demo import small
+from pcl_fast.distributed import World
+from pcl_fast.kernels.tiles import OLD_TRITON
+from pcl_fast.learner import Learner
+from pcl_fast.methods import Method, build
+
+# For which there are Triton's kernels.
+NEWEST = 70 if OLD_TRITON else 90
+CASES = [(NEWEST, 1), (NEWEST, 4)] if OLD_TRITON else [(75, 4), (NEWEST, 1), (NEWEST, 4)]
+
+
+def ran(done) -> dict[str, Any]:
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "sm_{} x {}".format(*case))
+def seen(request, pretended_gpu) -> tuple[int, int, dict[str, Any]]:
+    """The capability, the number of ranks, and what run_steps.py saw, by case and part."""
+    capability, ranks = request.param
+    cases = ran(run_pretended(pretended_gpu, "run_steps.py", str(ranks), capability=capability))
+    errors = [f"{name}: {case['error']}" for name, case in cases.items() if "error" in case]
+    assert not errors, "\n".join(errors)
+    return capability, ranks, cases
+
+
+def parts(cases: dict[str, Any], *names: str):
+    return [(name, part, case[part]) for name, case in cases.items() for part in names if case.get(part)]
+
+
+STEPS = "steps", "steps after it"
+
+
+def test_every_method_is_there(seen):
+    cases = seen[2]
+    assert {name.partition(",")[0] for name in cases} == set(Method.named)
+    assert "pcl, bn_splits 4" in cases
+    assert cases["pcl, bn_splits 4"]["E-step"]["clusters"] == [5, 9]
+    assert "prototype_loss" in cases["pcl, bn_splits 4"]["steps after it"]["metrics"]
+
+
+def test_a_step_makes_the_host_wait_for_nothing(seen):
+    for name, part, found in parts(seen[2], *STEPS):
+        assert found["waits"] == [], (name, part)
+        assert set(map(tuple, found["metrics"].values())) == {("cuda:0", 0)}
+
+
+def test_the_fused_optimiser_gets_what_it_takes(seen):
+    for name, part, found in parts(seen[2], *STEPS):
+        assert found["updates"], (name, part)
+        assert all(count and not faults for count, faults in found["updates"]), (name, part, found["updates"])
+
+
+def test_products_are_in_the_gpu_s_half_precision(seen):
+    half, other = "torch.float16", "torch.bfloat16"
+    if seen[0] >= 80:
+        half, other = other, half
+    for name, part, found in parts(seen[2], *STEPS, "E-step"):
+        assert half in found["products"], (name, part)
+        assert other not in found["products"], (name, part)
+
+
+def test_nccl_takes_every_collective(seen):
+    for name, part, found in parts(seen[2], *STEPS, "E-step", "between epochs"):
+        assert found["misfits"] == [], (name, part)
+        assert bool(found["collectives"]) == (seen[1] > 1), (name, part)
+
+
+def test_kernels_are_launched_where_the_gpu_has_them(seen):
+    capability, _, cases = seen
+    for name, part, found in parts(cases, *STEPS):
+        assert "shift_and_scale" in found["launches"], (name, part)
+    loss, clustering = {"stream", "draw", "combine", "weigh"}, {"prepare", "sweep", "settle"}
+    launched = set(cases["pcl, bn_splits 1"]["steps after it"]["launches"])
+    clustered = set(cases["pcl, bn_splits 1"]["E-step"]["launches"])
+    assert "add_segments" in clustered
+    if capability == NEWEST:
+        assert (loss - launched, clustering - clustered) == (set(), set())
+    else:
+        assert (loss & launched, clustering & clustered) == (set(), set())
+
+
+# --- breaks that only a GPU would notice --------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def broken(pretended_gpu) -> dict[str, Any]:
+    return ran(run_pretended(pretended_gpu, "run_broken.py", capability=NEWEST))
+
+
+def test_a_learner_that_is_not_broken_passes(broken):
+    assert "error" not in broken["nothing"]
+    found = broken["nothing"]
+    assert (found["waits"], found["misfits"]) == ([], [])
+    assert all(not faults for _, faults in found["updates"])
+
+
+def test_a_flag_that_the_host_looks_at_is_noticed(broken):
+    assert "cudaStreamSynchronize at" in broken["a flag is looked at"]["waits"][0]
+
+
+def test_inputs_that_are_not_pinned_are_noticed(broken):
+    assert "memory that is not pinned at" in broken["inputs are not pinned"]["waits"][0]
+
+
+def test_an_index_that_stays_on_the_host_is_noticed(broken):
+    assert "which are not on the GPU" in broken["the index stays on the host"]["error"]
+
+
+def test_momentum_in_another_order_than_the_weights_is_noticed(broken):
+    case = broken["momentum is not in the weights' order"]
+    assert "error" in case or any(faults for _, faults in case["updates"])
+
+
+def test_collectives_of_the_host_s_memory_are_noticed(broken):
+    found = broken["keys are gathered by the host"]
+    assert {device for _, tensors in found["misfits"] for _, _, device in tensors} == {"cpu"}
+
+
+def test_types_that_nccl_does_not_take_are_noticed(broken):
+    found = broken["keys are gathered as 16-bit integers"]
+    assert {dtype for _, tensors in found["misfits"] for _, dtype, _ in tensors} == {"torch.int16"}
+
+
+def test_products_in_full_precision_are_noticed(broken):
+    assert broken["products are in float32"].get("products") != broken["nothing"]["products"]
+
+
+# --- the same collectives on all ranks ----------------------------------------------------------------------------
+
+
+def collectives_of(world: World, name: str) -> list[Collective]:
+    """Of two steps, an E-step if the method has one, two more steps and an epoch's end. Shards differ in length."""
+    preset = next(preset for preset, (_, config) in PRESETS.items() if config.method == name)
+    settings = {"model.dim": 8, "optim.batch_size": 12, "data.size": 12}
+    config = small(preset)
+    if config.cluster.ks:
+        settings |= {"cluster.ks": (3, 5), "cluster.iterations": 4, "loss.num_negatives": 2}
+    config = with_settings(config, settings)
+    method = build(config, world, 41)
+    learner = Learner(method, config, world)
+    generator = torch.Generator().manual_seed(world.rank)
+    features = torch.nn.functional.normalize(torch.randn(20 + world.rank, 8, generator=generator), dim=1)
+    with Recorder() as recorder:
+        for number in range(4):
+            if number == 2 and config.cluster.ks:
+                method.expect(None if method.features().from_bank else features, config.cluster.warmup_epochs)
+            whole = batch(seed=world.rank + 2 * number)
+            learner.step(whole._replace(views=tuple(whole.views[0] for _ in method.views)), number)
+        learner.end_epoch()
+    return recorder.collectives
+
+
+@pytest.mark.parametrize("name", sorted(Method.named))
+def test_all_ranks_call_the_same_collectives(name):
+    one, other = run_ranks(2, collectives_of, name)
+    assert one
+    assert one == other
