@@ -20,6 +20,7 @@ from pcl_fast.optim import build_optimizer, learning_rate, load_optimizer, set_r
 
 # The learner's own metric: 1 if the step could be applied, or will be once the loss's scale has come down.
 FINITE = "finite"
+_NEVER = 2**31 - 1  # steps
 
 
 class Learner:
@@ -155,4 +156,7 @@ def _all_finite(parameters: list[torch.nn.Parameter]) -> torch.Tensor:
 
 def _data_parallel(method: Method) -> DistributedDataParallel:
     # Buffers stay each rank's own: queue and prototypes are the same anyway, statistics see average_statistics.
-    return DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+    parallel = DistributedDataParallel(method, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # It times its first ten steps, and would time every hundredth, for which the host waits until the device is idle.
+    parallel._set_ddp_runtime_logging_sample_rate(_NEVER)
+    return parallel
