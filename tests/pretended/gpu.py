@@ -37,6 +37,7 @@ _PLACES = {
     aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided, aten.set_, aten.resize_,
     aten.record_stream,
 }  # fmt: skip
+_INDEXED = {aten.index, aten.index_put, aten.index_put_}
 # What ProcessGroupNCCL sends.
 NCCL_TYPES = {
     torch.uint8, torch.int8, torch.bool, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
@@ -131,6 +132,8 @@ class PretendedGPU(Recorder):
         if torch.is_inference_mode_enabled() and _is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
+        if func.overloadpacket in _INDEXED:
+            args = (args[0], self._numbered(args[1]), *args[2:])
         if func.overloadpacket is aten._fused_sgd_:
             self.updates.append((len(args[0]), _faults(*args[:3], kwargs)))
         if func.overloadpacket in _FOREIGN:
@@ -143,6 +146,16 @@ class PretendedGPU(Recorder):
             return results
         expected = _host_twin(func)(*tree_map(_on_host, args), **tree_map(_on_host, kwargs))
         return _filled(results, expected, {_storage(value) for value in given if isinstance(value, torch.Tensor)})
+
+    def _numbered(self, indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+        """Indices without masks, whose number of entries PyTorch would find by a kernel, and wait for."""
+        numbered = []
+        for index in indices:
+            if _on_gpu(index) and index.dtype is torch.bool:
+                numbered += self.__torch_dispatch__(aten.nonzero.default, (), (index,)).unbind(1)
+            else:
+                numbered.append(index)
+        return numbered
 
     def _shaped(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """New tensors as the operation would return on a GPU."""

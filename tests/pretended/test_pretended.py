@@ -7,12 +7,14 @@ computes in fp16 with a scaled loss too, and Hopper.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
 import torch
 from building import run_pretended
 from gpu import Collective, Recorder
+from launches import FLAGS
 from ranks import run_ranks
 from steps import batch
 
@@ -22,6 +24,8 @@ from pcl_fast.distributed import World
 from pcl_fast.kernels.tiles import OLD_TRITON
 from pcl_fast.learner import Learner
 from pcl_fast.methods import Method, build
+from pcl_fast.run.checkpoint import load_checkpoint
+from pcl_fast.run.metrics import read_rows
 
 # For which there are Triton's kernels.
 NEWEST = 70 if OLD_TRITON else 90
@@ -99,6 +103,21 @@ def test_kernels_are_launched_where_the_gpu_has_them(seen):
         assert (loss & launched, clustering & clustered) == (set(), set())
 
 
+def test_a_run_trains_clusters_evaluates_and_saves(pretended_gpu, image_folder, tmp_path):
+    """The whole command; its loss is 0, for Triton's kernels do nothing."""
+    done = run_pretended(
+        pretended_gpu,
+        "run_training.py",
+        *("demo", "--data", str(image_folder), "--output", str(tmp_path), "--data.loader", "torchvision"),
+        *(*FLAGS, "--data.workers", "0", "--epochs", "2"),
+        capability=NEWEST,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    kinds = [row["kind"] for row in read_rows(tmp_path)]
+    assert {"features", "clustering", "evaluation", "step", "epoch", "finished"} <= set(kinds)
+    assert load_checkpoint(tmp_path)["epoch"] == 2
+
+
 # --- breaks that only a GPU would notice --------------------------------------------------------------------------
 
 
@@ -141,8 +160,8 @@ def test_types_that_nccl_does_not_take_are_noticed(broken):
     assert {dtype for _, tensors in found["misfits"] for _, dtype, _ in tensors} == {"torch.int16"}
 
 
-def test_products_in_full_precision_are_noticed(broken):
-    assert broken["products are in float32"].get("products") != broken["nothing"]["products"]
+def test_an_autocast_that_is_forgotten_is_noticed(broken):
+    assert re.search("RuntimeError: .*type", broken["autocast is forgotten"]["error"])
 
 
 # --- the same collectives on all ranks ----------------------------------------------------------------------------
