@@ -25,11 +25,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Before PyTorch is imported: bits are equal with one thread, and a process without threads can fork.
-os.environ.update({"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import write_images
 from faults.forked import start_training
 from faults.injuries import KINDS, Injury, descendants, injure, wait_for_end
@@ -139,7 +137,7 @@ class Campaign:
         missing = Counter(map(_identity, read_rows(whole))) - Counter(map(_identity, read_rows(output)))
         trial.lost += sum(len(row) * count for row, count in (missing - cut).items())
         spoiled = {name for each in injuries for name in each.spoiled}
-        for path in kept_checkpoints(whole):
+        for path in kept_checkpoints(whole)[:-1]:
             if path.name not in spoiled and not _same_file(path, output / path.name):
                 trial.lost += path.stat().st_size
 
@@ -195,7 +193,7 @@ def main() -> None:
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--keep", type=Path, help="a folder for the runs that did not end well")
     given = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # bits are equal with one thread, and a process without others can fork
     gc.freeze()
     seed = time.time_ns() // 1000 if given.seed is None else given.seed
     folder = Path(tempfile.mkdtemp(prefix="campaign-", dir=given.keep))

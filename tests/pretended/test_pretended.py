@@ -15,13 +15,13 @@ import torch
 from building import run_pretended
 from gpu import Collective, Recorder
 from launches import FLAGS
+from pcl_fast.kernels.tiles import OLD_TRITON
 from ranks import run_ranks
 from steps import batch
 
 from pcl_fast.config import PRESETS, with_settings
 from pcl_fast.demo import small
 from pcl_fast.distributed import World
-from pcl_fast.kernels.tiles import OLD_TRITON
 from pcl_fast.learner import Learner
 from pcl_fast.methods import Method, build
 from pcl_fast.run.checkpoint import load_checkpoint
