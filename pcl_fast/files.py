@@ -44,7 +44,8 @@ def write_whole(
         try:
             _fill(aside, write)
         except OSError as error:
-            if before_as is None or error.errno not in _NO_ROOM or not path.exists():
+            # A limit on a file's size, EFBIG, would be the same with more room.
+            if before_as is None or error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
                 raise
             ask_guard(path)
             before_as.unlink(missing_ok=True)

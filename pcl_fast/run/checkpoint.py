@@ -26,6 +26,7 @@ import torch
 
 from pcl_fast.errors import DIVERGED, CheckpointError, DamagedError, NonFiniteError
 from pcl_fast.files import replace, write_whole
+from pcl_fast.run.rows import FILE
 
 NAME = "checkpoint.pt"
 # The one before it, for a disk that has damaged the last.
@@ -100,7 +101,7 @@ def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]
 
 def load_last(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
     """The last checkpoint of a run's folder that can be read: if a fault of the disk has damaged or taken the last one,
-    that before it.
+    that before it. A run always has two of them, unless the disk is too full.
 
     Returns:
         (the checkpoint on the CPU, or None if the folder has none yet; what is wrong with the last one, in a sentence,
@@ -110,16 +111,23 @@ def load_last(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
         CheckpointError: see `load_checkpoint`; or both are damaged.
     """
     previous, fault = folder / PREVIOUS, f"{folder / NAME} is gone"
-    if not previous.exists():
-        return load_checkpoint(folder), None
     try:
         state = load_checkpoint(folder)
-        if state is not None:
+        if state is not None or not previous.exists():
             return state, None
     except DamagedError as error:
         fault = str(error).partition(";")[0]
-    state = load_checkpoint(previous)
-    return state, f"{fault}; going on from {PREVIOUS}, the one before it"
+        if not previous.exists():
+            if not _is_at_its_beginning(folder):
+                raise
+            return None, f"{fault}; nothing had been learned yet, and the run begins anew"
+    return load_checkpoint(previous), f"{fault}; going on from {PREVIOUS}, the one before it"
+
+
+def _is_at_its_beginning(folder: Path) -> bool:
+    """Whether a run was stopped between its first two checkpoints, before there was anything to record."""
+    record = folder / FILE
+    return record.exists() and not record.stat().st_size
 
 
 def put_back(folder: Path) -> None:

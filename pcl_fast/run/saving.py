@@ -132,9 +132,9 @@ class Saver:
 
         folder = self.config.output
         state = load_same_checkpoint(folder, self.world, load)
-        if fault:
+        if fault and state is not None:
             all_or_none(lambda: put_back(folder) if self.world.is_main else None, self.world)
-            self.notes.append(fault)
+        self.notes += [fault] if fault else []
         return state
 
     def _taken_up(self, path: Path) -> dict[str, Any]:

@@ -63,13 +63,16 @@ def start(work: Callable[[], None]) -> multiprocessing.Process:
         os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        code: object = 0
         try:
             work()
-        except SystemExit:
-            raise
+        except SystemExit as end:
+            code = end.code
         except BaseException:
             traceback.print_exc()
-            sys.exit(1)
+            code = 1
+        # As at the end of a program, where nothing refers to what raised it any more.
+        sys.exit(code)
 
     process = _FORK.Process(target=run)
     process.start()

@@ -74,6 +74,27 @@ def stop_after(saved: int, monkeypatch) -> None:
         monkeypatch.setattr("pcl_fast.run.saving.save_checkpoint", counted)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_run_that_was_killed_between_its_first_two_begins_anew(
+    whole, tmp_path, image_folder, alone, recorded, monkeypatch, capsys
+):
+    """Unless there is anything in its record: then more than nothing is lost, and somebody must look."""
+    stop_after(1, monkeypatch)
+    with pytest.raises(Halt):
+        run(tiny(image_folder, tmp_path), alone)
+    monkeypatch.undo()
+    DAMAGE["cut by a byte"](tmp_path / "checkpoint.pt")
+    if recorded:
+        (tmp_path / "metrics.jsonl").write_text('{"kind": "step", "step": 1}\n')
+        with pytest.raises(CheckpointError, match="no readable checkpoint"):
+            run(tiny(image_folder, tmp_path), alone)
+        return
+    assert run(tiny(image_folder, tmp_path), alone)
+    assert "nothing had been learned yet, and the run begins anew" in capsys.readouterr().out
+    same_state(whole, tmp_path)
+    same_rows(whole, tmp_path)
+
+
 def test_both_damaged_is_said(tmp_path):
     save_checkpoint(tmp_path, {"epoch": 1})
     save_checkpoint(tmp_path, {"epoch": 2})
