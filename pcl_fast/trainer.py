@@ -99,13 +99,10 @@ class Trainer:
         if progress.finished and progress.epoch == self.config.epochs:
             self.recorder.say(f"{self.config.output} is complete: nothing left to do")
             return True
-        if self.saver.is_new:
-            # If the disk does not take them, better now than after an epoch. Twice, so that there always is one to fall
-            # back on.
-            self._save()
-            self._save()
         if self.global_step:
             self.recorder.say(f"resuming after {progress.epoch} epochs and {progress.step} steps")
+        for _ in range(self.saver.missing):
+            self._save()  # if the disk does not take it, better now than after an epoch
         while progress.epoch < self.config.epochs:
             # A run that is made longer has had the E-step of its former end.
             if progress.step == 0 and not progress.finished:

@@ -130,6 +130,15 @@ def _is_at_its_beginning(folder: Path) -> bool:
     return record.exists() and not record.stat().st_size
 
 
+def has_previous(folder: Path) -> bool:
+    """Whether the checkpoint before the last is there, and not cut short. Its tensors are not read."""
+    try:
+        torch.load(folder / PREVIOUS, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:
+        return False
+    return True
+
+
 def put_back(folder: Path) -> None:
     """Let the checkpoint before the last take the place of a damaged one: the next save would remove it to make room.
 

@@ -16,6 +16,7 @@ from pcl_fast.run.checkpoint import (
     NAME,
     check_finite,
     check_whole,
+    has_previous,
     load_checkpoint,
     load_last,
     put_back,
@@ -42,14 +43,15 @@ class Saver:
     """Saves a run and takes it up again. All ranks call its methods together.
 
     notes: lines for the log at the start of a run.
-    is_new: whether config.output had no checkpoint yet.
+    missing: how many checkpoints the run should save before it goes on: it always has two, so that there is one to fall
+        back on if the disk spoils the other.
     """
 
     def __init__(self, config: Config, fingerprint: str, world: World):
         """fingerprint: of the data set, see ImageSet.fingerprint."""
         self.config, self.fingerprint, self.world = config, fingerprint, world
         self.notes: list[str] = []
-        self.is_new = True
+        self.missing = 2
         self._saved = time.monotonic()
 
     def save(self, learner: Learner, progress: Progress, record: dict[str, Any], *, keep: bool = False) -> None:
@@ -105,7 +107,7 @@ class Saver:
             OSError: there is no room for the next one.
         """
         state = self._last()
-        self.is_new = state is None
+        self.missing = 2 if state is None else self._missing_one()
         if self.world.is_main:
             for name in _WRITTEN:
                 remove_unfinished(self.config.output / name)
@@ -136,6 +138,10 @@ class Saver:
             all_or_none(lambda: put_back(folder) if self.world.is_main else None, self.world)
         self.notes += [fault] if fault else []
         return state
+
+    def _missing_one(self) -> int:
+        """1 if there is no checkpoint before the last, else 0."""
+        return gather_objects(self.world.is_main and int(not has_previous(self.config.output)), self.world)[0]
 
     def _taken_up(self, path: Path) -> dict[str, Any]:
         """The state of another run's checkpoint, as it is for a new run."""

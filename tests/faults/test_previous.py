@@ -95,6 +95,27 @@ def test_a_run_that_was_killed_between_its_first_two_begins_anew(
     same_rows(whole, tmp_path)
 
 
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_run_that_goes_on_has_two_before_it_does_anything_else(
+    whole, tmp_path, image_folder, alone, damage, monkeypatch
+):
+    """One may be spoiled without anybody's noticing, and then the other."""
+    stop_after(3, monkeypatch)
+    with pytest.raises(Halt):
+        run(tiny(image_folder, tmp_path), alone)
+    monkeypatch.undo()
+    DAMAGE[damage](tmp_path / "checkpoint.previous.pt")
+    stop_after(1, monkeypatch)
+    with pytest.raises(Halt):
+        run(tiny(image_folder, tmp_path), alone)
+    monkeypatch.undo()
+    DAMAGE[damage](tmp_path / "checkpoint.pt")
+    assert load_last(tmp_path)[0]["global_step"] == 2
+    assert run(tiny(image_folder, tmp_path), alone)
+    same_state(whole, tmp_path)
+    same_rows(whole, tmp_path)
+
+
 def test_both_damaged_is_said(tmp_path):
     save_checkpoint(tmp_path, {"epoch": 1})
     save_checkpoint(tmp_path, {"epoch": 2})
