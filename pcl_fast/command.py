@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
@@ -37,6 +38,9 @@ def command(name: str) -> Iterator[None]:
                     "--master-port (MASTER_PORT)"
                 )
             sys.exit(f"{name}: another rank is gone, whose output says why; the last checkpoint stands ({error})")
+        finally:
+            # PyTorch's handler raises an error, and Python prints its trace, when a loader's process ends with this one.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def _is_of_another_rank(error: RuntimeError) -> bool:
