@@ -39,7 +39,7 @@ def command(name: str) -> Iterator[None]:
                 )
             sys.exit(f"{name}: another rank is gone, whose output says why; the last checkpoint stands ({error})")
         finally:
-            # PyTorch's handler raises an error, and Python prints its trace, when a loader's process ends with this one.
+            # When a loader's process ends with this one, PyTorch's handler raises an error, and Python prints a trace.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 

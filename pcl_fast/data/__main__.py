@@ -11,26 +11,15 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
+from pcl_fast.command import command
 from pcl_fast.data.sources.check import find_broken
 from pcl_fast.data.sources.formats import open_set
 from pcl_fast.data.sources.images import ImageSet
-from pcl_fast.errors import UserError
 
 
 def main() -> None:
-    # A file's name may be of bytes that the terminal's encoding has no characters for.
-    sys.stdout.reconfigure(errors="backslashreplace")
-    try:
+    with command("pcl_fast.data"):
         tyro.extras.subcommand_cli_from_dict({"check": check}, prog="pcl_fast.data", description=__doc__)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        sys.exit("pcl_fast.data: stopped")
-    except BrokenPipeError:  # whoever read the output has seen enough, `head` for one
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush at the end
-        sys.exit(1)
-    except (ValueError, UserError, OSError) as error:
-        # The message says what to do; a stack trace would hide it.
-        sys.exit(f"pcl_fast.data: {error}")
 
 
 def check(

@@ -73,9 +73,7 @@ def test_check_may_be_read_in_part(image_folder, monkeypatch):
     with os.fdopen(writing, "w") as closed:
         monkeypatch.setattr(sys, "stdout", closed)
         monkeypatch.setattr(sys, "argv", ["pcl_fast.data", "check", str(image_folder)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 1
+        main()
 
 
 class Waiting(torch.utils.data.Dataset):
