@@ -25,27 +25,35 @@ def command(name: str) -> Iterator[None]:
         except (ValueError, UserError, OSError) as error:
             sys.exit(f"{name}: {error}")
         except RuntimeError as error:
-            if "DataLoader worker" in str(error):
-                sys.exit(
-                    f"{name}: the system has ended a process that loads images, most likely for lack of memory "
-                    f"({str(error).strip()}). What was saved stands; use fewer --data.workers, then go on"
-                )
-            if not _is_of_another_rank(error):
+            if (sentence := _in_words(error)) is None:
                 raise
-            if "EADDRINUSE" in str(error):
-                sys.exit(
-                    f"{name}: the ranks cannot meet: {error}. If the port is in use, choose another by torchrun's "
-                    "--master-port (MASTER_PORT)"
-                )
-            sys.exit(f"{name}: another rank is gone, whose output says why; the last checkpoint stands ({error})")
+            sys.exit(f"{name}: {sentence}")
         finally:
             # When a loader's process ends with this one, PyTorch's handler raises an error, and Python prints a trace.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def _is_of_another_rank(error: RuntimeError) -> bool:
-    """Return whether a collective has failed: gloo's errors have no type of their own."""
-    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error)
+def _in_words(error: RuntimeError) -> str | None:
+    """Say what has happened to other processes, for which PyTorch has no types of error; None for a fault of ours."""
+    text, last = str(error).strip(), str(error).strip().rpartition("\n")[2]
+    if "unable to resize file </torch_" in text or "out of shared memory" in text:
+        return (
+            f"shared memory (/dev/shm) has no room for the images that other processes load ({last}). What was saved "
+            "stands; make it larger (in a container by --shm-size), or use --data.workers 0, then go on"
+        )
+    if text.startswith("DataLoader worker"):
+        return (
+            f"the system has ended a process that loads images, most likely for lack of memory ({text}). What was "
+            "saved stands; use fewer --data.workers, then go on"
+        )
+    if type(error).__name__ not in ("DistBackendError", "DistNetworkError") and "gloo/transport" not in text:
+        return None
+    if "EADDRINUSE" in text:
+        return (
+            f"the ranks cannot meet: {text}. If the port is in use, choose another by torchrun's --master-port "
+            "(MASTER_PORT)"
+        )
+    return f"another rank is gone, whose output says why; the last checkpoint stands ({text})"
 
 
 @contextlib.contextmanager

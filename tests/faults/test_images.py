@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 import time
@@ -102,3 +103,30 @@ def test_a_process_that_loads_images_and_is_killed_is_a_sentence(capfd):
     assert "the system has ended a process that loads images" in str(ended.value)
     assert "fewer --data.workers" in str(ended.value)
     assert "Traceback" not in capfd.readouterr().err
+
+
+class Large(torch.utils.data.Dataset):
+    """Its items do not fit a file that the loading process may write."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+        return torch.zeros(100_000)
+
+
+def load_what_is_too_large() -> None:
+    options = worker_options(Resources(workers=1, prefetch=2, gpu=None, decoder_mib=0), prefetch=2)
+    with command("pcl_fast.train"):
+        next(iter(torch.utils.data.DataLoader(Large(), batch_size=None, **options)))
+
+
+def test_too_little_shared_memory_is_a_sentence():
+    """Containers have 64 MB of it unless they are told otherwise."""
+    with pytest.raises(SystemExit) as ended:
+        load_what_is_too_large()
+    assert "shared memory (/dev/shm) has no room" in str(ended.value)
+    assert "--shm-size" in str(ended.value)
+    assert "Traceback" not in str(ended.value)
+    assert "\n" not in str(ended.value)
