@@ -119,7 +119,7 @@ class Large(torch.utils.data.Dataset):
 def load_what_is_too_large() -> None:
     options = worker_options(Resources(workers=1, prefetch=2, gpu=None, decoder_mib=0), prefetch=2)
     with command("pcl_fast.train"):
-        next(iter(torch.utils.data.DataLoader(Large(), batch_size=None, **options)))
+        next(iter(torch.utils.data.DataLoader(Large(), batch_size=1, **options)))
 
 
 def test_too_little_shared_memory_is_a_sentence():
