@@ -197,6 +197,10 @@ class Config:
     seed: int = 0
     log_every: int = 10
     """Steps between two looks at the device's metrics (the only time training waits for the device)."""
+    strict_kernels: bool = False
+    """End the run where a GPU kernel fails the check at its start, instead of going on with plain PyTorch for it."""
+    deterministic: bool = False
+    """On a GPU compute the same bits from run to run, where cuDNN would otherwise choose by time: slower."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -283,7 +287,7 @@ def view_of(data: DataConfig) -> View:
 _NOT_RECIPE = (
     "preset", "output", "resume_from", "log_every", "data.root", "data.format", "data.loader", "data.workers",
     "data.prefetch", "data.decoder_mib", "data.cache", "data.skip_broken", "loss.backend", "cluster.backend",
-    "evaluation.", "checkpoint.",
+    "evaluation.", "checkpoint.", "strict_kernels", "deterministic",
 )  # fmt: skip
 
 

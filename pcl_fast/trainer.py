@@ -25,6 +25,7 @@ from pcl_fast.distributed import World, all_or_none, shard_bounds
 from pcl_fast.evaluation.online import evaluate_features, number_classes
 from pcl_fast.learner import Learner
 from pcl_fast.methods import build, method_class
+from pcl_fast.run.kernel_choice import choose_kernels
 from pcl_fast.run.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.run.saving import Saver
 from pcl_fast.run.signals import Stopped, StopSignals
@@ -63,6 +64,7 @@ class Trainer:
             _ = self.shard  # better too large for the device now than after the warm-up
         self.metrics = StepMetrics(self.recorder, images, world, batch_size=config.optim.batch_size)
         self.metrics.load(saved.get("epoch_metrics", {}))
+        self._kernels_off: list[str] = saved.get("kernels_off", [])
         self._warned = False
 
     def _loaders(self) -> tuple[TrainingLoader, Iterable[torch.Tensor]]:
@@ -99,6 +101,7 @@ class Trainer:
         if progress.finished and progress.epoch == self.config.epochs:
             self.recorder.say(f"{self.config.output} is complete: nothing left to do")
             return True
+        self._choose_kernels()
         if self.global_step:
             self.recorder.say(f"resuming after {progress.epoch} epochs and {progress.step} steps")
         for _ in range(self.saver.missing):
@@ -117,6 +120,18 @@ class Trainer:
         self._row("finished", seconds=self.watch.take())
         self._save()
         return True
+
+    def _choose_kernels(self) -> None:
+        """
+        Raises:
+            ValueError: a kernel is wrong here, and the recipe does not do without it.
+        """
+        choice = choose_kernels(self.config, self.method.settings, self.world, off=self._kernels_off)
+        self._kernels_off = choice.off
+        for line in choice.notes:
+            self.recorder.say(line)
+        if choice.row:
+            self._row("kernels", **choice.row)
 
     def _stopped(self) -> bool:
         self.recorder.say("stopped by a signal, all is saved; the same command goes on from here")
@@ -249,5 +264,6 @@ class Trainer:
             "global_step": self.global_step,
             "metrics_length": all_or_none(self.recorder.sync, self.world),
             "epoch_metrics": self.metrics.state(),
+            "kernels_off": self._kernels_off,
         }
         self.saver.save(self.learner, self.progress, record, keep=keep)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from pcl_fast.errors import MissingPackageError
-from pcl_fast.kernels import assign_plain, segment_plain
+from pcl_fast.kernels import assign_plain, segment_plain, switches
 
 # Triton does not exist for macOS.
 _assign, _segment = (
@@ -49,7 +49,7 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype, dim: int) 
     if name == "triton" or (name == "auto" and device.type == "cuda"):
         reason = obstacle(device, dtype, dim)
         if reason is None:
-            return Backend(_assign.nearest, _segment.segment_sums)
+            return Backend(_assign.nearest, (segment_plain if switches.is_off("segment") else _segment).segment_sums)
         if name == "triton":
             raise ValueError(f'k-means backend "triton" {reason}; use backend "torch"')
     return Backend(assign_plain.nearest, pick_sums(device))
@@ -59,13 +59,16 @@ def pick_sums(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.T
     """Return the function that adds up clusters: on a GPU, if Triton is installed, the kernel, whose sums have the same
     bits every time.
     """
-    return _segment.segment_sums if device.type == "cuda" and _segment is not None else segment_plain.segment_sums
+    fused = device.type == "cuda" and _segment is not None and not switches.is_off("segment")
+    return _segment.segment_sums if fused else segment_plain.segment_sums
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, dim: int) -> str | None:
     """Return why backend "triton" cannot be used for such features on this device, or None if it can."""
     if _assign is None:
         return "needs the package triton, which is not installed"
+    if switches.is_off("assign"):
+        return "is switched off, because its kernels were found wrong on this run's GPUs"
     if device.type != "cuda" and not _assign.INTERPRETED:
         return (
             f"needs CUDA tensors, features are on {device} (to debug the kernels without a GPU, set "

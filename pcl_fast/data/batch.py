@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from pcl_fast.kernels import switches
 from pcl_fast.kernels.normalise import normalise as _normalise
 from pcl_fast.kernels.normalise_plain import normalise as _normalise_plain
 
@@ -39,5 +40,5 @@ def normalise(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     Raises:
         ValueError: a shape or type is wrong.
     """
-    run = _normalise if images.is_cuda else _normalise_plain
+    run = _normalise if images.is_cuda and not switches.is_off("normalise") else _normalise_plain
     return run(images, mean=MEAN, std=STD, dtype=dtype)

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 
 from pcl_fast.clustering.types import PrototypeSet
-from pcl_fast.kernels import contrast_plain, sampling_plain
+from pcl_fast.kernels import contrast_plain, sampling_plain, switches
 
 # Triton does not exist for macOS.
 fused_kernels = import_module("pcl_fast.kernels.contrast") if find_spec("triton") else None
@@ -219,6 +219,15 @@ def _full_precision(query: torch.Tensor) -> torch.autocast:
     return torch.autocast(query.device.type, enabled=False)
 
 
+def takes_kernels(backend: str, query: torch.Tensor, *banks: torch.Tensor) -> bool:
+    """Return whether a loss of such tensors is computed by the fused kernels.
+
+    Raises:
+        ValueError: see `_fused`.
+    """
+    return _fused(backend, query, *banks) is not None
+
+
 def _fused(backend: str, query: torch.Tensor, *banks: torch.Tensor) -> ModuleType | None:
     """Return the module of the fused kernels, or None if plain PyTorch is to be used.
 
@@ -242,6 +251,8 @@ def _obstacle(query: torch.Tensor, banks: Sequence[torch.Tensor]) -> str | None:
     """Return why the fused kernels cannot be used, or None if they can."""
     if fused_kernels is None:
         return "needs the package triton, which is not installed"
+    if switches.is_off("contrast"):
+        return "is switched off, because its kernels were found wrong on this run's GPUs"
     if not query.is_cuda and not fused_kernels.INTERPRETED:
         return (
             f"needs CUDA tensors, query is on {query.device} (to debug the kernels without a GPU, set "

@@ -31,8 +31,8 @@ __all__ = ["Recorder", "StepMetrics", "Stopwatch", "describe", "read_rows"]
 class Recorder:
     """Records rows of metrics. On all ranks but the main one every method does nothing.
 
-    A row of metrics.jsonl has `kind` (step, epoch, features, clustering, evaluation, finished, gap), `step` (of the
-    whole run) and `epoch`.
+    A row of metrics.jsonl has `kind` (kernels, step, epoch, features, clustering, evaluation, decoder, finished, gap),
+    `step` (of the whole run) and `epoch`.
     """
 
     def __init__(

@@ -59,7 +59,7 @@ class Saver:
         the others.
 
         Args:
-            record: "global_step", "metrics_length" and "epoch_metrics", see checkpoint.py.
+            record: "global_step", "metrics_length", "epoch_metrics" and "kernels_off", see checkpoint.py.
             keep: also keep it as that of its epoch.
 
         Raises:
@@ -120,6 +120,7 @@ class Saver:
             all_or_none(lambda: learner.load(state, state["ranks"]), self.world)
             progress = Progress(state["epoch"], state["step"], state["finished"])
             record = {name: state[name] for name in ("global_step", "metrics_length", "epoch_metrics")}
+            record["kernels_off"] = state.get("kernels_off", [])  # earlier versions had none
         self._check_room(learner, progress)
         return progress, record
 
@@ -151,7 +152,8 @@ class Saver:
         if state is None:
             raise ValueError(f"--resume-from {path}: there is no checkpoint")
         self.notes += check_taken_up(state, self.config, self.fingerprint)
-        return {**state, "metrics_length": 0}  # its record stays where it is
+        # Its record stays where it is, and a new run decides about kernels anew.
+        return {**state, "metrics_length": 0, "kernels_off": []}
 
     def _check_room(self, learner: Learner, progress: Progress) -> None:
         """Look whether the disk has room for the checkpoints to come.

@@ -14,7 +14,12 @@ from pcl_fast.config import model_config, to_dict
 from pcl_fast.run.checkpoint import load_checkpoint, save_checkpoint
 from pcl_fast.run.saving import Progress, Saver
 
-RECORD = {"global_step": 3, "metrics_length": 70, "epoch_metrics": {"names": [], "steps": []}}
+RECORD = {
+    "global_step": 3,
+    "metrics_length": 70,
+    "epoch_metrics": {"names": [], "steps": []},
+    "kernels_off": ["segment"],
+}
 
 
 @pytest.fixture

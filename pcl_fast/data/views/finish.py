@@ -9,7 +9,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from pcl_fast.data.views.draws import Draws
-from pcl_fast.kernels import photometric, photometric_plain
+from pcl_fast.kernels import photometric, photometric_plain, switches
 
 
 class Finisher:
@@ -22,11 +22,12 @@ class Finisher:
     @torch.inference_mode(False)  # the threads are not in that mode, and could not write to its tensors
     def __call__(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
         """Return what `draws` makes of crops that are flipped already: uint8 [n, h, w, 3], as `images`."""
-        slots = (_beside(images, array) for array in (draws.ops, draws.factors, draws.sigma))
-        if images.is_cuda:
-            views = photometric.photometric(images, *slots)
-        else:
-            views = photometric_plain.photometric(images, *slots, pool=self._pool)
+        slots = draws.ops, draws.factors, draws.sigma
+        if images.is_cuda and not switches.is_off("photometric"):
+            views = photometric.photometric(images, *(_beside(images, array) for array in slots))
+        else:  # its plain twin is for the CPU, wherever the crops are
+            on_host = photometric_plain.photometric(images.cpu(), *map(torch.from_numpy, slots), pool=self._pool)
+            views = on_host.to(images.device)
         if draws.solarise.any():
             _solarise(views, draws.solarise)
         return views

@@ -1,0 +1,23 @@
+"""Which kernels this process leaves to their plain twins, because they were found wrong on its GPU.
+
+Whoever chooses between a kernel and its plain twin asks `is_off`. A run decides anew at its start, for all ranks alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+# Modules of kernels that have a plain twin: the loss, nearest centroids, sums over clusters, images.
+KERNELS = ("contrast", "assign", "segment", "normalise", "photometric")
+_off: frozenset[str] = frozenset()
+
+
+def switch_off(names: Iterable[str]) -> None:
+    """Leave these of `KERNELS` to their plain twins from now on, and no others."""
+    global _off
+    _off = frozenset(names) & frozenset(KERNELS)
+
+
+def is_off(name: str) -> bool:
+    """Return whether one of `KERNELS` is left to its plain twin."""
+    return name in _off

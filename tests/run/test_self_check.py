@@ -1,0 +1,140 @@
+"""The check of the kernels at a run's start: right ones pass, and whatever is broken is named.
+
+The kernels run in Triton's interpreter, with the tiles of a GPU made smaller, or on a GPU if there is one.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pcl_fast.kernels import assign, contrast, launch, normalise, photometric, photometric_plain, segment
+from pcl_fast.kernels.launch import Tile
+from pcl_fast.kernels.switches import KERNELS
+
+from pcl_fast.errors import UserError
+from pcl_fast.run import self_check
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda", 0) if GPU else torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch, one_thread):
+    if not GPU:
+        monkeypatch.setitem(launch.TABLE, 90, {2: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2))})
+        monkeypatch.setitem(launch.NEAREST, 90, {2: {128: Tile(32, 16, 4, 2)}})
+
+
+def faults(*kernels: str, granularities: int = 1) -> dict[str, str]:
+    return self_check.find_faults(kernels, DEVICE, dim=24, granularities=granularities)
+
+
+def test_right_kernels_pass():
+    assert faults(*KERNELS) == {}
+
+
+def test_a_product_that_is_zero_in_part_is_found(monkeypatch):
+    """A quarter of the rows of one tile, in one part of the last bank: an open report about Volta's fp16 products."""
+    stream = contrast._stream
+
+    def broken(launched, query, index, lists, temperature, state):
+        stream(launched, query, index, lists, temperature, state)
+        state.numerators[-1, 20:24] = 0
+
+    monkeypatch.setattr(contrast, "_stream", broken)
+    assert "gradients differ" in faults("contrast", granularities=1)["contrast"]
+
+
+def test_a_score_that_is_zero_in_part_is_found(monkeypatch):
+    """As if a fragment of scores, of 8 columns, were 0: their exponentials are missing from the sum."""
+    stream = contrast._stream
+
+    def broken(launched, query, index, lists, temperature, state):
+        stream(launched, query, index, lists, temperature, state)
+        columns = sum(bank.length for bank in launched.banks) / sum(launched.parts)
+        state.sums[0, 17] *= 1 - 8 / columns
+
+    monkeypatch.setattr(contrast, "_stream", broken)
+    assert "losses differ" in faults("contrast", granularities=0)["contrast"]
+
+
+@pytest.mark.parametrize("place", [0, 40, -1])
+def test_a_point_with_another_centroid_is_found(monkeypatch, place):
+    nearest = assign.nearest
+
+    def broken(points, centroids):
+        found = nearest(points, centroids)
+        found[place] = (found[place] + 1) % len(centroids)
+        return found
+
+    monkeypatch.setattr(assign, "nearest", broken)
+    assert "distances differ" in faults("assign")["assign"]
+
+
+def test_a_centroid_that_there_is_not_is_found(monkeypatch):
+    nearest = assign.nearest
+    monkeypatch.setattr(assign, "nearest", lambda points, centroids: nearest(points, centroids) + 1)
+    assert "centroids that there are not" in faults("assign")["assign"]
+
+
+def test_a_point_that_a_sum_lacks_is_found(monkeypatch):
+    sums = segment.segment_sums
+
+    def broken(values, clusters, k):
+        total, counts = sums(values, clusters, k)
+        total[clusters[500]] -= values[500].float()
+        return total, counts
+
+    monkeypatch.setattr(segment, "segment_sums", broken)
+    assert "sums differ" in faults("segment")["segment"]
+
+
+def test_another_count_is_found(monkeypatch):
+    sums = segment.segment_sums
+    monkeypatch.setattr(segment, "segment_sums", lambda *given: (sums(*given)[0], sums(*given)[1] + 1))
+    assert "counts other points" in faults("segment")["segment"]
+
+
+@pytest.mark.parametrize("wrong", [0.01, float("nan")])
+def test_an_entry_that_is_not_normalised_is_found(monkeypatch, wrong):
+    shift = normalise.normalise
+
+    def broken(images, **options):
+        found = shift(images, **options)
+        found[2, 1, 18, 22] += wrong
+        return found
+
+    monkeypatch.setattr(normalise, "normalise", broken)
+    assert "1 of 3933 values differ" in faults("normalise")["normalise"]
+
+
+def test_a_block_of_pixels_that_is_not_coloured_is_found(monkeypatch):
+    def broken(images, *slots):
+        found = photometric_plain.photometric(images.cpu(), *(slot.cpu() for slot in slots))
+        found[1, 22, 6:] = images[1, 22, 6:].cpu()  # the last block of 17 pixels
+        return found
+
+    monkeypatch.setattr(photometric, "photometric", broken)
+    assert "bytes differ" in faults("photometric")["photometric"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("\n  no kernel image\nlines"), SystemError(), AssertionError("x")])
+def test_whatever_a_launch_raises_is_named(monkeypatch, error):
+    def broken(*given):
+        raise error
+
+    monkeypatch.setattr(segment, "segment_sums", broken)
+    found = faults("segment", "normalise")
+    assert list(found) == ["segment"]
+    assert found["segment"].startswith(f"cannot be launched ({type(error).__name__}: ")
+    assert "\n" not in found["segment"]
+
+
+def test_a_gpu_that_takes_no_more_work_is_said(monkeypatch):
+    def gone(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    with pytest.raises(UserError, match="the kernel normalise failed, and after it a GPU takes no more work"):
+        self_check._fault("normalise", lambda: None, torch.device("cuda", 0))
