@@ -23,6 +23,7 @@ from pcl_fast.distributed import World, all_or_none, check_same, connect, discon
 from pcl_fast.files import write_whole
 from pcl_fast.fitting import fit
 from pcl_fast.methods import check_method
+from pcl_fast.nn.precision import make_deterministic
 from pcl_fast.run.launcher import end_with_launcher
 from pcl_fast.run.ownership import owned
 from pcl_fast.run.report import write_report
@@ -61,7 +62,10 @@ def run(config: Config, world: World) -> bool:
 
 
 def _train(config: Config, images: ImageSet, world: World) -> bool:
-    torch.backends.cudnn.benchmark = True
+    # By time it may choose otherwise from run to run.
+    torch.backends.cudnn.benchmark = not config.deterministic
+    if config.deterministic:
+        make_deterministic()
     trainer = Trainer(config, images, world)
     all_or_none(lambda: _write_config(config) if world.is_main else None, world)
     finished = trainer.fit()

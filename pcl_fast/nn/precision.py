@@ -1,6 +1,8 @@
-"""The precision in which a device computes."""
+"""The precision in which a device computes, and whether it always computes the same bits."""
 
 from __future__ import annotations
+
+import os
 
 import torch
 
@@ -34,3 +36,15 @@ def loss_scaler(device: torch.device) -> torch.amp.GradScaler:
     does nothing.
     """
     return torch.amp.GradScaler(device.type, enabled=encoder_dtype(device) is torch.float16)
+
+
+def make_deterministic() -> None:
+    """From now on let PyTorch take algorithms that give the same bits every time. An operation that has none warns of
+    it, once, with its name. Call it before the first product on a GPU, and leave `cudnn.benchmark` off, which chooses
+    among algorithms by their times.
+    """
+    # cuBLAS divides its work among streams as it comes, unless its buffers are fixed. It reads this when it begins.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Or all new memory would be filled, to make reads of what nobody wrote alike: nothing here reads that.
+    torch.utils.deterministic.fill_uninitialized_memory = False

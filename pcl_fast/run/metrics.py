@@ -31,7 +31,7 @@ __all__ = ["Recorder", "StepMetrics", "Stopwatch", "describe", "read_rows"]
 class Recorder:
     """Records rows of metrics. On all ranks but the main one every method does nothing.
 
-    A row of metrics.jsonl has `kind` (kernels, step, epoch, features, clustering, evaluation, decoder, finished, gap),
+    A row of metrics.jsonl has `kind` (kernels, step, epoch, features, clustering, evaluation, finished, gap),
     `step` (of the whole run) and `epoch`.
     """
 

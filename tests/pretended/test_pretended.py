@@ -109,11 +109,14 @@ def test_a_run_trains_clusters_evaluates_and_saves(pretended_gpu, image_folder, 
         pretended_gpu,
         "run_training.py",
         *("demo", "--data", str(image_folder), "--output", str(tmp_path), "--data.loader", "torchvision"),
-        *(*FLAGS, "--data.workers", "0", "--epochs", "2"),
+        *(*FLAGS, "--data.workers", "0", "--epochs", "2", "--deterministic"),
         capability=NEWEST,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "deterministic" not in done.stderr  # no operation that has no such algorithm
     kinds = [row["kind"] for row in read_rows(tmp_path)]
+    (checked,) = (row for row in read_rows(tmp_path) if row["kind"] == "kernels")
+    assert (checked["checked"], checked["faults"]) == (["contrast", "assign", "segment", "normalise"], {})
     assert {"features", "clustering", "evaluation", "step", "epoch", "finished"} <= set(kinds)
     assert load_checkpoint(tmp_path)["epoch"] == 2
 
