@@ -87,7 +87,7 @@ def used_kernels(config: Config, settings: Sequence[str], device: torch.device) 
 
 
 def agree(faults: dict[str, str], world: World) -> dict[str, str]:
-    """Return what is wrong with each kernel on the first rank where it is, with that rank's name; on all ranks alike."""
+    """Return what is wrong with each kernel on the first rank where it is, with that rank's name; the same on all."""
     told = gather_objects((socket.gethostname(), faults), world)
     found: dict[str, str] = {}
     for rank, (host, of_rank) in enumerate(told):

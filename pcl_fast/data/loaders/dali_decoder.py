@@ -2,17 +2,20 @@
 
 A batch passes three stages, each at the same time as other batches pass the others: its files are read by threads here,
 decoded and cropped by DALI's threads and streams, and finished by whoever asks for it.
+
+A decoder on a GPU can fail with images that are whole. The batches that it was given then are decoded on the CPU.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import io
 import os
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -61,7 +64,10 @@ class Read(NamedTuple):
 
 
 class Decoder:
-    """A decoder reads batches of images and sends them through a DALI graph, several at a time."""
+    """A decoder reads batches of images and sends them through a DALI graph, several at a time.
+
+    on_cpu: how many batches the GPU's decoder has failed to decode so far, which the CPU then has decoded.
+    """
 
     def __init__(
         self,
@@ -86,13 +92,15 @@ class Decoder:
         """
         self.images, self.resources = images, resources
         self._readers = ThreadPoolExecutor(resources.threads, thread_name_prefix="read")
-        self._running = False
+        self._running = self._failed = False
         self._waiting: Iterator[np.ndarray] = iter(())
         self._describe: Callable[[Read], tuple[np.ndarray, ...]] = lambda read: ()
         self._reading: deque[tuple[np.ndarray, list[Future]]] = deque()
         # DALI reads its inputs where these lie; and should it fail, they tell which images were under way.
         self._decoding: deque[tuple[Read, tuple[np.ndarray, ...]]] = deque()
-        self._pipeline = self._build([_ENCODED, *inputs], graph, batch_size)
+        self._inputs, self._graph, self._batch_size = [_ENCODED, *inputs], graph, batch_size
+        self._pipeline = self._build(resources, self._next)
+        self.on_cpu = 0
 
     def run(
         self, batches: Iterable[np.ndarray], describe: Callable[[Read], tuple[np.ndarray, ...]]
@@ -109,10 +117,20 @@ class Decoder:
         """
         if self._running:
             raise RuntimeError("a loader makes one epoch at a time; close the iterator that is under way")
+        if self._failed:
+            self._pipeline, self._failed = self._build(self.resources, self._next), False
         self._waiting, self._describe, self._running = iter(batches), describe, True
         try:
             self._pipeline.schedule_run()  # as many as `prefetch` for a start
-            while (outputs := self._take()) is not None:
+            while True:
+                try:
+                    outputs = _outputs(self._pipeline, self.resources.gpu)
+                except RuntimeError as error:
+                    yield from self._decoded_on_cpu(error)
+                    self._pipeline.schedule_run()
+                    continue
+                if outputs is None:
+                    return
                 index = self._decoding.popleft()[0].index
                 self._pipeline.schedule_run()
                 yield index, outputs
@@ -137,28 +155,45 @@ class Decoder:
     def _read(self, indices: list[int]) -> list[tuple[np.ndarray, int, int]]:
         return [_for_dali(self.images, index) for index in indices]
 
-    def _take(self) -> list[torch.Tensor] | None:
-        try:
-            return self._outputs()
-        except RuntimeError as error:
-            if is_cuda_error(error):
-                raise
-            indices = np.concatenate([read.index for read, _ in self._decoding]).tolist()
-            raise ImageError(self._explain(indices, str(error))) from error
+    def _decoded_on_cpu(self, error: RuntimeError) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
+        """Yield what `run` does for all batches that were under way when the GPU's decoder raised `error`, and begin
+        anew with the GPU: DALI does not go on after an error, nor does it tell at which batch it was.
 
-    def _outputs(self) -> list[torch.Tensor] | None:
-        """Return the oldest batch's outputs, in the memory that DALI wrote them to, or None after the last batch.
-
-        They are ordered on the current stream, and so is the return of their memory.
+        Raises:
+            ImageError: an image is broken, or the CPU's decoder fails too.
+            RuntimeError: `error`, if CUDA raised it.
         """
-        stream = None if self.resources.gpu is None else torch.cuda.current_stream(self.resources.gpu)
-        try:
-            outputs = self._pipeline.share_outputs(cuda_stream=stream)
-        except StopIteration:
-            return None
-        tensors = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-        self._pipeline.release_outputs()
-        return tensors
+        if is_cuda_error(error):
+            raise error
+        held = list(self._decoding)
+        if not held:
+            raise error
+        indices = np.concatenate([read.index for read, _ in held]).tolist()
+        if not decodes_on_gpu(self.resources) or self._broken(indices):
+            raise ImageError(self._explain(indices, str(error))) from error
+        self.on_cpu += len(held)
+        message = " ".join(str(error).split())[:300]
+        warnings.warn(
+            f"DALI failed to decode on the GPU ({message}); {len(held)} batches under way are decoded on the CPU instead, "
+            f"{self.on_cpu} so far",
+            stacklevel=2,
+        )
+        given = iter([(read.encoded, *arrays) for read, arrays in held])
+        pipeline = self._build(replace(self.resources, gpu=None), lambda: next(given))
+        self._pipeline = self._build(self.resources, self._next)
+        self._decoding.clear()
+        pipeline.schedule_run()
+        for read, _ in held:
+            try:
+                outputs = _outputs(pipeline, None)
+            except RuntimeError as fault:
+                raise ImageError(self._explain(indices, str(fault))) from fault
+            # Their memory is used again for the next batch.
+            moved = [
+                tensor.clone() if self.resources.gpu is None else tensor.to(self.resources.gpu) for tensor in outputs
+            ]
+            pipeline.schedule_run()
+            yield read.index, moved
 
     def _empty(self) -> None:
         """Drop what is under way, after an epoch that is finished or not, to be ready for the next."""
@@ -167,58 +202,84 @@ class Decoder:
             for job in jobs:
                 job.cancel()
         self._reading.clear()
-        with contextlib.suppress(RuntimeError):  # raised by a pipeline that has failed for good
+        try:
             self._pipeline.schedule_run()  # finds no more batches
-            while self._outputs() is not None:
+            while _outputs(self._pipeline, self.resources.gpu) is not None:
                 pass
             self._pipeline.reset()
+        except RuntimeError:  # by a pipeline that has failed for good
+            self._failed = True
         self._decoding.clear()
         self._running = False
 
-    def _build(self, inputs: Sequence[Input], graph: Callable[..., list[types.DataNode]], batch_size: int) -> Pipeline:
-        """Build DALI's pipeline: inputs, decoder and graph.
+    def _build(self, resources: Resources, source: Callable[[], tuple]) -> Pipeline:
+        """Build DALI's pipeline: inputs, which `source` hands over, decoder and graph.
 
         Raises:
             UserError: DALI cannot use the GPU, because the driver or the GPU is too old for it, say.
         """
-        gpu = self.resources.gpu
+        gpu, inputs = resources.gpu, self._inputs
         pipeline = Pipeline(
-            batch_size=batch_size,
-            num_threads=self.resources.threads,
+            batch_size=self._batch_size,
+            num_threads=resources.threads,
             device_id=None if gpu is None else gpu.index,
-            prefetch_queue_depth=self.resources.prefetch,
+            prefetch_queue_depth=resources.prefetch,
         )
         with pipeline:
             encoded, *others = fn.external_source(
-                source=self._next,
+                source=source,
                 num_outputs=len(inputs),
                 dtype=[kind.dtype for kind in inputs],
                 ndim=[kind.ndim for kind in inputs],
                 batch=True,
                 no_copy=True,
             )
-            pipeline.set_outputs(*graph(_decode(encoded, self.resources), *others))
+            pipeline.set_outputs(*self._graph(_decode(encoded, resources), *others))
         try:
             pipeline.build()
         except RuntimeError as error:
             raise UserError(f"DALI does not run here; use --data.loader torchvision. It says: {error}") from error
         return pipeline
 
-    def _explain(self, indices: list[int], message: str) -> str:
-        """Say why DALI failed with these images under way. It does not tell at which it failed."""
+    def _broken(self, indices: list[int]) -> list[str]:
+        """Return what is wrong with those of these images that cannot be decoded."""
         faults = []
         for index in indices:
             try:
                 self.images.read(index)
             except ImageError as error:
                 faults.append(str(error))
-        if faults:
+        return faults
+
+    def _explain(self, indices: list[int], message: str) -> str:
+        """Say why DALI failed with these images under way. It does not tell at which it failed."""
+        if faults := self._broken(indices):
             return f"{len(faults)} of the next {len(indices)} images cannot be decoded, the first: {faults[0]}"
         names = ", ".join(self.images.name(index) for index in indices[:3])
         return (
             f"DALI failed with the images {names}, ... ({len(indices)} in all), which PIL can read; "
             f"--data.loader torchvision does not need it. DALI said: {message}"
         )
+
+
+def _outputs(pipeline: Pipeline, gpu: torch.device | None) -> list[torch.Tensor] | None:
+    """Return the oldest batch's outputs, in the memory that DALI wrote them to, or None after the last batch.
+
+    They are ordered on the current stream, and so is the return of their memory.
+    """
+    stream = None if gpu is None else torch.cuda.current_stream(gpu)
+    try:
+        outputs = pipeline.share_outputs(cuda_stream=stream)
+    except StopIteration:
+        return None
+    tensors = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+    pipeline.release_outputs()
+    return tensors
+
+
+def decodes_on_gpu(resources: Resources) -> bool:
+    """Return whether there is a GPU's decoder, which the CPU's can stand in for."""
+    return resources.gpu is not None
 
 
 def is_cuda_error(error: RuntimeError) -> bool:

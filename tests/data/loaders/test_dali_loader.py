@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import multiprocessing
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -20,9 +22,9 @@ from nvidia.dali.pipeline import Pipeline
 
 from pcl_fast.augmentations import AUGMENTATIONS, View
 from pcl_fast.config import DataConfig, view_of
-from pcl_fast.data import ImageSet, TrainingLoader, clustering_loader, find_images, training_loader
+from pcl_fast.data import Batch, ImageSet, TrainingLoader, clustering_loader, find_images, training_loader
 from pcl_fast.data.loaders import dali_decoder, dali_loader
-from pcl_fast.data.loaders.dali_decoder import is_cuda_error
+from pcl_fast.data.loaders.dali_decoder import Decoder, is_cuda_error
 from pcl_fast.data.loaders.dali_loader import centre_crops
 from pcl_fast.data.loaders.resources import Resources
 from pcl_fast.data.sources.images import to_rgb
@@ -260,6 +262,39 @@ def test_a_wrong_pipeline_is_told_from_a_broken_image(pieces, monkeypatch):
     training = pairs(pieces, config("dali"))
     with pytest.raises(ImageError, match=r"which PIL can read; --data.loader torchvision"):
         next(training.epoch(0))
+
+
+@pytest.mark.parametrize("failing", [{0}, {1}, {2}, {0, 3}])
+def test_batches_that_a_gpu_fails_to_decode_are_decoded_on_the_cpu(pieces, monkeypatch, failing):
+    """The same batches come in the same order; only without a GPU they are the same bytes too."""
+    expected = list(pairs(pieces, config("dali")).epoch(0))
+    training, asked = pairs(pieces, config("dali")), itertools.count()
+    share = Pipeline.share_outputs
+
+    def fail(self, **options):
+        if self is training._decoder._pipeline and next(asked) in failing:
+            raise RuntimeError("nvJPEG error (3): Bad jpeg")
+        return share(self, **options)
+
+    monkeypatch.setattr(dali_decoder, "decodes_on_gpu", lambda resources: True)
+    monkeypatch.setattr(Pipeline, "share_outputs", fail)
+    with pytest.warns(UserWarning, match=r"failed to decode on the GPU \(nvJPEG error .*; \d batches .* so far"):
+        batches = [Batch(tuple(view.clone() for view in batch.views), batch.index) for batch in training.epoch(0)]
+    assert 1 <= training._decoder.on_cpu <= 3
+    assert [batch.index.tolist() for batch in batches] == [batch.index.tolist() for batch in expected]
+    for batch, known in zip(batches, expected, strict=True):
+        assert all(torch.equal(*views) for views in zip(batch.views, known.views, strict=True))
+    with warnings.catch_warnings():  # the next epoch is the GPU's again
+        warnings.simplefilter("error")
+        monkeypatch.setattr(Pipeline, "share_outputs", share)
+        assert len(list(training.epoch(1))) == len(expected)
+
+
+def test_a_broken_image_is_not_decoded_twice(pieces, monkeypatch):
+    monkeypatch.setattr(dali_decoder, "decodes_on_gpu", lambda resources: True)
+    monkeypatch.setattr(Decoder, "_broken", lambda self, indices: ["that image"])
+    raised = raised_while_awaiting(pieces, RuntimeError("nvJPEG error"), monkeypatch)
+    assert "cannot be decoded, the first: that image" in str(raised)
 
 
 ILLEGAL_ADDRESS = """Critical error in pipeline:
