@@ -1,8 +1,8 @@
 """Whether the kernels compute on this GPU what their plain twins do: small fixed inputs, looked at when a run starts.
 
 A compiler's or a driver's fault shows on a GPU alone, and need not crash. Each check takes several tiles in every
-direction, so that a tile in the midst is there too; inputs that have much in common, so that a tile that is left out, or
-wrong in part, moves the result by more than rounding could; and types and widths of the run's own, so that what is
+direction, so that a tile in the midst is there too; inputs that have much in common, so that a tile that is left out,
+or wrong in part, moves the result by more than rounding could; and types and widths of the run's own, so that what is
 compiled here need not be compiled again.
 """
 

@@ -174,8 +174,8 @@ class Decoder:
         self.on_cpu += len(held)
         message = " ".join(str(error).split())[:300]
         warnings.warn(
-            f"DALI failed to decode on the GPU ({message}); {len(held)} batches under way are decoded on the CPU instead, "
-            f"{self.on_cpu} so far",
+            f"DALI failed to decode on the GPU ({message}); {len(held)} batches under way are decoded on the CPU "
+            f"instead, {self.on_cpu} so far",
             stacklevel=2,
         )
         given = iter([(read.encoded, *arrays) for read, arrays in held])
