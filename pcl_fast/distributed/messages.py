@@ -75,7 +75,14 @@ class _Reader:
         if not isinstance(told, dict):
             return told
         ((kind, content),) = told.items()
-        return getattr(self, f"_{kind}")(content)
+        kinds = {
+            "tuple": self._tuple,
+            "dict": self._dict,
+            "bytes": self._bytes,
+            "array": self._array,
+            "tensor": self._tensor,
+        }
+        return kinds[kind](content)
 
     def _tuple(self, parts: list[Any]) -> tuple:
         return tuple(self.restore(parts))
