@@ -81,7 +81,7 @@ PATIENT = """
 asked = []
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(number, lambda number, frame: asked.append(number))
-print("ready", flush=True)
+os.write(1, b"ready\\n")
 while not asked:
     time.sleep(0.02)
 time.sleep(0.5)
@@ -107,7 +107,7 @@ def test_signals_are_passed_on_and_the_end_is_waited_for(tmp_path, number):
 
 
 def test_under_nohup_a_hangup_ends_nothing(tmp_path):
-    process = start(tmp_path, "print('ready', flush=True)\ntime.sleep(1)\nprint('done', flush=True)", "nohup")
+    process = start(tmp_path, "os.write(1, b'ready\\n')\ntime.sleep(1)\nos.write(1, b'done\\n')", "nohup")
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.send_signal(signal.SIGHUP)
     assert process.communicate(timeout=60)[0] == "done\n" * 2
@@ -119,7 +119,7 @@ def test_ranks_notice_a_launcher_that_was_killed_before_they_looked(tmp_path):
     text = """
 from pcl_fast.run import launcher
 parent, launcher._SECONDS_BETWEEN_LOOKS = os.getppid(), 0.05
-print("ready", flush=True)
+os.write(1, b"ready\\n")
 while os.getppid() == parent:
     time.sleep(0.02)
 launcher.end_with_launcher()
@@ -157,7 +157,8 @@ import torch.distributed as dist
 from pcl_fast.distributed import connect, disconnect
 world = connect()
 dist.barrier()
-print("listening", *listening_addresses(os.getppid()), *listening_addresses(os.getpid()), flush=True)
+found = [*listening_addresses(os.getppid()), *listening_addresses(os.getpid())]
+os.write(1, f"listening {{' '.join(found)}}\\n".encode())
 dist.barrier()
 disconnect(world)
 """
