@@ -31,13 +31,13 @@ bench: setup
 		bench/svm.py --benchmark-enable --benchmark-sort=name --benchmark-columns=min,median,max,rounds
 
 # All tests on the stack for Volta, kernels in Triton's interpreter, and what they take on every architecture, which is
-# printed instead of tested. Needs no GPU.
+# printed instead of tested, and recorded: `git diff bench/results` shows what changed. Needs no GPU.
 check-v100:
 	$(MAKE) setup STACK=v100
 	.venv-v100/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "" --ignore tests/kernels/test_resources.py
-	.venv-v100/bin/python tests/kernels/resources.py 70
+	.venv-v100/bin/python tests/kernels/resources.py 70 --record bench/results
 	$(MAKE) setup STACK=cu13
-	.venv/bin/python tests/kernels/resources.py 80 90
+	.venv/bin/python tests/kernels/resources.py 80 90 --record bench/results
 
 $(VENV)/ready: requirements/$(STACK).txt requirements/tools.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,7 +1,10 @@
 """Compiles the kernels for GPUs that need not be present, and prints two lines per kernel and target: what it takes,
 and the instructions of its inner loop by pipe, with the bound that follows from them.
 
-    python tests/kernels/resources.py 80 90
+    python tests/kernels/resources.py 80 90 [--record bench/results]
+
+With --record it also writes <folder>/bounds-sm_<target>.json, which docs/benchmarks.md quotes. Neither commit nor date
+is in it: the same code and compiler make the same file.
 
 The exit code is 1 if a kernel spills registers inside a loop, needs more shared memory than the GPU has, or fewer of
 its programs fit a multiprocessor than its launch counts on; if a product does not run on the matrix units, the compiler
@@ -14,7 +17,9 @@ kernel stays below it. Both sides of a branch are counted, so of code with branc
 
 from __future__ import annotations
 
+import argparse
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -249,17 +254,57 @@ def loop_line(case: Case, found: Resources, capability: int) -> str:
     return line
 
 
-def main(targets: list[int]) -> int:
+def entry(case: Case, found: Resources, capability: int) -> dict:
+    """Return what the record says about a kernel."""
+    warps = case.options.get("num_warps", 4)
+    result = {
+        "registers": found.registers,
+        "spills": found.spills,
+        "spills_in_loops": found.spills_in_loops,
+        "shared_bytes": found.shared,
+        "programs_on_a_multiprocessor": found.programs(warps, capability),
+        "matrix_instructions": found.matrix,
+        "instructions_of_the_loop": len(found.loop),
+        "by_pipe": dict(machine_code.by_pipe(found.loop).most_common()),
+    }
+    if capability in machine_code.GPUS:
+        limit = machine_code.bound(found.loop, warps, machine_code.GPUS[capability])
+        result["bound"] = {
+            "tflop_per_s": round(limit.flop / 1e12, 1),
+            "tb_per_s": round(limit.bytes / 1e12, 2),
+            "limit": limit.limit,
+        }
+    return result
+
+
+def write_record(folder: Path, capability: int, kernels: dict[str, dict]) -> Path:
+    gpu = machine_code.GPUS.get(capability)
+    known = {"gpu": gpu.name, "memory_tb_per_s": gpu.memory / 1e12} if gpu else {}
+    record = {"target": f"sm_{capability}", **known, "triton": triton.__version__, "kernels": kernels}
+    path = folder / f"bounds-sm_{capability}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    return path
+
+
+def main(targets: list[int], folder: Path | None = None) -> int:
     failed = False
     for capability in targets:
+        kernels = {}
         for case in cases(capability):
             found = resources(build(case, capability))
             wrong = faults(case, found, capability)
             failed |= bool(wrong)
             print(f"sm_{capability}  {case.name:20} {found}{'   <- FAILS: ' + '; '.join(wrong) if wrong else ''}")
             print(f"{'':7}{loop_line(case, found, capability)}", flush=True)
+            kernels[case.name] = entry(case, found, capability)
+        if folder:
+            print(f"written: {write_record(folder, capability, kernels)}")
     return int(failed)
 
 
 if __name__ == "__main__":
-    sys.exit(main([int(argument) for argument in sys.argv[1:]]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("targets", nargs="+", type=int, help="compute capabilities, such as 90")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="write a record of each target into this folder")
+    arguments = parser.parse_args()
+    sys.exit(main(arguments.targets, arguments.record))

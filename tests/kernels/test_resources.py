@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,16 +11,18 @@ from pathlib import Path
 import pytest
 import triton
 
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
 # Triton 3.1 is the stack for Volta.
 TARGETS = ("70",) if triton.__version__.startswith("3.1.") else ("80", "90")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
-def test_kernels_compile_without_spills_in_loops_and_use_the_matrix_units(target):
+def test_kernels_compile_without_spills_in_loops_and_use_the_matrix_units(target, tmp_path):
     script = Path(__file__).parent / "resources.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, script, target], env=environment, capture_output=True, text=True)
+    command = [sys.executable, script, target, "--record", tmp_path]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(done.stdout)
     assert done.returncode == 0, done.stdout + done.stderr
     for kernel in (
@@ -34,3 +37,7 @@ def test_kernels_compile_without_spills_in_loops_and_use_the_matrix_units(target
         "shift_and_scale fp16",
     ):
         assert f"sm_{target}  {kernel}" in done.stdout
+    record = f"bounds-sm_{target}.json"
+    assert json.loads((tmp_path / record).read_text()) == json.loads((RESULTS / record).read_text()), (
+        f"bench/results/{record} is of other kernels: python tests/kernels/resources.py {target} --record bench/results"
+    )
