@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import platform
-import re
 import statistics
-import subprocess
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 
 import device
+import machine
 import pytest
-import torch
-
-HERE = Path(__file__).parent
 
 
 def pytest_addoption(parser) -> None:
-    parser.addoption("--results", type=Path, default=HERE / "results", help="folder of the benchmarks' records")
+    parser.addoption("--results", type=Path, default=machine.HERE / "results", help="folder of the benchmarks' records")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def machine() -> tuple[dict, str]:
+def described() -> tuple[dict, str]:
     """Describe the machine before any benchmark runs, because one that fails can leave the GPU unusable."""
-    return describe_machine()
+    return machine.describe()
 
 
 def pytest_sessionfinish(session) -> None:
@@ -35,16 +28,16 @@ def pytest_sessionfinish(session) -> None:
         if benchmark.stats.data and not benchmark.has_error:
             by_module.setdefault(Path(benchmark.fullname.split("::")[0]).stem, []).append(benchmark)
     for module, entries in by_module.items():
-        machine, slug = describe_machine()
+        found, slug = machine.describe()
         folder = session.config.getoption("results") / slug
         folder.mkdir(parents=True, exist_ok=True)
         record = {
-            "commit": output_of("git", "-C", str(HERE), "describe", "--always", "--dirty"),
+            "commit": machine.commit(),
             "date": date.today().isoformat(),
-            **machine,
+            **found,
             **entries[0].extra_info.get("versions", {}),
             "sizes": entries[0].extra_info["sizes"],
-            "cases": cases(entries, machine),
+            "cases": cases(entries, found),
         }
         path = folder / f"{module}.json"
         path.write_text(json.dumps(record, indent=2) + "\n")
@@ -54,21 +47,21 @@ def pytest_sessionfinish(session) -> None:
                 print(f"  {group}, {provider}: {row['median_ms']} ms, {row['times_faster_than_first']}x")
 
 
-def cases(entries: list, machine: dict) -> dict[str, dict]:
+def cases(entries: list, found: dict) -> dict[str, dict]:
     """Return, for every group, its case and its providers' figures, in the order in which they ran."""
     result: dict[str, dict] = {}
     for entry in entries:
         case = entry.extra_info["case"]
         if entry.group not in result:
-            floor = {"floor_ms": floor_ms(case, machine)} if "floor_bytes" in case else {}
+            floor = {"floor_ms": floor_ms(case, found)} if "floor_bytes" in case else {}
             result[entry.group] = {**case, **floor, "providers": {}}
         providers = result[entry.group]["providers"]
         first = next(iter(providers.values()))["median_ms"] if providers else None
-        providers[entry.extra_info["provider"]] = figures(entry, machine, first)
+        providers[entry.extra_info["provider"]] = figures(entry, found, first)
     return result
 
 
-def figures(entry, machine: dict, first_ms: float | None) -> dict:
+def figures(entry, found: dict, first_ms: float | None) -> dict:
     """Return a provider's figures: times in ms, how many times faster it is than the group's first provider, rates of
     the work that the case names, memory, and what the benchmark itself has found out.
     """
@@ -83,56 +76,21 @@ def figures(entry, machine: dict, first_ms: float | None) -> dict:
         "rounds": len(times),
         "times_faster_than_first": round((first_ms or median) / median, 2),
         **{rate: round(case[work] / unit / median, 3) for rate, (work, unit) in rates.items() if work in case},
-        **share_of_matmul(case, machine, median),
+        **share_of_matmul(case, found, median),
         "peak_extra_bytes": entry.extra_info.get("peak_extra_bytes"),
         **entry.extra_info.get("figures", {}),
     }
 
 
-def share_of_matmul(case: dict, machine: dict, ms: float) -> dict[str, float]:
+def share_of_matmul(case: dict, found: dict, ms: float) -> dict[str, float]:
     """Return the share of the rate of PyTorch's matrix product, if that and not memory is the floor; nothing on a CPU,
     whose rate is not measured.
     """
     if not device.CUDA or "flop" not in case or "floor_bytes" in case:
         return {}
-    return {"share_of_matmul": round(case["flop"] / 1e9 / ms / machine["matmul_tflop_per_s"], 3)}
+    return {"share_of_matmul": round(case["flop"] / 1e9 / ms / found["matmul_tflop_per_s"], 3)}
 
 
-def floor_ms(case: dict, machine: dict) -> float | None:
+def floor_ms(case: dict, found: dict) -> float | None:
     """Return how long the GPU takes to copy the case's bytes, in ms; None on a CPU, whose rate is not measured."""
-    return round(case["floor_bytes"] / machine["copy_gb_per_s"] / 1e6, 5) if device.CUDA else None
-
-
-@functools.cache
-def describe_machine() -> tuple[dict, str]:
-    """Return what the figures depend on, and a folder name for it."""
-    name = torch.cuda.get_device_name() if device.CUDA else f"{processor()} CPU, {torch.get_num_threads()} threads"
-    machine = {
-        "machine": name,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": version("triton"),
-    }
-    if device.CUDA:
-        machine["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-        machine["copy_gb_per_s"] = round(device.copy_rate() / 1e9, 1)
-        machine["matmul_tflop_per_s"] = round(device.matmul_rate() / 1e12, 1)
-    return machine, re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def processor() -> str:
-    """Return the processor's model, or its architecture if the system does not tell the model."""
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine()
-
-
-def output_of(*command: str) -> str:
-    """Return the first line that a command prints, or "unknown" if it does not exist or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return done.stdout.strip().partition("\n")[0]
+    return round(case["floor_bytes"] / found["copy_gb_per_s"] / 1e6, 5) if device.CUDA else None

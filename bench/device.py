@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -88,6 +89,11 @@ def capture(step: Callable[[], torch.Tensor]) -> tuple[Callable[[], torch.Tensor
         return output
 
     return replay, size
+
+
+def cores() -> int:
+    """Return how many of the processor's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seconds(function: Callable) -> float:

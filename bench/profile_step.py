@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import conftest
 import device
+import machine
 import recipe
 import step
 import torch
@@ -196,10 +196,10 @@ def lane(axes: Axes, label: str, events: Iterable[FunctionEvent], step_range: An
 
 
 def main() -> None:
-    machine, slug = conftest.describe_machine()
+    found, slug = machine.describe()
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--batch", type=int, default=step.BATCHES[0])
-    parser.add_argument("--out", type=Path, default=conftest.HERE / "results" / slug)
+    parser.add_argument("--out", type=Path, default=machine.HERE / "results" / slug)
     arguments = parser.parse_args()
 
     torch.backends.cudnn.benchmark = True
@@ -213,7 +213,7 @@ def main() -> None:
     for _ in range(STEPS):
         seconds.append(device.seconds(reference))
         phases.step(ours)
-    title = f"{case}: {machine['machine']}, torch {torch.__version__}"
+    title = f"{case}: {found['machine']}, torch {torch.__version__}"
     shown = title, phases.medians(), 1e3 * statistics.median(seconds), Operators(ours)
 
     arguments.out.mkdir(parents=True, exist_ok=True)
