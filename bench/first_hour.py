@@ -106,6 +106,7 @@ def main() -> int:
     outcomes = {}
     with tempfile.TemporaryDirectory(prefix="pcl_fast-") as scratch:
         place = find_place(out, Path(scratch))
+        place.folder.mkdir(exist_ok=True)
         for name in arguments.parts:
             print(f"\n=== {name}: {PARTS[name].purpose}", flush=True)
             outcomes[name] = run(name, place, arguments.limit, options)

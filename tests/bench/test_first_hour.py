@@ -8,10 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import first_hour
+import machine
 import pytest
 import summary
+import torch
 from first_hour import FIRST_HOUR, Outcome, Part, Place, judge_script, judge_tests
 from left_out import missing_module
 
@@ -41,6 +44,17 @@ def test_a_part_that_there_is_not(capsys):
     with pytest.raises(SystemExit):
         first_hour.parse(["lost"])
     assert 'no part is called "lost"; there are gpu, self-check' in capsys.readouterr().err
+
+
+def test_gpu_and_stack_are_told(monkeypatch):
+    gpu = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=80 << 30)
+    monkeypatch.setattr(machine.device, "CUDA", True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 28, 9))
+    found = machine.stack()
+    assert (found["gpus"], found["capability"], found["memory_gib"], found["nccl"]) == (4, "sm_90", 80.0, "2.28.9")
+    assert found["packages"]["pytest"] == pytest.__version__
 
 
 def test_every_part_s_files_exist():
@@ -152,10 +166,10 @@ def test_parts_are_recorded_beside_those_of_earlier_runs_and_shown(place):
     assert "1 failed" not in text
 
 
-@pytest.mark.parametrize("machine", sorted(path for path in (BENCH / "results").iterdir() if path.is_dir()))
-def test_all_records_are_shown(machine):
-    text = summary.summary(machine)
-    for path in machine.glob("*.json"):
+@pytest.mark.parametrize("folder", sorted(path for path in (BENCH / "results").iterdir() if path.is_dir()))
+def test_all_records_are_shown(folder):
+    text = summary.summary(folder)
+    for path in folder.glob("*.json"):
         for case, content in json.loads(path.read_text())["cases"].items():
             for provider, figures in content.get("providers", {}).items():
                 assert f"| {case} | {provider} | {figures['median_ms']:,.4g} |" in text
