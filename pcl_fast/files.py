@@ -32,7 +32,7 @@ def write_whole(
     Args:
         also_as: another path for the same bytes, as good as a copy. It is there before `path` is.
         before_as: where the file that has been at `path` is kept. What has been there stays until the new file is
-            whole, unless the disk has no room for all three.
+            whole, unless the disk has no room for all three, and gets some by its end.
         size: bytes that it will have, about, if that is known; for the message.
 
     Raises:
@@ -45,10 +45,11 @@ def write_whole(
             _fill(aside, write)
         except OSError as error:
             # A limit on a file's size, EFBIG, would be the same with more room.
-            if before_as is None or error.errno not in (errno.ENOSPC, errno.EDQUOT) or not path.exists():
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if before_as is None or not full or not path.exists() or not _frees_room(before_as):
                 raise
             ask_guard(path)
-            before_as.unlink(missing_ok=True)
+            before_as.unlink()
             _fill(aside, write)
         if also_as is not None:
             _duplicate(aside, also_as)
@@ -161,6 +162,11 @@ def _duplicate(source: Path, target: Path) -> None:
         _remove(aside)
 
 
+def _frees_room(path: Path) -> bool:
+    """Whether there is a file that would be gone from the disk without this name."""
+    return path.exists() and path.stat().st_nlink == 1
+
+
 def _keep(path: Path, before_as: Path) -> None:
     """Give a file that is about to be replaced another name. Where the file system has no links, nothing is at `path`
     for a moment.
@@ -171,7 +177,10 @@ def _keep(path: Path, before_as: Path) -> None:
     except OSError:
         _rename(path, before_as)
     else:
-        _rename(linked, before_as)
+        try:
+            _rename(linked, before_as)
+        finally:
+            _remove(linked)  # to rename a file to another of its own names does nothing
 
 
 def _rename(source: Path, target: Path) -> None:

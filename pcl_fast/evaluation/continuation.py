@@ -14,6 +14,7 @@ from pcl_fast.distributed import World, all_or_none, all_reduce_sum, check_same
 from pcl_fast.errors import CheckpointError
 from pcl_fast.files import remove_unfinished, write_whole
 from pcl_fast.run.signals import Stopped, StopSignals
+from pcl_fast.torch_files import read_torch
 
 # Long enough that saving costs nothing, short enough to lose little.
 _SECONDS_BETWEEN_SAVES = 600.0
@@ -51,9 +52,9 @@ class Continuation:
         if not self.path.exists():
             return None
         try:
-            found = torch.load(self.path, map_location="cpu", weights_only=True)
+            found = read_torch(self.path)
             before = found["settings"]
-        except Exception as error:
+        except (CheckpointError, LookupError, TypeError) as error:
             raise CheckpointError(f"{self.path} is damaged; delete it to start anew") from error
         names = sorted(before.keys() | self.settings.keys())
         changed = [name for name in names if before.get(name) != self.settings.get(name)]

@@ -6,7 +6,6 @@ import argparse
 import hashlib
 import pickle
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,9 @@ import safetensors
 import safetensors.torch
 import torch
 
-from pcl_fast.errors import CheckpointError
+from pcl_fast.errors import CheckpointError, DamagedError
 from pcl_fast.run.checkpoint import NAME
+from pcl_fast.torch_files import read_torch
 
 HUB_NAME = "model.safetensors"
 
@@ -42,8 +42,7 @@ def read(file: Path) -> Any:
     """Return what a file of PyTorch or safetensors holds, on the CPU, without running code that it brings.
 
     Raises:
-        CheckpointError: it cannot be read, or not without such code; says how to convert it.
-        OSError: the file cannot be opened.
+        CheckpointError: it cannot be read, is damaged, or cannot be read without such code; says how to convert it.
     """
     return _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
 
@@ -67,17 +66,12 @@ def _read_safetensors(file: Path) -> dict[str, torch.Tensor]:
 def _read_torch(file: Path) -> Any:
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except pickle.UnpicklingError as error:
-        if not _is_pickle(file):
-            raise CheckpointError(f"{file} is no file of PyTorch") from error
-        named = re.search(r"GLOBAL ([\w.]+)", str(error))
+            return read_torch(file)
+    except CheckpointError as error:
+        if not isinstance(error.__cause__, pickle.UnpicklingError) or isinstance(error, DamagedError):
+            raise
+        named = re.search(r"GLOBAL ([\w.]+)", str(error.__cause__))
         raise CheckpointError(_ADVICE.format(file=file, needs=named[1] if named else "a newer pickle")) from error
-    except Exception as error:
-        reason = re.split(r"\n|\. ", str(error))[0]
-        raise CheckpointError(f"{file} is no readable file of PyTorch ({type(error).__name__}: {reason})") from error
 
 
 _ADVICE = """\
@@ -86,12 +80,6 @@ file brings. If you trust it, write its tensors into a file of their own where i
 that:
   content = torch.load("{file}", map_location="cpu", weights_only=False)
   torch.save(content["state_dict"], "tensors.pth")  # or content["model"], ..., or content.state_dict() of a network"""
-
-
-def _is_pickle(file: Path) -> bool:
-    """Whether a file is a pickle, which begins with its protocol, or a zip, in which PyTorch puts one."""
-    with open(file, "rb") as content:
-        return content.read(1) == pickle.PROTO or zipfile.is_zipfile(file)
 
 
 def _stand_in(module: str, name: str) -> type:

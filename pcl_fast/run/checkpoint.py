@@ -16,8 +16,6 @@ It holds tensors and plain Python values, by these keys:
 
 from __future__ import annotations
 
-import errno
-import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +26,7 @@ import torch
 from pcl_fast.errors import DIVERGED, CheckpointError, DamagedError, NonFiniteError
 from pcl_fast.files import replace, write_whole
 from pcl_fast.run.rows import FILE
+from pcl_fast.torch_files import find_damage, read_torch
 
 NAME = "checkpoint.pt"
 # The one before it, for a disk that has damaged the last.
@@ -132,12 +131,14 @@ def _is_at_its_beginning(folder: Path) -> bool:
 
 
 def has_previous(folder: Path) -> bool:
-    """Whether the checkpoint before the last is there, and not cut short. Its tensors are not read."""
+    """Whether the checkpoint before the last is there and whole, and a file of its own: a process that was killed while
+    it saved may have left two names of one.
+    """
+    previous, last = folder / PREVIOUS, folder / NAME
     try:
-        torch.load(folder / PREVIOUS, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:
+        return find_damage(previous) is None and not (last.exists() and previous.samefile(last))
+    except OSError:
         return False
-    return True
 
 
 def put_back(folder: Path) -> None:
@@ -160,15 +161,15 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
 
     Raises:
         CheckpointError: the file is not a checkpoint, or of another version of pcl_fast; names it.
+        DamagedError: it has other bytes than were written.
     """
     file = path / NAME if path.is_dir() or not path.suffix else path
     if not file.exists():
         return None
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:
-        kind, fault = _fault(file, error)
-        raise kind(f"{file} is no readable checkpoint: {fault}; {_WAY_OUT}") from error
+        state = read_torch(file)
+    except CheckpointError as error:
+        raise type(error)(f"{error}; {_WAY_OUT}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(
             f"{file} was not written by this version of pcl_fast: it holds {_contents(state)}. Go on with the version "
@@ -186,20 +187,6 @@ def check_whole(state: dict[str, Any], path: Path) -> None:
     missing = [name for name in PARTS if name not in state]
     if missing:
         raise CheckpointError(f"the checkpoint of {path} has no {', '.join(missing)}; {_WAY_OUT}")
-
-
-def _fault(file: Path, error: Exception) -> tuple[type[CheckpointError], str]:
-    """Say why PyTorch does not read a file; its own messages take ten lines, and advise to run what is in there."""
-    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-        return CheckpointError, error.strerror or str(error)
-    size = file.stat().st_size
-    with open(file, "rb") as opened:
-        is_zip = opened.read(2) == b"PK"
-    if not size:
-        return DamagedError, "it is empty"
-    if is_zip and isinstance(error, pickle.UnpicklingError):
-        return CheckpointError, "it holds more than tensors and plain values, which is not read since it could run code"
-    return DamagedError, f"its {size} bytes are {'damaged, or only a part' if is_zip else 'not a file of PyTorch'}"
 
 
 def _contents(state: Any) -> str:

@@ -32,7 +32,7 @@ def here(tmp_path, monkeypatch):
     [
         (lambda: b"", "it is empty"),
         (lambda: b"no checkpoint", "its 13 bytes are not a file of PyTorch"),
-        (lambda: pickle.dumps(Path("x"), protocol=2), r"its \d+ bytes are not a file of PyTorch"),
+        (lambda: pickle.dumps(Path("x"), protocol=2), "holds more than tensors and plain values, which is not read"),
         (lambda: zipped({"a": torch.ones(1000)})[:2000], "its 2000 bytes are damaged, or only a part"),
         (lambda: zipped({"a": torch.ones(1000)})[:-3], r"its \d+ bytes are damaged, or only a part"),
         (

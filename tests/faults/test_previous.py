@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from launches import same_rows, same_state
 from pcl_fast.distributed import World
 from pcl_fast.errors import CheckpointError, UserError
 from pcl_fast.files import write_whole
-from pcl_fast.run.checkpoint import load_checkpoint, load_last, save_checkpoint
+from pcl_fast.pretrained import read_pretrained
+from pcl_fast.run.checkpoint import has_previous, load_checkpoint, load_last, save_checkpoint
 from pcl_fast.run.ownership import OWNER, owned
 from pcl_fast.train import run
 
@@ -22,9 +24,18 @@ DAMAGE = {
     "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
     "cut by a byte": lambda path: os.truncate(path, path.stat().st_size - 1),
     "empty": lambda path: os.truncate(path, 0),
+    "other bytes": lambda path: change_some_bytes(path),
     "zeros": lambda path: path.write_bytes(bytes(5000)),
     "gone": lambda path: path.unlink(),
 }
+
+
+def change_some_bytes(path: Path) -> None:
+    """In the midst of a tensor, as a disk or a cable does. PyTorch itself reads such a file."""
+    with open(path, "r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(bytes(byte ^ 64 for byte in os.pread(file.fileno(), 8, file.tell())))
+    torch.load(path, weights_only=True)
 
 
 @pytest.fixture(scope="module")
@@ -197,3 +208,66 @@ def test_who_has_been_taken_over_leaves_the_one_before(tmp_path):
             save_checkpoint(tmp_path, {"epoch": 3})
     assert load_checkpoint(tmp_path)["epoch"] == 2
     assert load_checkpoint(tmp_path / "checkpoint.previous.pt")["epoch"] == 1
+
+
+def test_a_process_that_is_killed_while_it_saves_leaves_two_checkpoints_or_says_that_it_did_not(tmp_path, monkeypatch):
+    """Between the two renames both names are of one file: damage to it would be damage to both."""
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path, {"epoch": epoch})
+    assert has_previous(tmp_path)
+    rename = os.replace
+
+    def killed(source, target):
+        if Path(target).name == "checkpoint.pt":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path, {"epoch": 3})
+    monkeypatch.undo()
+    assert load_last(tmp_path)[0]["epoch"] == 2
+    assert not has_previous(tmp_path)
+    save_checkpoint(tmp_path, {"epoch": 3})
+    assert has_previous(tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint.previous.pt")["epoch"] == 2
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint.previous.pt", "checkpoint.pt"]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_one_before_that_is_damaged_does_not_count(tmp_path, damage):
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path, {"epoch": epoch, "weights": torch.ones(1000)})
+    DAMAGE[damage](tmp_path / "checkpoint.previous.pt")
+    assert not has_previous(tmp_path)
+
+
+def test_one_before_that_is_kept_too_is_not_given_up(tmp_path):
+    """Its second name would keep its bytes on the disk, which would be as full as before."""
+    path, before, kept = tmp_path / "a", tmp_path / "b", tmp_path / "kept"
+    path.write_bytes(b"1")
+    before.write_bytes(b"0")
+    os.link(before, kept)
+
+    def write(file) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=f"cannot write {path}: No space left on device"):
+        write_whole(path, write, before_as=before)
+    assert (path.read_bytes(), before.read_bytes(), kept.read_bytes()) == (b"1", b"0", b"0")
+    assert len(os.listdir(tmp_path)) == 3
+
+
+def test_a_damaged_checkpoint_is_not_taken_up_by_another_run(whole, tmp_path, image_folder, alone):
+    damaged = shutil.copytree(whole, tmp_path / "damaged") / "checkpoint.pt"
+    change_some_bytes(damaged)
+    config = tiny(image_folder, tmp_path / "new", resume_from=damaged)
+    with pytest.raises(CheckpointError, match="bytes are damaged: those of archive/data/"):
+        run(config, alone)
+
+
+def test_a_damaged_checkpoint_is_not_scored(whole, tmp_path):
+    damaged = shutil.copytree(whole, tmp_path / "damaged")
+    change_some_bytes(damaged / "checkpoint.pt")
+    with pytest.raises(CheckpointError, match="bytes are damaged: those of archive/data/"):
+        read_pretrained(damaged, "query")

@@ -154,9 +154,14 @@ def test_what_cannot_be_read(tmp_path, state):
     (tmp_path / "a.pth").write_text("<!DOCTYPE html>")
     assert "a.pth is no" in refused(tmp_path / "a.pth")
     (tmp_path / "b.pth").write_text("")
-    assert "b.pth is no readable file of PyTorch" in refused(tmp_path / "b.pth")
+    assert refused(tmp_path / "b.pth") == f"{tmp_path / 'b.pth'} is no readable checkpoint: it is empty"
     (tmp_path / "c.safetensors").write_text("<!DOCTYPE html>")
     assert "c.safetensors is no readable safetensors file" in refused(tmp_path / "c.safetensors")
     torch.save(without_classifier(resnet()), tmp_path / "d.pth")
-    (tmp_path / "d.pth").write_bytes((tmp_path / "d.pth").read_bytes()[:-500])
-    assert "d.pth is no readable file of PyTorch" in refused(tmp_path / "d.pth")
+    content = (tmp_path / "d.pth").read_bytes()
+    for left in (len(content) - 500, 5000):
+        (tmp_path / "d.pth").write_bytes(content[:left])
+        said = f"d.pth is no readable checkpoint: its {left} bytes are damaged, or only a part"
+        assert refused(tmp_path / "d.pth").endswith(said)
+    (tmp_path / "d.pth").write_bytes(content[:-90_000] + bytes(9) + content[-90_000 + 9 :])
+    assert "bytes are damaged: those of d/data/" in refused(tmp_path / "d.pth")
