@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,7 +24,9 @@ def command(name: str) -> Iterator[None]:
             yield
         except KeyboardInterrupt:
             sys.exit(f"{name}: stopped")
-        except (ValueError, UserError, OSError) as error:
+        except OSError as error:
+            sys.exit(f"{name}: {_of_a_file(error)}")
+        except (ValueError, UserError) as error:
             sys.exit(f"{name}: {error}")
         except RuntimeError as error:
             if (sentence := _in_words(error)) is None:
@@ -31,6 +35,21 @@ def command(name: str) -> Iterator[None]:
         finally:
             # When a loader's process ends with this one, PyTorch's handler raises an error, and Python prints a trace.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _of_a_file(error: OSError) -> str:
+    """Say what to do where a file is in the way of a folder, or a folder in that of a file."""
+    if error.filename is None or error.errno not in _IN_THE_WAY:
+        return str(error)
+    what = _IN_THE_WAY[error.errno]
+    return f"{os.fsdecode(error.filename)}: {error.strerror}; {what}: move it away, or choose another place"
+
+
+_IN_THE_WAY = {
+    errno.EEXIST: "a file is where a folder is wanted",
+    errno.ENOTDIR: "a file is where a folder is wanted",
+    errno.EISDIR: "a folder is where a file is wanted",
+}
 
 
 def _in_words(error: RuntimeError) -> str | None:

@@ -43,6 +43,22 @@ def test_a_closed_pipe_and_an_ascii_terminal_end_nothing(encoding):
     assert (done.returncode, done.stderr) == (0, b"to the end\n")
 
 
+@pytest.mark.parametrize(
+    ("do", "said"),
+    [
+        (lambda path: path.mkdir(), "File exists; a file is where a folder is wanted"),
+        (lambda path: (path / "run").mkdir(parents=True), "Not a directory; a file is where a folder is wanted"),
+        (lambda path: path.parent.read_text(), "Is a directory; a folder is where a file is wanted"),
+    ],
+)
+def test_what_is_in_the_way_is_named(tmp_path, do, said):
+    path = tmp_path / "runs"
+    path.write_text("")
+    whole = f"^train: {tmp_path}.*: {said}: move it away, or choose another place$"
+    with pytest.raises(SystemExit, match=whole), command("train"):
+        do(path)
+
+
 def test_what_ascii_lacks_is_written_as_an_escape():
     done = speaking(subprocess.PIPE, PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stderr) == (0, b"to the end\n")
