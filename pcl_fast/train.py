@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from pathlib import Path
 
 import torch
 
@@ -87,11 +86,9 @@ def open_images(config: Config, world: World) -> ImageSet:
     if data.root is None and config.preset != "demo":
         raise ValueError("--data is missing: the folder of class folders, of images, or of tar shards to train on")
 
-    if data.root is not None and data.format == "folder":
-        _check_apart(config.output, data.root)
-
     def find() -> ImageSet:
-        return open_set(data.root or digits_folder(), data.format, strict=not data.skip_broken)
+        root, apart_from = (data.root, config.output) if data.root else (digits_folder(), None)
+        return open_set(root, data.format, strict=not data.skip_broken, apart_from=apart_from)
 
     images = main_first(find, world)
     if world.is_main:
@@ -108,18 +105,6 @@ def open_images(config: Config, world: World) -> ImageSet:
     if world.is_main and broken:
         print(f"{broken} images cannot be decoded and are left out; {record} names them", flush=True)
     return images
-
-
-def _check_apart(output: Path, root: Path) -> None:
-    """
-    Raises:
-        ValueError: the output lies among the images.
-    """
-    if output.resolve().is_relative_to(root.resolve()):
-        raise ValueError(
-            f"--output {output} lies inside --data {root}, so that the run's report.png would be an image of the next "
-            "run; choose another --output, and move a run away that is there already"
-        )
 
 
 if __name__ == "__main__":

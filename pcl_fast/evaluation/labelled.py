@@ -42,15 +42,16 @@ def holds_labelled(folder: Path) -> str | None:
     return f"{folder} has no folders {TRAIN} and {TEST}, nor Places205's lists"
 
 
-def open_labelled(folder: Path, format: str = "folder") -> Labelled:
+def open_labelled(folder: Path, format: str = "folder", apart_from: Path | None = None) -> Labelled:
     """Open folder/train and folder/val, each a folder of class folders or of tar shards; or Places205 by its lists.
 
     Raises:
-        ImageError: one of them is missing or has no labels, or the classes are not the same in both.
+        ImageError: one of them is missing or has no labels, the classes are not the same in both, or `apart_from`, a
+            folder, lies among the images.
     """
     if holds_places(folder):
         return pair(*find_places(folder))
-    return pair(*(_open_part(folder, part, format) for part in (TRAIN, TEST)))
+    return pair(*(_open_part(folder, part, format, apart_from) for part in (TRAIN, TEST)))
 
 
 def holds_labels(folder: Path) -> str | None:
@@ -60,16 +61,19 @@ def holds_labels(folder: Path) -> str | None:
     return f"{folder} has no class folders"
 
 
-def open_training(folder: Path, format: str = "folder") -> tuple[ImageSet, torch.Tensor]:
+def open_training(
+    folder: Path, format: str = "folder", apart_from: Path | None = None
+) -> tuple[ImageSet, torch.Tensor]:
     """Open folder/train, or the folder itself if it has no train in it.
 
     Returns:
         The images, and labels int64 [n] that number their classes from 0 without gaps.
 
     Raises:
-        ImageError: there are no images, or they have no labels.
+        ImageError: there are no images, they have no labels, or `apart_from`, a folder, lies among them.
     """
-    images = open_set(folder / TRAIN if (folder / TRAIN).is_dir() else folder, format)
+    root = folder / TRAIN if (folder / TRAIN).is_dir() else folder
+    images = open_set(root, format, apart_from=apart_from)
     return images, _classes(images, "training images")[1]
 
 
@@ -103,10 +107,10 @@ def _classes(images: ImageSet, what: str) -> tuple[tuple[str, ...], torch.Tensor
     return tuple(names[number] if names else str(number) for number in present.tolist()), labels
 
 
-def _open_part(folder: Path, part: str, format: str) -> ImageSet:
+def _open_part(folder: Path, part: str, format: str, apart_from: Path | None) -> ImageSet:
     if not (folder / part).is_dir():
         raise ImageError(
             f"{folder / part} is missing; --data wants a folder with {TRAIN} and {TEST} in it, each of class "
             "folders, or of tar shards with --format webdataset; or Places205 with its lists"
         )
-    return open_set(folder / part, format)
+    return open_set(folder / part, format, apart_from=apart_from)

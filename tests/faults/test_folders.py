@@ -130,9 +130,24 @@ def test_an_output_among_the_images_is_refused(tmp_path, image, alone, name):
     root = tree(tmp_path / "images", image, "a/1.jpg")
     (tmp_path / "link").symlink_to(root)
     inside = replace(DEMO, output=tmp_path / "link" / name, data=replace(DEMO.data, root=root))
-    with pytest.raises(ValueError, match=f"--output {inside.output} lies inside --data {root}"):
+    with pytest.raises(ImageError, match=f"--output {inside.output} lies inside --data {root}, so that"):
         open_images(inside, alone)
     open_images(replace(inside, output=tmp_path / "images-run"), alone)
+
+
+@pytest.mark.parametrize("name", ["", "new", "new/deep"])
+def test_an_output_that_a_link_among_the_images_leads_to_is_refused(tmp_path, image, alone, name):
+    root, runs = tree(tmp_path / "images", image, "a/1.jpg"), tmp_path / "runs"
+    runs.mkdir()
+    (root / "a" / "mine").symlink_to(runs)
+    inside = replace(DEMO, output=runs / name, data=replace(DEMO.data, root=root))
+    said = (
+        f"--output {inside.output} lies inside --data {root}, by the link {root / 'a' / 'mine'}, so that its pictures"
+    )
+    with pytest.raises(ImageError, match=said):
+        open_images(inside, alone)
+    assert os.listdir(runs) == []
+    open_images(replace(inside, output=tmp_path / "runs-of-others"), alone)
 
 
 def test_what_was_found_is_said_at_the_start(tmp_path, image, alone, capsys):

@@ -56,7 +56,7 @@ class ImageFolder(ImageSet):
         return replace(self, paths=tuple(self.paths[index] for index in indices), labels=labels)
 
 
-def find_images(root: Path, *, strict: bool = True) -> ImageFolder:
+def find_images(root: Path, *, strict: bool = True, apart_from: Path | None = None) -> ImageFolder:
     """List a folder of class folders (root/class/.../image) or a flat folder (root/image).
 
     Links to folders are followed, but no folder is looked at twice; a warning says so.
@@ -64,10 +64,12 @@ def find_images(root: Path, *, strict: bool = True) -> ImageFolder:
     Args:
         root: the folder.
         strict: refuse empty files and broken links; otherwise they are listed like any image.
+        apart_from: a folder that must not lie among the images, see `files_below`.
 
     Raises:
         ImageError: no such folder, no images, images both beside and inside class folders, an empty file; a folder
-            cannot be looked into; or the folders are no classes but the parts of a data set (train, val, ...).
+            cannot be looked into; the folders are no classes but the parts of a data set (train, val, ...); or
+            `apart_from` lies among the images.
     """
     root = Path(root)
     try:
@@ -79,7 +81,8 @@ def find_images(root: Path, *, strict: bool = True) -> ImageFolder:
     flat: list[str] = []
     per_class: dict[str, list[str]] = {}
     # By class, then by path: as a whole, "a-b/1.jpg" comes before "a/1.jpg".
-    for path in sorted(filter(_is_image, files_below(root)), key=lambda path: (path.partition("/")[0], path)):
+    paths = filter(_is_image, files_below(root, apart_from))
+    for path in sorted(paths, key=lambda path: (path.partition("/")[0], path)):
         name, slash, _ = path.partition("/")
         (per_class.setdefault(name, []) if slash else flat).append(path)
     if flat and per_class:

@@ -14,15 +14,22 @@ from pcl_fast.errors import ImageError
 _OF_THE_SYSTEM = ("lost+found",)
 
 
-def files_below(root: Path) -> Iterator[str]:
+def files_below(root: Path, apart_from: Path | None = None) -> Iterator[str]:
     """Yield the paths, relative to root, of all files in a folder and in those below it, in no order.
 
     Links to folders are followed after all folders that are really there have been seen. One that leads to a folder
     that was seen already, or to one in which root lies, is not followed, and a warning says so.
 
+    Args:
+        root: the folder.
+        apart_from: a folder, there already or not, that must not lie below root, nor below a folder that a link leads
+            to: an --output, whose pictures would be taken for images.
+
     Raises:
-        ImageError: a folder cannot be looked into, or a link to one cannot be followed; names it.
+        ImageError: a folder cannot be looked into, or a link to one cannot be followed; names it. Or `apart_from` lies
+            among the images.
     """
+    _check_apart(apart_from, root, root)
     seen = {_identity(folder) for folder in root.resolve().parents}
     # Links are taken in an order that is the same on every machine.
     folders, links, again, linked = [""], [], [], False
@@ -34,6 +41,8 @@ def files_below(root: Path) -> Iterator[str]:
         if linked and identity in seen:
             again.append(path)
             continue
+        if linked:
+            _check_apart(apart_from, root / path, root)
         seen.add(identity)
         for entry in _entries(root / path):
             below = f"{path}/{entry.name}" if path else entry.name
@@ -47,6 +56,16 @@ def files_below(root: Path) -> Iterator[str]:
             f"{root / again[0]}",
             stacklevel=2,
         )
+
+
+def _check_apart(output: Path | None, folder: Path, root: Path) -> None:
+    if output is None or not output.resolve().is_relative_to(folder.resolve()):
+        return
+    through = "" if folder == root else f", by the link {folder}"
+    raise ImageError(
+        f"--output {output} lies inside --data {root}{through}, so that its pictures would be images the next time; "
+        "choose another --output, and move away what is there already"
+    )
 
 
 def _identity(folder: Path) -> tuple[int, int]:

@@ -174,9 +174,9 @@ class Context:
         """Open training and test images, see `open_labelled`, and look at all of their headers.
 
         Raises:
-            ImageError: on all ranks, if one finds a fault.
+            ImageError: on all ranks, if one finds a fault, or the results' folder lies among the images.
         """
-        found = main_first(lambda: open_labelled(folder, format), self.world)
+        found = main_first(lambda: open_labelled(folder, format, self.output), self.world)
         for images in (found.train, found.test):
             self.look_at(images)
         return found
@@ -185,9 +185,9 @@ class Context:
         """Open training images, see `open_training`, and look at all of their headers.
 
         Raises:
-            ImageError: on all ranks, if one finds a fault.
+            ImageError: on all ranks, if one finds a fault, or the results' folder lies among the images.
         """
-        images, labels = main_first(lambda: open_training(folder, format), self.world)
+        images, labels = main_first(lambda: open_training(folder, format, self.output), self.world)
         self.look_at(images)
         return images, labels
 
