@@ -13,6 +13,7 @@ import operator
 import os
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
@@ -29,6 +30,7 @@ from pcl_fast.evaluation.results import as_table, write_results
 from pcl_fast.evaluation.tasks import Context, Options, Task
 from pcl_fast.pretrained import THE_ONLY_ONE, Pretrained, read_pretrained
 from pcl_fast.run.launcher import end_with_launcher
+from pcl_fast.run.ownership import owned
 from pcl_fast.run.signals import Stopped, StopSignals
 from pcl_fast.seeds import check_seed
 
@@ -108,10 +110,17 @@ def _run(task: Task, world: World, console: Console) -> None:
     pretrained = read(task.checkpoint, task.encoder or task.scores)
     check_same("the checkpoint", pretrained.checksum, world, advice="give all machines the same file")
     output = task.output or _beside(task.checkpoint)
-    all_or_none(lambda: output.mkdir(parents=True, exist_ok=True), world)
-    settings = {**task.settings(), "checkpoint": pretrained.checksum}
-    continuation = Continuation(output / f"{task.name}.part.pt", settings, StopSignals(), world)
-    context = Context(world, pretrained, read, output, continuation, console)
+    with ExitStack() as stack:
+        all_or_none(lambda: stack.enter_context(owned(output, task.name)) if world.is_main else None, world)
+        all_or_none(lambda: output.mkdir(parents=True, exist_ok=True), world)
+        settings = {**task.settings(), "checkpoint": pretrained.checksum}
+        continuation = Continuation(output / f"{task.name}.part.pt", settings, StopSignals(), world)
+        _score(task, Context(world, pretrained, read, output, continuation, console), begin)
+
+
+def _score(task: Task, context: Context, begin: float) -> None:
+    """Run the task, print its table and write its results. begin: of time.perf_counter()."""
+    world, pretrained = context.world, context.pretrained
     encoder = "only" if pretrained.encoder == THE_ONLY_ONE else pretrained.encoder
     context.say(f"{task.name} scores the {encoder} encoder of {pretrained.path}: {pretrained.source}")
     for line in pretrained.notes:
@@ -119,15 +128,17 @@ def _run(task: Task, world: World, console: Console) -> None:
     outcome = task.run(context)
     for line in outcome.protocol:
         context.say(line)
-    console.print(as_table(outcome, task.name))
+    context.console.print(as_table(outcome, task.name))
     seconds = time.perf_counter() - begin
 
     def write() -> None:
-        paths = write_results(output, task, pretrained, outcome, ranks=world.size, device=_name(world), seconds=seconds)
+        paths = write_results(
+            context.output, task, pretrained, outcome, ranks=world.size, device=_name(world), seconds=seconds
+        )
         context.say(f"{task.name} took {seconds:.0f} s; results in {' and '.join(map(str, paths))}")
 
     all_or_none(lambda: write() if world.is_main else None, world)
-    continuation.finish()  # not before the results are there
+    context.continuation.finish()  # not before the results are there
 
 
 def _beside(checkpoint: Path) -> Path:

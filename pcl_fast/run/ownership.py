@@ -1,4 +1,4 @@
-"""A run's folder belongs to one process at a time."""
+"""A run's folder belongs to one process at a time, and so does a task of evaluation in its own."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ _PATIENCE = 30.0
 
 
 @contextlib.contextmanager
-def owned(folder: Path) -> Iterator[None]:
+def owned(folder: Path, task: str = "") -> Iterator[None]:
     """Own a folder in this context: no other process that asks can write into it, and what this one writes by
-    `write_whole` it writes only while it still is the owner.
+    `write_whole` it writes only while it still is the owner. With `task`, own that task in it alone: others may work in
+    the same folder.
 
     A lock keeps other processes out, and falls with the process that holds it. As it cannot be trusted on every network
     file system, owner.json names the owner by a token too: whoever comes later and is let in writes its own, and the
@@ -38,31 +39,32 @@ def owned(folder: Path) -> Iterator[None]:
         OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    claim, lock = (folder / name for name in ((f"{task}.{OWNER}", f".{task}{LOCK}") if task else (OWNER, LOCK)))
+    with _locked(lock, claim):
         now = datetime.now().isoformat(" ", "seconds")
         mine = {"host": socket.gethostname(), "pid": os.getpid(), "since": now, "token": uuid.uuid4().hex}
-        write_whole(folder / OWNER, lambda file: file.write(json.dumps(mine).encode()))
+        write_whole(claim, lambda file: file.write(json.dumps(mine).encode()))
         try:
-            with guarded(folder, lambda: _check(folder, mine["token"])):
+            with guarded(folder, lambda: _check(claim, mine["token"])):
                 yield
         finally:
-            if _owner(folder).get("token") == mine["token"]:
-                (folder / OWNER).unlink(missing_ok=True)
+            if _owner(claim).get("token") == mine["token"]:
+                claim.unlink(missing_ok=True)
 
 
-def _check(folder: Path, token: str) -> None:
-    owner = _owner(folder)
+def _check(claim: Path, token: str) -> None:
+    owner = _owner(claim)
     if owner.get("token", token) != token:
         raise UserError(
-            f"{folder} has been taken over by {_name(owner)}, a second run into the same folder; this one ends and "
-            "leaves everything to it"
+            f"{claim.parent} has been taken over by {_name(owner)}, a second run into the same folder; this one ends "
+            "and leaves everything to it"
         )
 
 
-def _owner(folder: Path) -> dict[str, Any]:
+def _owner(claim: Path) -> dict[str, Any]:
     """Return what owner.json says, or {} if nobody owns the folder."""
     try:
-        owner = json.loads((folder / OWNER).read_bytes())
+        owner = json.loads(claim.read_bytes())
     except (OSError, ValueError):
         return {}
     return owner if isinstance(owner, dict) else {}
@@ -75,15 +77,16 @@ def _name(owner: dict[str, Any]) -> str:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock. It is a record lock, which a forked process of a loader does not inherit: it falls when
+def _locked(lock: Path, claim: Path) -> Iterator[None]:
+    """Hold the lock. It is a record lock, which a forked process of a loader does not inherit: it falls when
     this process ends, whoever else lives on. The file must not be opened elsewhere in this process, for to close it
     would unlock it.
     """
-    with open(folder / LOCK, "wb") as file:
+    folder = lock.parent
+    with open(lock, "wb") as file:
         end, told = time.monotonic() + _PATIENCE, False
         while not _try_to_lock(file.fileno()):
-            owner = _name(_owner(folder))
+            owner = _name(_owner(claim))
             if time.monotonic() >= end:
                 raise UserError(
                     f"{folder} is in use by {owner}; stop that run first, or choose another --output for this one"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,31 @@ def test_bad_input(data, run_folder, tmp_path):
     broken = shutil.copytree(data, tmp_path / "broken")
     (broken / "val" / "class_1" / "03.jpg").write_bytes(b"no image")
     assert "03.jpg: no known image format" in run("knn", run_folder, "--data", broken, "--output", tmp_path)
+
+
+def test_results_among_the_images_are_refused(data, run_folder, tmp_path):
+    copied = shutil.copytree(data, tmp_path / "data")
+    for task, inside in (("knn", copied / "val" / "scores"), ("ami", copied / "train")):
+        assert f"--output {inside} lies inside --data" in run(task, run_folder, "--data", copied, "--output", inside)
+    assert list(copied.rglob("*.json")) + list(copied.rglob("*.png")) == []
+    assert run("knn", run_folder, "--data", copied, "--output", copied) is None  # beside train and val, not in them
+
+
+def test_a_task_is_done_once_at_a_time(data, run_folder, tmp_path, monkeypatch):
+    """Others may write into the same folder meanwhile."""
+    monkeypatch.setattr("pcl_fast.run.ownership._PATIENCE", 0.0)
+    script = "import sys; from pathlib import Path; from pcl_fast.run.ownership import owned\n"
+    script += "with owned(Path(sys.argv[1]), 'knn'): print('mine', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"mine\n"
+        said = run("knn", run_folder, "--data", data, "--output", tmp_path)
+        assert f"{tmp_path} is in use by process {other.pid}" in said
+        assert run("ami", run_folder, "--data", data, "--output", tmp_path, "--k", 4) is None
+        other.stdin.close()
+    assert run("knn", run_folder, "--data", data, "--output", tmp_path) is None
+    assert not list(tmp_path.glob("*owner.json"))
 
 
 def test_all_says_what_it_leaves_out(run_folder, tmp_path):
