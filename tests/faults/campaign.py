@@ -12,15 +12,19 @@ add up; the sums of all of them are printed at the end.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import json
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +34,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from conftest import write_images
 from faults.forked import start_training
-from faults.injuries import KINDS, Injury, descendants, injure, wait_for_end
+from faults.injuries import KINDS, Injury, Running, descendants, injure, wait_for_end
 from launches import FLAGS, same, same_state
 
 from pcl_fast.errors import UserError
@@ -60,18 +64,25 @@ class Trial:
     traces: int = 0
     seconds: float = 0.0
 
+    @property
+    def is_well(self) -> bool:
+        """Whether nothing was lost, and nobody would have had to do anything."""
+        return self.bit_equal and not self.hand and not self.lost and not self.traces
+
 
 class Campaign:
     """Trials in a folder of their own, and the whole runs that they are compared with."""
 
     def __init__(self, folder: Path):
         self.folder, self.images = folder, write_images(folder / "images")
+        self.kinds = [kind for kind in KINDS if kind != "full disk" or may_mount(folder / "probe")]
         self._whole: dict[int, tuple[Path, float]] = {}
 
     def whole(self, ranks: int) -> tuple[Path, float]:
         """The run that nothing has happened to, and its seconds."""
         if ranks not in self._whole:
             output, begin = self.folder / f"whole-{ranks}", time.monotonic()
+            output.mkdir()
             code = self._command(output, ranks, workers=0).exitcode
             assert code == 0, output.with_suffix(".txt").read_text()
             self._whole[ranks] = output, time.monotonic() - begin
@@ -81,29 +92,31 @@ class Campaign:
         rng, begin = random.Random(seed), time.monotonic()
         trial = Trial(seed, ranks=rng.choice([1, 2]), workers=rng.choice([0, 1]))
         whole, seconds = self.whole(trial.ranks)
-        output = self.folder / f"trial-{seed}"
-        injuries = []
-        for _ in range(rng.choice([1, 1, 2, 3])):
-            process = self._start(output, trial.ranks, trial.workers)
-            kind = rng.choice(list(KINDS))
-            injuries.append(injure(process, output, kind, rng.uniform(0, 1.1 * seconds), rng))
-            trial.commands += 1
-        self._finish(trial, output)
-        if not trial.hand:
-            self._compare(trial, output, whole, injuries)
-        trial.faults = [
-            {name: asdict(each)[name] for name in ("kind", "target", "seconds", "cut")} for each in injuries
-        ]
-        said = output.with_suffix(".txt")
-        trial.traces = said.read_text(errors="replace").count("Traceback")
-        if trial.bit_equal and not trial.hand and not trial.lost and not trial.traces:
-            shutil.rmtree(output)
-            said.unlink()
+        kinds = rng.choices(self.kinds, k=rng.choice([1, 1, 2, 3]))
+        place = self.folder / f"trial-{seed}"
+        with small_disk(place) if "full disk" in kinds else contextlib.nullcontext():
+            output = place / "run"
+            output.mkdir(parents=True)
+            injuries = []
+            for number, kind in enumerate(kinds):
+                process = self._start(output, trial.ranks, trial.workers)
+                # What goes on has less left to do.
+                moment = rng.uniform(0, seconds if number == 0 else 0.6 * seconds)
+                injuries.append(injure(Running(process, output, output.with_suffix(".txt")), kind, moment, rng))
+                trial.commands += 1
+            self._finish(trial, output)
+            if not trial.hand:
+                self._compare(trial, output, whole, injuries)
+            names = ("kind", "target", "seconds", "met", "cut")
+            trial.faults = [{name: asdict(each)[name] for name in names} for each in injuries]
+            trial.traces = output.with_suffix(".txt").read_text(errors="replace").count("Traceback")
+            if not trial.is_well:
+                shutil.copytree(place, self.folder / f"bad-{seed}")
+        shutil.rmtree(place)
         trial.seconds = round(time.monotonic() - begin, 1)
         return trial
 
     def _start(self, output: Path, ranks: int, workers: int):
-        output.mkdir(exist_ok=True)
         flags = ("--data", str(self.images), "--output", str(output), *FLAGS, *_MORE, "--data.workers", str(workers))
         return start_training(["demo", *flags], ranks=ranks, said=output.with_suffix(".txt"))
 
@@ -142,6 +155,32 @@ class Campaign:
                 trial.lost += path.stat().st_size
 
 
+# A file system in memory, which a fault can fill up. A run and its record take a fifth of it.
+_SMALL_DISK = "24m"
+
+
+@contextmanager
+def small_disk(place: Path) -> Iterator[None]:
+    """Mount one at a new folder, which is a plain one again afterwards."""
+    place.mkdir()
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={_SMALL_DISK}", "tmpfs", place], check=True, capture_output=True
+    )
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def may_mount(place: Path) -> bool:
+    """Whether this user may, as root may. If not, a campaign has no full disks."""
+    try:
+        with small_disk(place):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
 def _state(folder: Path) -> dict[str, Any] | None:
     try:
         return load_checkpoint(folder)
@@ -175,20 +214,21 @@ def summary(record: Path) -> str:
     """The sums of all campaigns in a record."""
     trials = [json.loads(line) for line in record.read_text().splitlines()]
     faults = [fault for trial in trials for fault in trial["faults"]]
-    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(fault["kind"] for fault in faults).items()))
+    met = [fault for fault in faults if fault["met"]]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(Counter(fault["kind"] for fault in met).items()))
     equal, hands = (sum(bool(trial[name]) for trial in trials) for name in ("bit_equal", "hand"))
     lost, traces = (sum(trial[name] for trial in trials) for name in ("lost", "traces"))
     cut = sum(fault["cut"] for fault in faults)
     return (
-        f"{len(faults)} faults ({kinds}) in {len(trials)} runs: {equal} runs ended with the bits of one that nothing "
-        f"has happened to, {hands} needed a hand, {lost} bytes were lost (besides {cut} that the faults themselves "
-        f"have cut), {traces} stack traces were printed"
+        f"{len(met)} faults ({kinds}) met {len(trials)} runs, {len(faults) - len(met)} more met nothing: {equal} runs"
+        f" ended with the bits of one that nothing has happened to, {hands} needed a hand, {lost} bytes were lost "
+        f"(besides {cut} that the faults themselves have cut), {traces} stack traces were printed"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--faults", type=int, default=200, help="how many more")
+    parser.add_argument("--faults", type=int, default=200, help="how many more that meet a run")
     parser.add_argument("--seed", type=int, help="of the first trial; by default one that nobody has had")
     parser.add_argument("--record", type=Path, required=True)
     parser.add_argument("--keep", type=Path, help="a folder for the runs that did not end well")
@@ -202,9 +242,10 @@ def main() -> None:
         trial = campaign.trial(seed)
         with given.record.open("a") as file:
             file.write(json.dumps(asdict(trial)) + "\n")
-        done, seed = done + len(trial.faults), seed + 1
-        marks = "" if trial.bit_equal and not trial.hand and not trial.lost else f"  {trial.hand} lost {trial.lost}"
-        print(f"{done}: {', '.join(fault['kind'] for fault in trial.faults)}, {trial.seconds} s{marks}", flush=True)
+        done, seed = done + sum(fault["met"] for fault in trial.faults), seed + 1
+        marks = "" if trial.is_well else f"  NOT WELL: {trial.hand} lost {trial.lost} traces {trial.traces}"
+        kinds = ", ".join(fault["kind"] + ("" if fault["met"] else " (nothing met)") for fault in trial.faults)
+        print(f"{done}: {kinds}, {trial.seconds} s{marks}", flush=True)
     if given.keep is None:
         shutil.rmtree(folder)
     print(summary(given.record))
