@@ -40,11 +40,31 @@ def pytest_sessionfinish(session) -> None:
             "cases": cases(entries, found),
         }
         path = folder / f"{module}.json"
+        if path.is_file() and not is_complete(session):
+            record["cases"] = with_earlier(record["cases"], json.loads(path.read_text()))
         path.write_text(json.dumps(record, indent=2) + "\n")
         print(f"\nwritten: {path}")
         for group, case in record["cases"].items():
             for provider, row in case["providers"].items():
                 print(f"  {group}, {provider}: {row['median_ms']} ms, {row['times_faster_than_first']}x")
+
+
+def is_complete(session) -> bool:
+    """Return whether all benchmarks ran: none was left out by an option, failed, or was interrupted."""
+    option = session.config.option
+    chosen = option.keyword or option.markexpr or option.deselect or any("::" in word for word in option.file_or_dir)
+    return not chosen and session.exitstatus == pytest.ExitCode.OK
+
+
+def with_earlier(now: dict[str, dict], before: dict) -> dict[str, dict]:
+    """Return the cases that were measured now, and those of an earlier record that were not, which say when they were.
+
+    before: the record.
+    """
+    when = {"commit": before["commit"], "date": before["date"]}
+    earlier = {group: {"measured": when, **case} for group, case in before["cases"].items()}
+    order = [*earlier, *(group for group in now if group not in earlier)]
+    return {group: now.get(group, earlier.get(group)) for group in order}
 
 
 def cases(entries: list, found: dict) -> dict[str, dict]:

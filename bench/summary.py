@@ -77,13 +77,18 @@ def real_run(record: dict[str, Any]) -> str:
 def benchmark(name: str, record: dict[str, Any]) -> str:
     """Return a record's table. In each case the first provider is what the others are compared with."""
     rows = [
-        (case, provider, figures)
+        (f"{case}{_when(content)}", provider, figures)
         for case, content in record["cases"].items()
         for provider, figures in content["providers"].items()
     ]
     used = [column for column in COLUMNS if any(figures.get(column[1]) is not None for *_, figures in rows)]
     heads = (f"{name} ({record['date']}, {record['commit']})", "by", *(column[0] for column in used))
     return table(heads, [(case, by, *(_cell(figures, *column[1:]) for column in used)) for case, by, figures in rows])
+
+
+def _when(case: dict[str, Any]) -> str:
+    """Say when a case was measured that the last run of its benchmark left out."""
+    return " ({date}, {commit})".format(**case["measured"]) if "measured" in case else ""
 
 
 def _cell(figures: dict[str, Any], key: str, form: str) -> str:
