@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pcl_fast.command import command
+from pcl_fast.errors import UserError
 
 # When a rank has failed: how long the others may take to notice it by themselves and to end, and how long after a
 # SIGTERM. On GPUs they notice nothing: a collective waits for the rank that is gone.
@@ -57,7 +58,11 @@ def launch(program: Sequence[str], ranks: int) -> int:
 
     Returns:
         0, or the exit code of the first rank that failed: 128 and the signal's number if a signal has ended it.
+
+    Raises:
+        UserError: nothing can be reached at 127.0.0.1.
     """
+    _check_loopback()
     listening = socket.create_server(("127.0.0.1", 0), backlog=ranks)
     environment = _environment(listening.getsockname()[1], ranks)
     processes: list[subprocess.Popen] = []
@@ -75,9 +80,27 @@ def launch(program: Sequence[str], ranks: int) -> int:
             process.wait()
 
 
+def _check_loopback() -> None:
+    """Ranks would try for minutes. A datagram's socket is connected without sending anything."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("127.0.0.1", 9))
+        _loopback()
+    except (OSError, StopIteration) as error:
+        reason = f" ({error.strerror})" if isinstance(error, OSError) else ""
+        raise UserError(
+            f"the ranks cannot meet at 127.0.0.1{reason}: this machine, or this container, has no loopback interface "
+            "that is up. Bring it up (ip link set lo up), or start the ranks with torchrun and another --master-addr"
+        ) from error
+
+
+def _loopback() -> str:
+    return next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+
+
 def _environment(port: int, ranks: int) -> dict[str, str]:
     """Return what all ranks find in their environment: where they meet, as torchrun says it."""
-    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    loopback = _loopback()
     defaults = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // ranks)),
         "GLOO_SOCKET_IFNAME": loopback,

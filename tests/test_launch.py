@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from faults.injuries import descendants
 from launches import command, execute, on_the_cpu, same_rows, same_state
 
 from pcl_fast import launch as launcher
+from pcl_fast.errors import UserError
 from pcl_fast.launch import launch
 
 
@@ -89,32 +94,46 @@ os.write(1, f"{signal.Signals(asked[0]).name}\\n".encode())
 """
 
 
-def start(folder: Path, text: str, *prefix: str) -> subprocess.Popen:
-    """Start the command, as a user does, with two ranks of a script."""
-    script = folder / "script.py"
-    script.write_text(python(text)[1])
-    line = [*prefix, sys.executable, "-m", "pcl_fast.launch", "--nproc-per-node=2", str(script)]
-    return subprocess.Popen(line, env=on_the_cpu(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[..., subprocess.Popen]]:
+    """start(text) starts the command, as a user does, with two ranks of a script. All end with the test."""
+    started = []
+
+    def start(text: str, *prefix: str) -> subprocess.Popen:
+        script = tmp_path / "script.py"
+        script.write_text(python(text)[1])
+        line = [*prefix, sys.executable, "-m", "pcl_fast.launch", "--nproc-per-node=2", str(script)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(line, env=on_the_cpu(), **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        family = descendants(process.pid)
+        for pid in family:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_signals_are_passed_on_and_the_end_is_waited_for(tmp_path, number):
-    process = start(tmp_path, PATIENT)
+def test_signals_are_passed_on_and_the_end_is_waited_for(start, number):
+    process = start(PATIENT)
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.send_signal(number)
     said, faults = process.communicate(timeout=60)
     assert (said, faults, process.returncode) == (f"{number.name}\n" * 2, "", 0)
 
 
-def test_under_nohup_a_hangup_ends_nothing(tmp_path):
-    process = start(tmp_path, "os.write(1, b'ready\\n')\ntime.sleep(1)\nos.write(1, b'done\\n')", "nohup")
+def test_under_nohup_a_hangup_ends_nothing(start):
+    process = start("os.write(1, b'ready\\n')\ntime.sleep(1)\nos.write(1, b'done\\n')", "nohup")
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.send_signal(signal.SIGHUP)
     assert process.communicate(timeout=60)[0] == "done\n" * 2
     assert process.returncode == 0
 
 
-def test_ranks_notice_a_launcher_that_was_killed_before_they_looked(tmp_path):
+def test_ranks_notice_a_launcher_that_was_killed_before_they_looked(start):
     """While they imported PyTorch, say."""
     text = """
 from pcl_fast.run import launcher
@@ -126,12 +145,41 @@ launcher.end_with_launcher()
 time.sleep(60)
 print("missed it", flush=True)
 """
-    process = start(tmp_path, text)
+    process = start(text)
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
     process.kill()
     said, faults = process.communicate(timeout=60)
     assert said == ""
     assert f"the launcher, process {process.pid}, is gone" in faults
+
+
+def test_what_a_rank_starts_is_not_a_rank_without_a_launcher(start):
+    """It inherits the rank's environment, and its parent is the rank."""
+    text = """
+import subprocess
+own = "import time; from pcl_fast.run import launcher; launcher._SECONDS_BETWEEN_LOOKS = 0.05; "
+own += "launcher.end_with_launcher(); time.sleep(0.3); print('done', flush=True)"
+sys.exit(subprocess.run([sys.executable, "-c", own]).returncode)
+"""
+    process = start(text)
+    assert process.communicate(timeout=60) == ("done\n" * 2, "")
+    assert process.returncode == 0
+
+
+@pytest.mark.parametrize("lo", ["down", "missing"])
+def test_a_machine_without_loopback(monkeypatch, lo):
+    if lo == "missing":
+        monkeypatch.setattr("socket.if_nameindex", lambda: [(2, "eth0")])
+    else:
+        monkeypatch.setattr("socket.socket.connect", unreachable)
+    with pytest.raises(
+        UserError, match=r"the ranks cannot meet at 127\.0\.0\.1.* has no loopback interface that is up"
+    ):
+        launch(python("pass"), 2)
+
+
+def unreachable(*_):
+    raise OSError(errno.ENETUNREACH, "Network is unreachable")
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 _SECONDS_BETWEEN_LOOKS = 1.0
 # After a signal, for a rank that waits for another that is gone for ever.
@@ -20,9 +21,19 @@ def end_with_launcher() -> None:
     A process that no launcher has started may outlive its parent: with nohup it is meant to.
     """
     if "LOCAL_RANK" in os.environ:
-        # It may be gone already. torchrun does not say which process it is.
+        # torchrun does not say which process it is.
         launcher = int(os.environ.get("PCL_FAST_LAUNCHER", os.getppid()))
+        if launcher != os.getppid() and _is_alive(launcher):
+            launcher = os.getppid()  # a rank has started this process, and handed its environment on
         threading.Thread(target=_watch, args=(launcher,), name="launcher", daemon=True).start()
+
+
+def _is_alive(process: int) -> bool:
+    """Whether it runs; one that has ended is listed until its parent has asked for its exit code."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
 
 
 def _watch(launcher: int) -> None:
