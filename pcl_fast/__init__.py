@@ -1,5 +1,8 @@
 """Prototypical Contrastive Learning, trained as fast as the hardware allows."""
 
+from pcl_fast.interrupts import end_quietly
 from pcl_fast.user import give_name_and_home
 
-give_name_and_home()  # before anything else is imported
+# Before anything else is imported.
+end_quietly()
+give_name_and_home()
