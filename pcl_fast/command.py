@@ -6,6 +6,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -61,9 +62,14 @@ def _in_words(error: RuntimeError) -> str | None:
             "stands; make it larger (in a container by --shm-size), or use --data.workers 0, then go on"
         )
     if text.startswith("DataLoader worker"):
+        return _of_a_loader(f"{error.__cause__}" if "killed by signal" in str(error.__cause__) else text)
+    if asked := re.search(
+        r"can't allocate memory: you tried to allocate (\d+) bytes|Tried to allocate ([\d.]+ \w+)", text
+    ):
+        size = asked[2] or f"{int(asked[1]) / 1e9:.1f} GB"
         return (
-            f"the system has ended a process that loads images, most likely for lack of memory ({text}). What was "
-            "saved stands; use fewer --data.workers, then go on"
+            f"there is no memory for {size} more. What was saved stands. --model.queue-size, --optim.batch-size, "
+            "--data.size and --cluster.ks say how much is needed, on a GPU --data.decoder-mib too"
         )
     if type(error).__name__ not in ("DistBackendError", "DistNetworkError") and "gloo/transport" not in text:
         return None
@@ -73,6 +79,21 @@ def _in_words(error: RuntimeError) -> str | None:
             "(MASTER_PORT)"
         )
     return f"another rank is gone, whose output says why; the last checkpoint stands ({text})"
+
+
+def _of_a_loader(text: str) -> str:
+    """Say why a process that loads images has ended, from PyTorch's words for it."""
+    text = text.strip()
+    signal_named = re.search(r"killed by signal: ([\w ]+)", text)
+    if signal_named is None:
+        reason, advice = "has ended, by a signal or for lack of memory", "if it ends again, use fewer --data.workers"
+    elif signal_named[1] in ("Killed", "Bus error"):
+        reason, advice = "was ended by the system, most likely for lack of memory", "use fewer --data.workers"
+    else:
+        reason, advice = f"was ended by a signal, {signal_named[1]}", "this run has not sent it"
+    return (
+        f"a process that loads images {reason} ({text}). What was saved stands. Go on with the same command; {advice}"
+    )
 
 
 @contextlib.contextmanager

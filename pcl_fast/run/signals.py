@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -33,11 +34,13 @@ class StopSignals:
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
             numbers.append(signal.SIGHUP)
         self._handlers = {number: signal.signal(number, self._note) for number in numbers}
+        _noted.update(numbers)
         return self
 
     def __exit__(self, *_: Any) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        _noted.clear()
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
@@ -60,6 +63,22 @@ class StopSignals:
         if self._at_once:
             self._at_once = False
             raise Stopped
+
+
+# The signals that a StopSignals notes now.
+_noted: set[int] = set()
+
+
+def _forget_in_child() -> None:
+    """In a process that was forked meanwhile, to load images, a signal means what it does to any process. Nothing else
+    is early enough: it may come before the first line of that process's own.
+    """
+    for number in _noted:
+        signal.signal(number, signal.SIG_DFL)
+    _noted.clear()
+
+
+os.register_at_fork(after_in_child=_forget_in_child)
 
 
 @contextmanager

@@ -88,21 +88,45 @@ class Waiting(torch.utils.data.Dataset):
         return os.getpid()
 
 
-def kill_the_loader() -> None:
+def signal_the_loader(number: int) -> None:
     options = worker_options(Resources(workers=1, prefetch=2, gpu=None, decoder_mib=0), prefetch=2)
     with StopSignals(), command("pcl_fast.train"):
         batches = iter(torch.utils.data.DataLoader(Waiting(), batch_size=None, **options))
-        os.kill(int(next(batches)), signal.SIGTERM)
+        os.kill(int(next(batches)), number)
         next(batches)
 
 
-def test_a_process_that_loads_images_and_is_killed_is_a_sentence(capfd):
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (signal.SIGKILL, "a process that loads images was ended by the system, most likely for lack of memory"),
+        (signal.SIGTERM, "a process that loads images was ended by a signal, Terminated"),
+        (signal.SIGHUP, "a process that loads images was ended by a signal, Hangup"),
+    ],
+)
+def test_a_process_that_loads_images_and_is_ended_is_a_sentence(number, said, monkeypatch, capfd):
     """The trainer's signal handlers are not the loading process's."""
-    with pytest.raises(SystemExit) as ended:
-        kill_the_loader()
-    assert "the system has ended a process that loads images" in str(ended.value)
-    assert "fewer --data.workers" in str(ended.value)
+    # PyTorch installs its handler once in a process, and a command takes it away at its end.
+    monkeypatch.setattr(torch.utils.data._utils.signal_handling, "_SIGCHLD_handler_set", False)
+    with pytest.raises(SystemExit, match=f"^pcl_fast.train: {said}"):
+        signal_the_loader(number)
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_a_forked_process_from_its_first_moment(number):
+    """It would raise in the midst of PyTorch's own lines, or be noted and forgotten."""
+    with StopSignals() as signals, signals.at_once():
+        child = os.fork()
+        if not child:
+            os.kill(os.getpid(), number)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == number
+        assert not signals.asked
+    before = signal.getsignal(signal.SIGTERM)
+    if not (child := os.fork()):
+        os._exit(signal.getsignal(signal.SIGTERM) is not before)
+    assert os.waitpid(child, 0)[1] == 0  # nothing changes outside of it
 
 
 class Large(torch.utils.data.Dataset):
