@@ -31,9 +31,20 @@ def to_bytes(item: Any) -> bytes:
 
 
 def from_bytes(message: bytes) -> Any:
-    """Return what `to_bytes` was given; tensors are on the CPU."""
+    """Return what `to_bytes` was given; tensors are on the CPU.
+
+    Raises:
+        ValueError: no rank of ours has written that.
+    """
     end = _LENGTH + int.from_bytes(message[:_LENGTH], "little")
-    return _Reader(message, end).restore(json.loads(message[_LENGTH:end]))
+    try:
+        return _Reader(message, end).restore(json.loads(message[_LENGTH:end]))
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, MemoryError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"a message of {len(message)} bytes between ranks is none of ours ({message[:40]!r}...: {reason}); "
+            "somebody else may be sending to the ranks' ports"
+        ) from error
 
 
 def _describe(item: Any, payload: list[bytes]) -> Any:

@@ -62,6 +62,23 @@ def test_nothing_else_is_sent(item, kind):
         to_bytes(item)
 
 
+@pytest.mark.parametrize(
+    "told",
+    ['{"module": ["os"]}', '{"tensor": ["load", [3]]}', '{"array": ["O", [1]]}', "[", '{"a": 1, "b": 2}',
+     '{"tensor": ["float32", [9]]}', "[" * 5000 + "]" * 5000],
+)  # fmt: skip
+def test_what_no_rank_has_written_is_refused_in_a_sentence(told):
+    message = len(told).to_bytes(8, "little") + told.encode() + b"1234"
+    with pytest.raises(ValueError, match=r"bytes between ranks is none of ours .* somebody else may be sending"):
+        from_bytes(message)
+
+
+def test_nor_is_what_is_no_message():
+    for message in (b"", b"GET / HTTP/1.1", bytes(100)):
+        with pytest.raises(ValueError, match="is none of ours"):
+            from_bytes(message)
+
+
 def exchange(world: World, items: list) -> list:
     return gather_objects(items[world.rank], world)
 
