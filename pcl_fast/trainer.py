@@ -101,11 +101,14 @@ class Trainer:
         if progress.finished and progress.epoch == self.config.epochs:
             self.recorder.say(f"{self.config.output} is complete: nothing left to do")
             return True
-        self._choose_kernels()
+        chosen = self._choose_kernels()
         if self.global_step:
             self.recorder.say(f"resuming after {progress.epoch} epochs and {progress.step} steps")
         for _ in range(self.saver.missing):
             self._save()  # if the disk does not take it, better now than after an epoch
+        # Not before: a run with an empty record and a single, damaged checkpoint may begin anew.
+        if chosen is not None:
+            self._row("kernels", **chosen)
         while progress.epoch < self.config.epochs:
             # A run that is made longer has had the E-step of its former end.
             if progress.step == 0 and not progress.finished:
@@ -121,8 +124,11 @@ class Trainer:
         self._save()
         return True
 
-    def _choose_kernels(self) -> None:
+    def _choose_kernels(self) -> dict[str, Any] | None:
         """
+        Returns:
+            The row for the record, if there is one.
+
         Raises:
             ValueError: a kernel is wrong here, and the recipe does not do without it.
         """
@@ -130,8 +136,7 @@ class Trainer:
         self._kernels_off = choice.off
         for line in choice.notes:
             self.recorder.say(line)
-        if choice.row:
-            self._row("kernels", **choice.row)
+        return choice.row
 
     def _stopped(self) -> bool:
         self.recorder.say("stopped by a signal, all is saved; the same command goes on from here")

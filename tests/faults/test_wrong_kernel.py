@@ -13,6 +13,7 @@ import torch
 from pcl_fast.kernels import segment, segment_plain, switches
 from ranks import run_ranks
 from steps import small_config
+from test_previous import Halt, stop_after
 from tiny import tiny
 
 import pcl_fast.data.batch
@@ -23,7 +24,7 @@ from pcl_fast.data.views.finish import Finisher
 from pcl_fast.distributed import World
 from pcl_fast.losses.contrast import takes_kernels
 from pcl_fast.run import kernel_choice
-from pcl_fast.run.checkpoint import load_checkpoint
+from pcl_fast.run.checkpoint import load_checkpoint, save_checkpoint
 from pcl_fast.run.kernel_choice import choose_kernels
 from pcl_fast.run.metrics import read_rows
 from pcl_fast.train import run
@@ -73,6 +74,20 @@ def test_a_run_goes_on_without_it_and_stays_so(used, image_folder, tmp_path, alo
     other = tmp_path / "other"
     assert run(tiny(image_folder, other, epochs=3, resume_from=tmp_path / "checkpoint.pt"), alone)
     assert load_checkpoint(other)["kernels_off"] == []
+
+
+def test_a_run_that_was_killed_between_its_first_two_checkpoints_begins_anew(
+    used, image_folder, tmp_path, alone, monkeypatch, capsys
+):
+    """What was found of the kernels is not in the record before there are two."""
+    stop_after(1, monkeypatch)
+    with pytest.raises(Halt):
+        run(tiny(image_folder, tmp_path, epochs=1), alone)
+    monkeypatch.setattr("pcl_fast.run.saving.save_checkpoint", save_checkpoint)
+    (tmp_path / "checkpoint.pt").write_bytes(b"")
+    assert run(tiny(image_folder, tmp_path, epochs=1), alone)
+    assert "the run begins anew" in capsys.readouterr().out
+    assert [row["off"] for row in read_rows(tmp_path) if row["kind"] == "kernels"] == [["segment"]]
 
 
 def test_without_a_gpu_nothing_is_checked(alone):
