@@ -92,6 +92,7 @@ def start_training(arguments: Sequence[str], *, ranks: int, said: Path) -> multi
             train.main()
         else:
             subprocess.Popen = Forked
-            sys.exit(launch.launch(["-m", "pcl_fast.train", *arguments], ranks))
+            sys.argv = ["pcl_fast.launch", f"--nproc-per-node={ranks}", "-m", "pcl_fast.train", *arguments]
+            launch.main()
 
     return start(work)

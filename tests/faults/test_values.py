@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from faults.tiny import flags_of_tiny
 
 from pcl_fast.clustering import cluster, kmeans
 from pcl_fast.config import PRESETS, validate
@@ -82,3 +83,10 @@ def test_a_report_may_lie_anywhere(tmp_path, name):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("")
     assert write_report(folder, {}).stat().st_size > 0
+
+
+def test_too_large_a_queue_is_a_sentence(tmp_path, image_folder, monkeypatch):
+    flags = flags_of_tiny(image_folder, tmp_path, model__queue_size=999_999_999_999)
+    monkeypatch.setattr("sys.argv", ["pcl_fast.train", "demo", *flags])
+    with pytest.raises(SystemExit, match=r"^pcl_fast\.train: there is no memory for .* GB more.*--model.queue"):
+        main()
