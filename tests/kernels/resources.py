@@ -8,8 +8,8 @@ is in it: the same code and compiler make the same file.
 
 The exit code is 1 if a kernel spills registers inside a loop, needs more shared memory than the GPU has, or fewer of
 its programs fit a multiprocessor than its launch counts on; if a product does not run on the matrix units, the compiler
-serialises it (C7515 of ptxas), or a register that it reads is overwritten before it was waited for. This must run
-without TRITON_INTERPRET, which replaces the kernels by Python.
+serialises it (C7510 to C7515 of ptxas), or a register that it reads is overwritten before it was waited for. This must
+run without TRITON_INTERPRET, which replaces the kernels by Python.
 
 A bound is what the busiest pipe allows at full overlap, at the clock of the data sheet: nobody measured it, and a
 kernel stays below it. Both sides of a branch are counted, so of code with branches it is only a rough guide.
@@ -36,6 +36,11 @@ from pcl_fast.kernels import assign, combine, launch, normalise, photometric, sa
 from pcl_fast.kernels.contrast import DRAW_BLOCK, TRITON_TYPES, chunk, parts_at_once
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+try:
+    from triton.experimental.gluon._runtime import GluonASTSource
+except ImportError:  # Triton 3.1
+    GluonASTSource = None
 
 # Bytes of shared memory that a program may have.
 SHARED = {
@@ -120,6 +125,12 @@ def cases_of_kmeans(capability: int) -> Iterator[Case]:
             constants |= {"COLUMNS": tile.columns, "CLASSES": assign.CLASSES}
             options = {"num_warps": tile.warps, "num_stages": tile.stages}
             yield Case(f"sweep {name}", assign.sweep, constants | {"ROWS": tile.rows}, points, options, products=True)
+            if tile.held and d == assign.assign_held.WIDTH:
+                held = {name: size for name, size in constants.items() if name not in ("D", "SPLIT")}
+                held |= {"ROWS": tile.rows, "WARPS": tile.warps}
+                options = {"num_warps": tile.warps}
+                kernel = assign.assign_held.sweep_held
+                yield Case(f"sweep_held {name}", kernel, held, points, options, products=True)
             settle = constants | {"ROWS": assign.BLOCK}
             yield Case(f"settle {name}", assign.settle, settle, points, {}, products=False)
     for d, rows in ((128, 16), (128, 64), (1, 64)):
@@ -145,7 +156,8 @@ def build(case: Case, capability: int):
     if "constexprs" in inspect.signature(ASTSource).parameters:
         whole = {name: signature.get(name, "constexpr") for name in case.kernel.arg_names}
         attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-        source = ASTSource(case.kernel, whole, constexprs=case.constants, attrs=attributes)
+        language = GluonASTSource if getattr(case.kernel, "is_gluon", bool)() else ASTSource
+        source = language(case.kernel, whole, constexprs=case.constants, attrs=attributes)
     else:  # Triton 3.1
         from triton.compiler.compiler import AttrsDescriptor
 
@@ -156,7 +168,7 @@ def build(case: Case, capability: int):
 
 def _type(name: str, case: Case) -> str:
     stem = name.rstrip("0123456789")
-    if stem in HALF or (stem == "centroids" and not case.constants["SPLIT"] and case.kernel is assign.settle):
+    if stem in HALF or (stem == "centroids" and case.kernel is assign.settle and not case.constants["SPLIT"]):
         return "*fp16"
     if stem in FEATURES:
         return POINTER[case.features]
@@ -175,7 +187,7 @@ class Resources(NamedTuple):
     spills_in_loops: int
     shared: int  # bytes
     matrix: str  # matrix instructions: how many of which kind
-    serialised: bool  # ptxas' warning C7515: every wgmma is waited for
+    serialised: list[str]  # ptxas' warnings that every wgmma is waited for, by number: C7514, ...
     overwritten: list[str]
     wide: bool  # stores 16 bytes at a time
     loop: list[machine_code.Instruction]
@@ -216,16 +228,17 @@ def resources(compiled) -> Resources:
     )
 
 
-def _serialised(ptx: str) -> bool:
-    """Return whether ptxas warns that it serialises matrix instructions. Triton keeps the warning to itself."""
+def _serialised(ptx: str) -> list[str]:
+    """Return ptxas' warnings that it serialises matrix instructions. Triton keeps them to itself."""
     if "wgmma" not in ptx:
-        return False
+        return []
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
         target = re.search(r"^\.target (\w+)", ptx, re.MULTILINE)[1]
         command = [TOOLS / "ptxas", "-v", f"--gpu-name={target}", source, "-o", Path(folder) / "kernel.cubin"]
-        return "C7515" in subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+        return re.findall(r"\((C\d+)\)[^\n]* are serialized", said)
 
 
 def faults(case: Case, found: Resources, capability: int) -> list[str]:
@@ -237,7 +250,7 @@ def faults(case: Case, found: Resources, capability: int) -> list[str]:
         f"fewer than {case.programs} programs fit": found.programs(warps, capability) < case.programs,
         "products off the matrix units": case.products and not found.matrix,
         "no stores of 16 bytes": case.wide and not found.wide,
-        "serialised wgmma (C7515)": found.serialised,
+        f"serialised wgmma ({', '.join(found.serialised)})": found.serialised,
         f"operand of wgmma overwritten: {', '.join(found.overwritten[:3])}": found.overwritten,
     }
     return [name for name, wrong in checks.items() if wrong]
