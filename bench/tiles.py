@@ -24,10 +24,11 @@ D = 128
 
 def candidates() -> list[Tile]:
     """Return the tiles of which a thread holds 32 to 128 scores: fewer do not keep the matrix units busy, more do not
-    fit into registers.
+    fit into registers. Points held in registers are tried too.
     """
+    held = [Tile(256, 64, 8, 3, held=True)]
     tiles = [Tile(*sizes) for sizes in product((64, 128, 256), (64, 128, 256), (4, 8), (2, 3, 4))]
-    return [tile for tile in tiles if 32 <= tile.rows * tile.columns // (32 * tile.warps) <= 128]
+    return held + [tile for tile in tiles if 32 <= tile.rows * tile.columns // (32 * tile.warps) <= 128]
 
 
 def seconds_with(tile: Tile, features: torch.Tensor, centroids: torch.Tensor, expected: float) -> float:

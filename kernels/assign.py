@@ -14,6 +14,8 @@ sweep    Every program holds one tile of points and goes through all centroids, 
          the tile and the class of each point's largest score, which leaves COLUMNS / CLASSES candidates.
 settle   It compares these candidates by their distances in fp32, summed from differences.
 
+On Hopper, `assign_held.sweep_held` takes the place of sweep for points of fp16 and d = 128.
+
 The index of the largest score is never carried along: a maximum with its index takes three instructions per score
 instead of one. To pack the index into the score's low bits would take two more, and would cost bits of the score.
 
@@ -27,12 +29,17 @@ Of centroids that are equally near, always the same one is found.
 
 # No `from __future__ import annotations` here: Triton 3.1's interpreter would not recognise a tl.constexpr.
 from contextlib import nullcontext
+from importlib import import_module
 
 import torch
 import triton
 import triton.language as tl
+from pcl_fast.kernels import switches
 from pcl_fast.kernels.launch import capability, nearest_tile
 from pcl_fast.kernels.tiles import INTERPRETED, OLD_TRITON
+
+# Gluon's names change from version to version, so it is used in the one that it was written for.
+assign_held = import_module("pcl_fast.kernels.assign_held") if triton.__version__.startswith("3.6.") else None
 
 CLASSES = 8
 BLOCK = 128 if INTERPRETED else 16  # points, or centroids, that a program of `prepare` or `settle` works on
@@ -54,6 +61,14 @@ def widest(dtype: torch.dtype, device: torch.device) -> int:
     return max(nearest_tile(target, dtype.itemsize))
 
 
+def holds(features: torch.Tensor) -> bool:
+    """Return whether `assign_held.sweep_held` is for points like these, unless it is switched off."""
+    if assign_held is None or INTERPRETED or features.dtype != torch.float16:
+        return False
+    tiles = nearest_tile(capability(features.device), features.itemsize)
+    return features.shape[1] == assign_held.WIDTH and tiles[assign_held.WIDTH].held
+
+
 def nearest(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     """Return the index of each point's nearest centroid, int32 [n].
 
@@ -70,7 +85,9 @@ def nearest(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
     width = max(16, triton.next_power_of_2(d))
     tile = nearest_tile(capability(features.device), features.itemsize)[max(width, 128)]
     tiles = triton.cdiv(len(centroids), tile.columns)
-    padded = (tiles + 1) * tile.columns  # one tile more, because the sweep reads ahead
+    held = holds(features) and not switches.is_off("assign_held")
+    ahead = assign_held.SLOTS if held else 1  # the sweep reads so many tiles ahead, and so many at a time
+    padded = (triton.cdiv(tiles, ahead) + 1) * ahead * tile.columns
     high = torch.empty(padded, width, dtype=torch.float16, device=features.device)
     low = torch.empty_like(high) if split else high
     offset = torch.empty(padded, dtype=torch.float32, device=features.device)
@@ -82,10 +99,17 @@ def nearest(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
         prepare[(triton.cdiv(padded, BLOCK),)](
             centroids, extremes, high, low, offset, len(centroids), padded, **constants, ROWS=BLOCK
         )
-        sweep[(triton.cdiv(n, tile.rows),)](
-            features, extremes, high, low, offset, found, n, tiles,
-            **constants, **columns, ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        grid = (triton.cdiv(n, tile.rows),)
+        if held:
+            assign_held.sweep_held[grid](
+                features, high, offset, found, n, tiles,
+                WIDTH=width, **columns, ROWS=tile.rows, WARPS=tile.warps, num_warps=tile.warps,
+            )  # fmt: skip
+        else:
+            sweep[grid](
+                features, extremes, high, low, offset, found, n, tiles,
+                **constants, **columns, ROWS=tile.rows, num_warps=tile.warps, num_stages=tile.stages,
+            )  # fmt: skip
         settle[(triton.cdiv(n, BLOCK),)](
             features, extremes, centroids if split else high, found, assignment, n, len(centroids),
             **constants, **columns, ROWS=BLOCK,

@@ -16,7 +16,7 @@ import torch
 class Tile:
     """How a program of `stream.stream` or `assign.sweep` works: on rows x columns scores at a time, with so many warps,
     and with loads that run so many pipeline stages ahead. `stream` divides its banks for so many programs on every
-    multiprocessor.
+    multiprocessor. held: `assign_held.sweep_held` takes the place of `sweep` where it can be used.
     """
 
     rows: int
@@ -24,6 +24,7 @@ class Tile:
     warps: int
     stages: int
     programs: int = 1
+    held: bool = False
 
 
 # Tiles of `stream.stream`: oldest compute capability -> bytes of an operand -> (tile for d up to 128, tile for wider
@@ -40,7 +41,8 @@ TABLE: dict[int, dict[int, tuple[Tile, ...]]] = {
 }
 # Tiles of `assign.sweep`: oldest compute capability -> bytes of an entry of a point -> largest d -> tile. They were
 # chosen from compiled code (bench/results/NOTES.md), small enough for two programs on a multiprocessor, so that one
-# multiplies while the other looks for maxima. On sm_90, fp32 and d > 128 leave room for one program only.
+# multiplies while the other looks for maxima. On sm_90, fp32 and d > 128 leave room for one program only, and points
+# held in registers need no second.
 _NEAREST_SM80 = {
     2: {128: Tile(128, 64, 4, 2), 256: Tile(128, 64, 4, 2)},
     4: {128: Tile(64, 32, 4, 3), 256: Tile(32, 32, 4, 2)},
@@ -49,7 +51,7 @@ NEAREST: dict[int, dict[int, dict[int, Tile]]] = {
     70: {2: {128: Tile(64, 64, 4, 1)}, 4: {128: Tile(64, 32, 8, 1)}},
     80: _NEAREST_SM80,
     90: {
-        2: {128: Tile(256, 64, 8, 3), 256: Tile(128, 64, 8, 3)},
+        2: {128: Tile(256, 64, 8, 3, held=True), 256: Tile(128, 64, 8, 3)},
         4: {128: Tile(128, 64, 8, 3), 256: Tile(64, 64, 4, 2)},
     },
     100: {2: {128: Tile(128, 64, 8, 2), 256: Tile(128, 64, 8, 2)}, 4: {128: Tile(128, 64, 8, 2)}},

@@ -5,10 +5,12 @@ Whoever chooses between a kernel and its plain twin asks `is_off`. A run decides
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
-# Modules of kernels that have a plain twin: the loss, nearest centroids, sums over clusters, images.
-KERNELS = ("contrast", "assign", "segment", "normalise", "photometric")
+# Modules of kernels that have a plain twin: the loss, nearest centroids, sums over clusters, images. The twin of
+# assign_held is assign with its own sweep.
+KERNELS = ("contrast", "assign_held", "assign", "segment", "normalise", "photometric")
 _off: frozenset[str] = frozenset()
 
 
@@ -21,3 +23,14 @@ def switch_off(names: Iterable[str]) -> None:
 def is_off(name: str) -> bool:
     """Return whether one of `KERNELS` is left to its plain twin."""
     return name in _off
+
+
+@contextmanager
+def without(name: str) -> Iterator[None]:
+    """Leave one more of `KERNELS` to its plain twin for a while."""
+    global _off
+    before, _off = _off, _off | {name}
+    try:
+        yield
+    finally:
+        _off = before

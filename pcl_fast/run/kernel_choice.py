@@ -13,7 +13,7 @@ from pcl_fast.clustering import obstacle
 from pcl_fast.config import Config
 from pcl_fast.data.loaders.loader import pick_loader
 from pcl_fast.distributed import World, gather_objects
-from pcl_fast.kernels import switches
+from pcl_fast.kernels import assign, switches
 from pcl_fast.losses.contrast import takes_kernels
 from pcl_fast.nn.precision import loss_dtype
 from pcl_fast.run.self_check import find_faults
@@ -21,11 +21,14 @@ from pcl_fast.run.self_check import find_faults
 # What each kernel is for, for people.
 PURPOSE = {
     "contrast": "the loss",
+    "assign_held": "the nearest centroids, by points held in registers",
     "assign": "the nearest centroids",
     "segment": "the sums over clusters",
     "normalise": "normalising images",
     "photometric": "colours and blur",
 }
+# What takes a kernel's place, where that is not plain PyTorch.
+TWIN, PLAIN = {"assign_held": "the kernel assign"}, "plain PyTorch"
 
 
 class Choice(NamedTuple):
@@ -78,6 +81,7 @@ def used_kernels(config: Config, settings: Sequence[str], device: torch.device) 
     searches = config.cluster.backend in ("auto", "triton") and obstacle(device, dtype, dim) is None
     used = {
         "contrast": "loss.backend" in settings and takes_kernels(config.loss.backend, query, bank),
+        "assign_held": clusters and searches and assign.holds(bank),
         "assign": clusters and searches,
         "segment": clusters,
         "normalise": True,
@@ -109,7 +113,7 @@ def _refuse(config: Config, off: dict[str, str]) -> None:
         flag, backend = asked.get(name, ("", ""))
         if config.strict_kernels:
             raise ValueError(
-                f"--strict-kernels: the kernel {name} {fault}; without that flag plain PyTorch would do it"
+                f"--strict-kernels: the kernel {name} {fault}; without that flag {TWIN.get(name, PLAIN)} would do it"
             )
         if backend == "triton":
             raise ValueError(f"{flag} triton: the kernel {name} {fault}; {flag} auto leaves it to plain PyTorch")
@@ -120,6 +124,11 @@ def _notes(before: Sequence[str], found: dict[str, str]) -> list[str]:
         [f"kernels that were found wrong when this run began stay off: {', '.join(sorted(before))}"] if before else []
     )
     return kept + [
-        f"warning: the kernel {name} ({PURPOSE[name]}) {fault}. Plain PyTorch takes its place, which is slower"
+        f"warning: the kernel {name} ({PURPOSE[name]}) {fault}. {_sentence(TWIN.get(name, PLAIN))} takes its "
+        "place, which is slower"
         for name, fault in found.items()
     ]
+
+
+def _sentence(words: str) -> str:
+    return words[0].upper() + words[1:]

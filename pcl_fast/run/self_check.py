@@ -25,6 +25,7 @@ from pcl_fast.kernels import (
     photometric_plain,
     segment,
     segment_plain,
+    switches,
 )
 from pcl_fast.kernels.photometric_plain import Op
 from pcl_fast.losses import pcl_loss
@@ -54,7 +55,8 @@ def find_faults(kernels: Sequence[str], device: torch.device, *, dim: int, granu
     """
     checks: dict[str, Callable[[], str | None]] = {
         "contrast": lambda: _first(check_contrast(device, dim, sets) for sets in sorted({0, granularities})),
-        "assign": lambda: check_assign(device, dim),
+        "assign_held": lambda: check_assign(device, dim),
+        "assign": switches.without("assign_held")(lambda: check_assign(device, dim)),
         "segment": lambda: _first(check_segment(device, width, dtype) for width, dtype in ((dim, _HALF), (1, None))),
         "normalise": lambda: check_normalise(device),
         "photometric": lambda: check_photometric(device),

@@ -115,6 +115,16 @@ def test_a_kernel_that_is_asked_for_is_not_replaced(monkeypatch, alone, name, gr
         choose_kernels(small_config(**{group: backend}), (), alone)
 
 
+def test_the_other_sweep_takes_the_place_of_points_held_in_registers(monkeypatch, alone):
+    monkeypatch.setattr(kernel_choice, "used_kernels", lambda *given: ["assign_held", "assign"])
+    monkeypatch.setattr(kernel_choice, "find_faults", lambda *given, **sizes: {"assign_held": "is wrong"})
+    config = small_config()
+    choice = choose_kernels(replace(config, cluster=replace(config.cluster, backend="triton")), (), alone)
+    assert choice.off == ["assign_held"]
+    assert choice.notes[-1].endswith("is wrong. The kernel assign takes its place, which is slower")
+    assert obstacle(torch.device("cpu"), torch.float16, 4) is None
+
+
 def choice_of_rank(world: World):
     """Rank 1 finds two kernels wrong, one of which rank 0 finds wrong for another reason."""
     faults = [{"segment": "is A"}, {"segment": "is B", "assign": "is C"}][world.rank]

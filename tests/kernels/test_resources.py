@@ -37,6 +37,7 @@ def test_kernels_compile_without_spills_in_loops_and_use_the_matrix_units(target
         "shift_and_scale fp16",
     ):
         assert f"sm_{target}  {kernel}" in done.stdout
+    assert ("sweep_held" in done.stdout) == (target == "90")
     record = f"bounds-sm_{target}.json"
     assert json.loads((tmp_path / record).read_text()) == json.loads((RESULTS / record).read_text()), (
         f"bench/results/{record} is of other kernels: python tests/kernels/resources.py {target} --record bench/results"

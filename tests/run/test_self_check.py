@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pcl_fast.kernels import assign, contrast, launch, normalise, photometric, photometric_plain, segment
+from pcl_fast.kernels import assign, contrast, launch, normalise, photometric, photometric_plain, segment, switches
 from pcl_fast.kernels.launch import Tile
 from pcl_fast.kernels.switches import KERNELS
 
@@ -69,6 +69,18 @@ def test_a_point_with_another_centroid_is_found(monkeypatch, place):
 
     monkeypatch.setattr(assign, "nearest", broken)
     assert "distances differ" in faults("assign")["assign"]
+
+
+def test_of_points_held_in_registers_only_that_is_named(monkeypatch):
+    nearest = assign.nearest
+
+    def broken(points, centroids):
+        found = nearest(points, centroids)
+        return found if switches.is_off("assign_held") else (found + 1) % len(centroids)
+
+    monkeypatch.setattr(assign, "nearest", broken)
+    assert list(faults("assign_held", "assign")) == ["assign_held"]
+    assert not switches.is_off("assign_held")
 
 
 def test_a_centroid_that_there_is_not_is_found(monkeypatch):
