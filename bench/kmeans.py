@@ -1,10 +1,11 @@
 """k-means and the concentration. Run by `make bench`.
 
 On a GPU this times one iteration of Lloyd's algorithm, and its search and its update by themselves, for every provider
-in lloyd_providers.py. faiss searches in float32 whatever the features' type. There are no cases with fewer than 4
-points per cluster. An iteration here leaves out what k-means does between two: it does not see whether anything
-changed, and does not split clusters. On a CPU this times 20 iterations of faiss's own k-means and of ours. On both it
-times the concentration of 25k clusters of ImageNet, by the official code's loops and by ours.
+in lloyd_providers.py, at ImageNet's sizes and at flash-kmeans' own. faiss searches in float32 whatever the features'
+type. There are no cases with fewer than 4 points per cluster. An iteration here leaves out what k-means does between
+two: it does not see whether anything changed, and does not split clusters. On a CPU this times 20 iterations of faiss's
+own k-means and of ours. On both it times the concentration of 25k clusters of ImageNet, by the official code's loops
+and by ours.
 
 All providers start from the same points. Before a provider is timed, the points' mean distance to the centroids that it
 found must equal that of plain PyTorch in float32.
@@ -31,6 +32,9 @@ SIZES = {"d": D}
 DEVICE = "cuda" if device.CUDA else "cpu"
 POINTS, KS = (100_000, IMAGES), (1000, 25_000, 50_000, 100_000)
 FEWEST = 4  # points per cluster that are worth clustering
+# flash-kmeans' own largest ones, in half precision: 385 and 407 TFLOP/s with Triton, 464 and 490 with CuTe on an H200,
+# by its repository's tables (bf16).
+FLASH_SHAPES = ((1 << 20, 200_000), (5_000_000, 65_536))
 SECONDS, MOST_ROUNDS = 0.5, 30
 CPU_POINTS, CPU_K, ITERATIONS = 200_000, 1000, 20
 CONCENTRATION_K = 25_000
@@ -64,7 +68,8 @@ def cases() -> list[Case]:
     if not device.CUDA:
         return []
     shapes = [(points, k) for points in POINTS for k in KS if points >= FEWEST * k]
-    return [Case(*shape, dtype) for shape in shapes for dtype in (torch.float16, torch.float32)]
+    ours = [Case(*shape, dtype) for shape in shapes for dtype in (torch.float16, torch.float32)]
+    return ours + [Case(*shape, torch.float16) for shape in FLASH_SHAPES]
 
 
 def providers(case: Case, stage: str) -> list[str]:
@@ -72,13 +77,17 @@ def providers(case: Case, stage: str) -> list[str]:
     so it is left out of float16's searches.
     """
     half, searches = case.dtype == torch.float16, stage != "update"
+    # Of the two in CuTe, updates are those in Triton. To tune itself for a shape takes each longer than all the rest of
+    # the case.
+    cute = half and searches and case.points != min(POINTS)
     suits = {
-        "faiss": searches,
+        # A second or more at flash-kmeans' shapes, in float32.
+        "faiss": searches and (case.points, case.clusters) not in FLASH_SHAPES,
         "torch": not half or not searches,
         "flash-kmeans": half,
+        "flash-kmeans-cute": cute,
         "flashlib": half,
-        # Its update is flashlib's. To tune itself for a shape takes it longer than all the rest of the case.
-        "flashlib-cute": half and searches and case.points == IMAGES,
+        "flashlib-cute": cute,
         "triton": True,
     }
     return [name for name, suitable in suits.items() if suitable]

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import NamedTuple
 
 import official_estep
 import optional
+import pytest
 import torch
 from pcl_fast.kernels import assign_plain, segment_plain
 
@@ -69,7 +71,7 @@ def flash_kmeans_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd
     assigning = optional.module("flash_kmeans.assign_euclid_triton", "flash-kmeans")
     updating = optional.module("flash_kmeans.centroid_update_triton", "flash-kmeans")
     points, start = features[None], centroids.to(features.dtype)[None]
-    squares = torch.cat([chunk.float().square().sum(1) for chunk in features.split(1 << 18)])[None]
+    squares = squared_norms(features)[None]
     return Lloyd(
         partial(assigning.euclid_assign_triton, points, start, squares),
         partial(updating.triton_centroid_update_sorted_euclid, points, old_centroids=start),
@@ -96,14 +98,42 @@ def flashlib_cute_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloy
     """Return flashlib's kernel for Hopper in CuTe DSL, which it tunes for every shape (20 s)."""
     optional.module("cutlass.cute", "nvidia-cutlass-dsl")
     assigning = optional.module("flashlib.primitives.kmeans.cutedsl.assign", "flashlib")
+    refuse_triton(assigning, "flashlib")
     points, start = features[None], centroids.to(features.dtype)[None]
     return Lloyd(partial(assigning.cutedsl_assign_euclid, points, start), flashlib_lloyd(features, centroids).update)
+
+
+def flash_kmeans_cute_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
+    """Return flash-kmeans' kernel for Hopper in CuTe DSL, of which flashlib's is a later one. It is in no release up to
+    0.3.1; install the repository at a commit that has flash_kmeans/cutedsl_impl.py.
+    """
+    optional.module("cutlass.cute", "nvidia-cutlass-dsl")
+    package = "flash-kmeans from its repository (releases up to 0.3.1 have no CuTe)"
+    assigning = optional.module("flash_kmeans.cutedsl_impl", package)
+    refuse_triton(assigning, "flash-kmeans")
+    points, start = features[None], centroids.to(features.dtype)[None]
+    search = partial(assigning.cutedsl_assign_euclid, points, start, squared_norms(features)[None])
+    return Lloyd(search, flash_kmeans_lloyd(features, centroids).update)
+
+
+def refuse_triton(assigning: ModuleType, package: str) -> None:
+    """Leave a case out where this module would run the package's Triton kernel, without a word, instead of CuTe's."""
+
+    def refuse(*_, **__):
+        pytest.skip(f"{package} has no kernel in CuTe for this case or this GPU, and would take its Triton kernel")
+
+    assigning.euclid_assign_triton = refuse
+
+
+def squared_norms(features: torch.Tensor) -> torch.Tensor:
+    return torch.cat([chunk.float().square().sum(1) for chunk in features.split(1 << 18)])
 
 
 PROVIDERS: dict[str, Callable[[torch.Tensor, torch.Tensor], Lloyd]] = {
     "faiss": faiss_lloyd,
     "torch": torch_lloyd,
     "flash-kmeans": flash_kmeans_lloyd,
+    "flash-kmeans-cute": flash_kmeans_cute_lloyd,
     "flashlib": flashlib_lloyd,
     "flashlib-cute": flashlib_cute_lloyd,
     "triton": triton_lloyd,
