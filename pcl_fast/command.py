@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from pcl_fast.errors import UserError
@@ -21,6 +21,7 @@ def command(name: str) -> Iterator[None]:
     trace would hide what to do; and whatever happens to its output ends nothing, see `unfailing_output`.
     """
     with unfailing_output():
+        sys.unraisablehook = _quiet_about_loaders(sys.unraisablehook)
         try:
             yield
         except KeyboardInterrupt:
@@ -36,6 +37,18 @@ def command(name: str) -> Iterator[None]:
         finally:
             # When a loader's process ends with this one, PyTorch's handler raises an error, and Python prints a trace.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _quiet_about_loaders(show: Callable[[Any], None]) -> Callable[[Any], None]:
+    """PyTorch raises an error wherever the program is when a loader's process ends by a signal. In a destructor nothing
+    can be raised, and Python would print it: where the loader itself is ended, it matters to nobody.
+    """
+
+    def hook(lost: Any) -> None:
+        if not str(lost.exc_value).startswith("DataLoader worker"):
+            show(lost)
+
+    return hook
 
 
 def _of_a_file(error: OSError) -> str:

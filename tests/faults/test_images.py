@@ -113,6 +113,34 @@ def test_a_process_that_loads_images_and_is_ended_is_a_sentence(number, said, mo
     assert "Traceback" not in capfd.readouterr().err
 
 
+def test_an_error_about_a_loader_is_not_printed_where_it_cannot_be_raised(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)
+
+    class Ending:
+        def __init__(self, words: str):
+            self.words = words
+
+        def __del__(self):
+            raise RuntimeError(self.words)
+
+    with command("pcl_fast.train"):
+        Ending("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+        Ending("something of ours")
+    said = capsys.readouterr().err
+    assert "something of ours" in said
+    assert "DataLoader" not in said
+
+
+def test_a_worker_whose_trainer_is_gone_says_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(os, "setpgid", lambda *_: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)
+    worker_options(Resources(workers=1, prefetch=2, gpu=None, decoder_mib=0), prefetch=2)["worker_init_fn"](0)
+    for error in (EOFError(), ConnectionResetError("reset"), ValueError("ours")):
+        sys.excepthook(type(error), error, None)
+    assert capsys.readouterr().err == "ValueError: ours\n"
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_a_forked_process_from_its_first_moment(number):
     """It would raise in the midst of PyTorch's own lines, or be noted and forgotten."""

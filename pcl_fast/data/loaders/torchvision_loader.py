@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -141,11 +142,11 @@ def worker_options(resources: Resources, prefetch: int) -> dict:
         "pin_memory": pin,
         "persistent_workers": True,
         "prefetch_factor": prefetch,
-        "worker_init_fn": _forget_signals,
+        "worker_init_fn": _begin_worker,
     }
 
 
-def _forget_signals(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     """Move a worker to a process group of its own, where a signal means what it does to any process: it has inherited
     the trainer's handlers, which would raise what the trainer alone understands.
 
@@ -155,3 +156,16 @@ def _forget_signals(worker: int) -> None:
     os.setpgid(0, 0)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
+    sys.excepthook = _quiet_without_trainer(sys.excepthook)
+
+
+def _quiet_without_trainer(show: Callable[..., None]) -> Callable[..., None]:
+    """Where the trainer was killed in the midst of taking an image over, the thread that hands it over would print its
+    stack. The worker ends without that.
+    """
+
+    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not issubclass(kind, (EOFError, ConnectionError)):
+            show(kind, error, trace)
+
+    return hook
