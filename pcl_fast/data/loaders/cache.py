@@ -8,23 +8,21 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import tempfile
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
 
 from pcl_fast.config import DataConfig
+from pcl_fast.data.loaders.feeds import Feeds
 from pcl_fast.data.sources.images import ImageSet
 from pcl_fast.distributed import World, shard_bounds
 from pcl_fast.errors import UserError
@@ -33,9 +31,6 @@ from pcl_fast.errors import UserError
 _VERSION = 1
 # The header fills a page, so that the crops begin on one.
 _HEADER_BYTES = 4096
-# So many batches are read ahead, by so many threads: an SSD likes several requests at a time, but the more there are,
-# the less the system's own reading ahead makes of them.
-_AHEAD, _READERS = 4, 2
 # The content of so many images is compared: another copy of the data set, resized say, has the same names.
 _SAMPLED = 64
 
@@ -86,17 +81,28 @@ class CacheFile:
             return self.length
 
 
+class ClusteringLoader(Protocol):
+    """A clustering loader makes the batches of a shard of the clustering view."""
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        """Yield all batches in order."""
+
+    def batches(self, starts: Iterable[int]) -> Iterator[torch.Tensor]:
+        """Yield the batches that begin at these positions of the shard, which are asked for while it works."""
+
+
 class CachedView:
     """A cached view yields the batches of the clustering view: its first pass is the loader's and writes them aside,
-    later ones read them.
+    later ones read them. Where the disk is too slow for whoever wants them, the loader decodes some of them meanwhile.
 
     A batch is what the loader makes, byte for byte: uint8 [batch_size, size, size, 3] on the same device, the last one
-    smaller. Where the disk fails later than at the start, a warning says so and the loader goes on alone.
+    smaller. Where the disk fails later than at the start, a warning says so and the loader goes on alone; where the
+    loader fails while it helps, a warning says so and the disk goes on alone.
     """
 
-    def __init__(self, loader: Iterable[torch.Tensor], file: CacheFile, *, batch_size: int, gpu: torch.device | None):
+    def __init__(self, loader: ClusteringLoader, file: CacheFile, *, batch_size: int, gpu: torch.device | None):
         self.loader, self.file, self.batch_size, self.gpu = loader, file, batch_size, gpu
-        self._failed = False
+        self._failed = self._alone = False
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         if self._failed:
@@ -112,39 +118,67 @@ class CachedView:
             part.finish()
 
     def _read(self, file: BinaryIO) -> Iterator[torch.Tensor]:
+        starts = range(0, self.file.images, self.batch_size)
         given = 0
         try:
-            for batch in self._batches(file):
+            for batch in self._batches(file, starts):
                 yield batch
                 given += 1
         except OSError as error:
             self._give_up(error)
-            yield from itertools.islice(self.loader, given, None)
+            yield from self.loader.batches(starts[given:])
 
-    def _batches(self, file: BinaryIO) -> Iterator[torch.Tensor]:
-        """Read all batches from the file.
+    def _batches(self, file: BinaryIO, starts: range) -> Iterator[torch.Tensor]:
+        """Read all batches from the file, and decode some of them if that is too slow.
 
         Raises:
             OSError: the file cannot be read to its end.
         """
-        with file, ThreadPoolExecutor(_READERS, thread_name_prefix="cache") as readers:
-            starts = range(0, self.file.images, self.batch_size)
-            jobs = (self._begin_to_read(file, start, readers) for start in starts)
-            under_way = deque(itertools.islice(jobs, _AHEAD))
-            while under_way:
-                batch, job = under_way.popleft()
-                job.result()
-                under_way.extend(itertools.islice(jobs, 1))
-                # The pinned memory that is dropped here is not used again before it has been copied.
-                yield batch if self.gpu is None else batch.to(self.gpu, non_blocking=True)
 
-    def _begin_to_read(
-        self, file: BinaryIO, start: int, readers: ThreadPoolExecutor
-    ) -> tuple[torch.Tensor, Future[None]]:
-        """Return a batch on the host, and the job that fills it."""
+        def read(number: int) -> torch.Tensor:
+            return self._read_batch(file, starts[number])
+
+        def decode(numbers: Iterator[int]) -> Iterator[torch.Tensor]:
+            return self._decode(starts[number] for number in numbers)
+
+        feeds = Feeds(len(starts), read, None if self._alone else decode, self._go_on_alone)
+        with file, contextlib.closing(iter(feeds)) as batches:
+            for batch in batches:
+                if self.gpu is not None:
+                    # The pinned memory that is dropped here is not used again before it has been copied, nor is what
+                    # was decoded on another stream before this one is done with it.
+                    batch = batch.to(self.gpu, non_blocking=True)
+                    batch.record_stream(torch.cuda.current_stream(self.gpu))
+                yield batch
+
+    def _read_batch(self, file: BinaryIO, start: int) -> torch.Tensor:
+        """Return a batch on the host."""
         count, size = min(self.batch_size, self.file.images - start), self.file.size
-        batch = torch.empty(count, size, size, 3, dtype=torch.uint8, pin_memory=self.gpu is not None)
-        return batch, readers.submit(_read_into, batch.numpy(), file.fileno(), self.file.offset(start))
+        # Without its device a thread would make itself at home on the first GPU.
+        with contextlib.nullcontext() if self.gpu is None else torch.cuda.device(self.gpu):
+            batch = torch.empty(count, size, size, 3, dtype=torch.uint8, pin_memory=self.gpu is not None)
+        _read_into(batch.numpy(), file.fileno(), self.file.offset(start))
+        return batch
+
+    def _decode(self, starts: Iterator[int]) -> Iterator[torch.Tensor]:
+        """Yield the loader's batches, in another thread than the one that encodes them.
+
+        On a GPU they are made on a stream of their own, so that the encoder waits for none before its turn, and come
+        back in memory that does not return to the loader in that stream's order.
+        """
+        if self.gpu is None:
+            yield from self.loader.batches(starts)
+            return
+        stream = torch.cuda.Stream(self.gpu)
+        with torch.cuda.stream(stream), contextlib.closing(self.loader.batches(starts)) as batches:
+            for batch in batches:
+                own = batch.clone()
+                stream.synchronize()
+                yield own
+
+    def _go_on_alone(self, error: Exception) -> None:
+        self._alone = True
+        warnings.warn(f"--data.cache: {self.file.path} is read without the help of idle cores: {error}", stacklevel=2)
 
     def _give_up(self, error: OSError) -> None:
         self._failed = True

@@ -8,7 +8,7 @@ same batches with any number of threads.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 
@@ -82,8 +82,12 @@ class ClusteringLoader:
         )
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        return self.batches(range(0, len(self.shard), self.batch_size))
+
+    def batches(self, starts: Iterable[int]) -> Iterator[torch.Tensor]:
+        """Yield the batches that begin at these positions of the shard, which are asked for while it works."""
         indices = np.arange(self.shard.start, self.shard.stop)
-        batches = (indices[at : at + self.batch_size] for at in range(0, len(indices), self.batch_size))
+        batches = (indices[at : at + self.batch_size] for at in starts)
         crops = partial(centre_crops, resize=self.config.shorter_side, size=self.config.size)
         for _, (view,) in self._decoder.run(batches, lambda read: crops(read.sizes)):
             yield view

@@ -58,13 +58,19 @@ class ClusteringLoader:
         *,
         batch_size: int,
     ):
-        self.resources = resources
+        self.resources, self.length, self.batch_size = resources, len(shard), batch_size
+        self._batches = _Ranges(len(shard), batch_size)
         # Two batches ahead are enough: they are large here, and lie in shared memory.
         self._loader = DataLoader(
-            _InOrder(images, config, shard), batch_size=batch_size, **worker_options(resources, 2)
+            _InOrder(images, config, shard), batch_sampler=self._batches, **worker_options(resources, 2)
         )
 
     def __iter__(self) -> Iterator[torch.Tensor]:
+        return self.batches(range(0, self.length, self.batch_size))
+
+    def batches(self, starts: Iterable[int]) -> Iterator[torch.Tensor]:
+        """Yield the batches that begin at these positions of the shard, which are asked for while it works."""
+        self._batches.starts = starts
         for view in without_stacks(self._loader):
             yield _moved(view, self.resources)
 
@@ -97,6 +103,18 @@ class _InOrder(Dataset):
 
     def __getitem__(self, position: int) -> torch.Tensor:
         return clustering_view(self.images.read(self.shard[position]), self.config.shorter_side, self.config.size)
+
+
+class _Ranges:
+    """The items of batches of a shard: a list of positions for each of `starts`, which may be set before every pass."""
+
+    def __init__(self, length: int, batch_size: int):
+        self.length, self.batch_size = length, batch_size
+        self.starts: Iterable[int] = ()
+
+    def __iter__(self) -> Iterator[range]:
+        for start in self.starts:
+            yield range(start, min(start + self.batch_size, self.length))
 
 
 class EpochBatches:

@@ -7,9 +7,11 @@ import dataclasses
 import errno
 import fcntl
 import importlib.util
+import itertools
 import os
 import resource
 import shutil
+import time
 import warnings
 from collections import namedtuple
 from pathlib import Path
@@ -21,6 +23,7 @@ from PIL import Image
 
 from pcl_fast.config import DataConfig
 from pcl_fast.data import ImageSet, clustering_loader, describe_loader, find_images
+from pcl_fast.data.loaders import cache, feeds
 from pcl_fast.data.loaders.cache import CachedView
 from pcl_fast.distributed import World
 from pcl_fast.errors import UserError
@@ -53,11 +56,15 @@ class Spy:
     """Counts how often a loader is asked for its batches."""
 
     def __init__(self, wrapped):
-        self.wrapped, self.passes = wrapped, 0
+        self.wrapped, self.passes, self.begins = wrapped, 0, []
 
     def __iter__(self):
         self.passes += 1
         return iter(self.wrapped)
+
+    def batches(self, starts):
+        self.begins.append([])
+        return self.wrapped.batches(self.begins[-1].append(start) or start for start in starts)
 
 
 def spied(cached: CachedView) -> tuple[CachedView, Spy]:
@@ -393,7 +400,72 @@ def test_a_file_that_is_cut_while_it_is_read(images, folder, expected):
     with pytest.warns(UserWarning, match="has become shorter"):
         found += list(batches)
     assert equal(found, single)
+    (begins,) = spy.begins  # not from the first on
+    assert begins == list(range(begins[0], 53))
+    assert begins[0] >= 5
+
+
+def slow_disk(monkeypatch) -> None:
+    """Reading a batch takes 20 ms, and help begins at once."""
+
+    def read_late(*args) -> None:
+        time.sleep(0.02)
+        read(*args)
+
+    read = cache._read_into
+    monkeypatch.setattr(cache, "_read_into", read_late)
+    monkeypatch.setattr(feeds, "_PATIENCE", 0.0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_slow_disk_is_helped_with_the_same_bytes(images, folder, kind, device, monkeypatch):
+    slow_disk(monkeypatch)
+    world = world_of(device=device)
+    plain = list(loader(images, None, world, loader=kind, batch_size=3))
+    cached, spy = spied(loader(images, folder, world, loader=kind, batch_size=3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            assert equal(cached, plain)
     assert spy.passes == 1
+    assert len(set(itertools.chain.from_iterable(spy.begins))) >= 5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_disk_that_fails_while_it_is_helped(images, folder, kind, monkeypatch):
+    slow_disk(monkeypatch)
+    plain = list(loader(images, None, loader=kind, batch_size=1))
+    list(loader(images, folder, loader=kind))
+    cached, spy = spied(loader(images, folder, loader=kind, batch_size=1))
+    batches = iter(cached)
+    found = [next(batches) for _ in range(20)]
+    assert spy.begins
+    os.truncate(*files(folder), HEADER_BYTES)
+    with pytest.warns(UserWarning, match="has become shorter") as said:
+        found += list(batches)
+    assert equal(found, plain)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fault", ["gone", "changed"])
+def test_images_that_cannot_help_are_read_from_the_cache(images, folder, expected, kind, fault, tmp_path, monkeypatch):
+    slow_disk(monkeypatch)
+    shutil.copytree(images.root, tmp_path / "copy")
+    copy = find_images(tmp_path / "copy")
+    plain = list(loader(copy, None, loader=kind))
+    cached, spy = spied(loader(copy, folder, loader=kind))
+    assert equal(cached, plain)
+    for path in copy.root.glob("*/*.jpg"):
+        path.unlink()
+        if fault == "changed":
+            Image.new("RGB", (30, 30)).save(path)
+    said = {"gone": "cannot read image", "changed": "decode to other bytes than it holds"}[fault]
+    with pytest.warns(UserWarning, match=f"without the help of idle cores: .*{said}") as warned:
+        assert equal(cached, plain)
+    assert equal(cached, plain)
+    assert len(warned) == len(spy.begins) == 1
 
 
 # --- runs -----------------------------------------------------------------------------------------------------------
