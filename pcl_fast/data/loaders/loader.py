@@ -15,6 +15,7 @@ from pcl_fast.augmentations import View
 from pcl_fast.config import DataConfig
 from pcl_fast.data.batch import Batch
 from pcl_fast.data.loaders.cache import cached
+from pcl_fast.data.loaders.memory import leave_room
 from pcl_fast.data.loaders.order import EpochOrder
 from pcl_fast.data.loaders.resources import Resources, pick_resources
 from pcl_fast.data.sources.images import ImageSet
@@ -65,6 +66,7 @@ def training_loader(
             raise ValueError(f"a view's blur can have a sigma of at most {MAX_SIGMA} pixels, got {view.sigma[1]}")
     resources = pick_resources(config, world.device)
     order = EpochOrder(len(images), batch_size=batch_size, seed=seed, world=world, given=order)
+    images = leave_room(images, config, world)
     return _implementation(config).TrainingLoader(images, views, order, resources)
 
 
@@ -80,6 +82,7 @@ def clustering_loader(images: ImageSet, config: DataConfig, *, batch_size: int, 
     """
     resources = pick_resources(config, world.device)
     shard = range(*shard_bounds(len(images), world.rank, world.size))
+    images = leave_room(images, config, world)
     loader = _implementation(config).ClusteringLoader(images, config, shard, resources, batch_size=batch_size)
     if config.cache is None:
         return loader

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from pcl_fast.data.sources.images import ImageSet, reason_of
+from pcl_fast.data.sources.images import ImageSet, forget, reason_of
 from pcl_fast.data.sources.walk import files_below
 from pcl_fast.errors import ImageError
 
@@ -30,6 +30,7 @@ class ImageFolder(ImageSet):
     paths: tuple[str, ...]
     labels: tuple[int, ...] | None
     classes: tuple[str, ...]
+    kept: bool = True
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -46,7 +47,10 @@ class ImageFolder(ImageSet):
 
     def load(self, index: int) -> bytes:
         with self.open(index) as file:
-            return file.read()
+            data = file.read()
+            if not self.kept:
+                forget(file.fileno())
+            return data
 
     def keys(self) -> tuple[str, ...]:
         return self.paths

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +22,13 @@ class ImageSet(ABC):
 
     root: the folder in which it lies.
     labels: the class of every image, or None without labels.
+    kept: whether the system may keep in memory what was read of the files. Where it need not, memory is left for what
+        is of more use there.
     """
 
     root: Path
     labels: Sequence[int] | None
+    kept: bool
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -96,6 +101,13 @@ class ImageSet(ABC):
         """Return a text that identifies names and order of the images, to which the indices in a checkpoint refer."""
         names = "\n".join(self.keys()).encode(errors="surrogateescape")  # of any bytes, as file systems allow
         return f"{len(self)} images, sha256 {hashlib.sha256(names).hexdigest()[:16]}"
+
+
+def forget(descriptor: int, offset: int = 0, length: int = 0) -> None:
+    """Let the system drop a file, or a part of it, from its memory. It reads from the disk when it is wanted again."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # of a file system without it
+            os.posix_fadvise(descriptor, offset, length, os.POSIX_FADV_DONTNEED)
 
 
 def open_image(file: BinaryIO) -> Image.Image:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from pcl_fast.data.sources.folder import EXTENSIONS
-from pcl_fast.data.sources.images import ImageSet, reason_of
+from pcl_fast.data.sources.images import ImageSet, forget, reason_of
 from pcl_fast.data.sources.shard_scan import scan
 from pcl_fast.errors import ImageError
 from pcl_fast.files import write_whole
@@ -104,6 +104,7 @@ class TarShards(ImageSet):
     size: np.ndarray
     labels: np.ndarray | None
     members: Names
+    kept: bool = True
     _files: _Files = field(default_factory=_Files, repr=False)
 
     def __len__(self) -> int:
@@ -113,9 +114,11 @@ class TarShards(ImageSet):
         return f"{self.root / self.shards[self.shard[index]]}, member {self.members[index]}"
 
     def load(self, index: int) -> bytes:
-        size = int(self.size[index])
+        size, offset = int(self.size[index]), int(self.offset[index])
         file = self._files.open(os.path.join(self.root, self.shards[self.shard[index]]))
-        data = os.pread(file.descriptor, size, int(self.offset[index]))
+        data = os.pread(file.descriptor, size, offset)
+        if not self.kept:
+            forget(file.descriptor, offset, size)
         if len(data) < size:
             raise OSError(f"only {len(data)} of its {size} bytes are there; the shard was cut off after it was indexed")
         return data

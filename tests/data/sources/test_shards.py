@@ -9,6 +9,7 @@ import random
 import tarfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,15 @@ def test_shards_by_name_then_members_as_they_come(root, photos):
         "a-0001.tar/x/4.JPG",
     ]
     assert images.read(0).size == Image.open(io.BytesIO(photos[5])).size
+
+
+def test_an_image_is_forgotten_by_itself(root, monkeypatch):
+    """Not its neighbours in the shard."""
+    kept, calls = find_shards(root), []
+    monkeypatch.setattr("os.posix_fadvise", lambda descriptor, *args: calls.append(args))
+    images = replace(kept, kept=False)
+    assert images.load(3) == images.subset([3]).load(0) == kept.load(3)
+    assert calls == [(int(kept.offset[3]), int(kept.size[3]), os.POSIX_FADV_DONTNEED)] * 2
 
 
 def test_images_without_labels(tmp_path, photos):
