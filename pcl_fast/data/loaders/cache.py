@@ -139,6 +139,7 @@ class CachedView:
             return self._read_batch(file, starts[number])
 
         def decode(numbers: Iterator[int]) -> Iterator[torch.Tensor]:
+            _read_no_further(file)
             return self._decode(starts[number] for number in numbers)
 
         feeds = Feeds(len(starts), read, None if self._alone else decode, self._go_on_alone)
@@ -338,6 +339,13 @@ def _lock(path: Path) -> BinaryIO | None:
         file.truncate(0)
         closing.pop_all()
         return file
+
+
+def _read_no_further(file: BinaryIO) -> None:
+    """Keep the system from reading on beyond what is asked for: by megabytes, and into batches that are decoded."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # of a file system without it
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
 
 
 def _read_into(array: np.ndarray, descriptor: int, offset: int) -> None:
