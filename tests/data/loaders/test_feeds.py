@@ -87,20 +87,18 @@ def test_both_work_at_once():
     """One disk of 100 batches a second and a decoder of 100: about as many from each, and hardly any from both."""
     sources = Sources(0.01, 0.01)
     assert taken(sources.feeds()) == list(range(COUNT))
-    assert len(sources.read_numbers) + len(sources.decoded_numbers) <= COUNT + 5
-    assert 0.3 * COUNT < len(sources.decoded_numbers) < 0.7 * COUNT
+    assert len(sources.read_numbers) + len(sources.decoded_numbers) <= COUNT + 10
+    assert 0.2 * COUNT < len(sources.decoded_numbers) < 0.8 * COUNT
 
 
 def test_a_fast_disk_overtakes_the_decoder_which_gives_way():
-    sources = Sources(0.0005, 0.05)
-    begin = time.perf_counter()
-    assert taken(sources.feeds(400)) == list(range(400))
-    assert time.perf_counter() - begin < 400 * 0.05 / 4
-    assert 1 <= len(sources.decoded_numbers) < 20
+    sources = Sources(0.0005, 0.01)
+    assert taken(sources.feeds(800)) == list(range(800))
+    assert 1 <= len(sources.decoded_numbers) < 35  # it would be 60 if it did not pause
 
 
 def test_nobody_decodes_for_whoever_is_slower_than_the_disk(monkeypatch):
-    monkeypatch.setattr(feeds, "_PATIENCE", 0.1)
+    monkeypatch.setattr(feeds, "_PATIENCE", 0.5)
     sources = Sources(0.001, 0.001)
     assert taken(sources.feeds(), pause=0.003) == list(range(COUNT))
     assert sources.bouts == 0
