@@ -106,13 +106,13 @@ def test_nobody_decodes_for_whoever_is_slower_than_the_disk(monkeypatch):
 
 
 def test_few_batches_are_held():
-    """A decoder that hangs until all readers wait: 4 batches, and 4 more for each of the 3 that it has."""
+    """A decoder that hangs until all readers wait: 4 batches, and 6 more for each of the 3 that it has."""
     sources, hangs = Sources(0.001, 0.0), threading.Event()
     sources.sleep = lambda seconds: hangs.wait() if seconds == 0.0 else time.sleep(seconds)
     batches = iter(sources.feeds())
     found = [int(next(batches))]
     time.sleep(0.1)
-    assert len(sources.read_numbers) <= 4 + 4 * 3 + 2
+    assert len(sources.read_numbers) <= 4 + 6 * 3 + 2
     hangs.set()
     assert found + taken(batches) == list(range(COUNT))
 
