@@ -1,8 +1,9 @@
-"""Convolution, bias, shortcut and ReLU as one operator, for networks that are only evaluated.
+"""Convolution, bias, shortcut and ReLU in one pass, for networks that are only evaluated.
 
-cuDNN and oneDNN can finish a convolution's output while it still lies in registers. PyTorch offers this as operators
-that torch.compile does not look into and that have no gradient, and cuDNN's cannot be traced at all. Here they are one
-operator, torch.ops.pcl_fast.convolution_relu, that can be traced, exported and captured in a CUDA graph.
+cuDNN and oneDNN can finish a convolution's output while it still lies in registers. cuDNN's operators in PyTorch cannot
+be traced: here they are one operator, torch.ops.pcl_fast.convolution_relu, that torch.compile takes as it is, and that
+on other devices computes in steps. oneDNN's take weights in their own order of memory, which no traced operator can be
+given; a FusedConvolution keeps them.
 """
 
 from __future__ import annotations
@@ -28,21 +29,65 @@ class FusedConvolution(nn.Conv2d):
 
         y = relu(weight * x + bias + residual)
 
-    Its state is that of nn.Conv2d. It has no gradient. Where the type of its weight is not that of x, as under
-    autocast, and where the operator is of no use, it computes in separate steps.
+    Its state is that of nn.Conv2d. It has no gradient. On a CPU the weights are kept a second time, as oneDNN wants
+    them for the first images that come.
+
+    overwrites: whether the result may take the shortcut's place in memory. Only oneDNN makes use of it.
     """
 
+    overwrites: bool = False
+    _packed: torch.Tensor | None = None
+
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """Map x [N, C, H, W] and residual, of the result's shape, to the result [N, D, H', W']."""
-        tensors = x, self.weight, self.bias, residual
+        """Map x [N, C, H, W] and residual, of the result's shape, to the result [N, D, H', W']. Where the type of the
+        weight is not that of x, as under autocast, it computes in steps.
+        """
         if x.dtype != self.weight.dtype:
-            return plain_convolution_relu(*tensors, *self.geometry)
-        return torch.ops.pcl_fast.convolution_relu(*tensors, *self.geometry)
+            return self.plain(x, residual)
+        if _takes_onednn(x):
+            return self.fast(x, residual if self.overwrites or residual is None else residual.clone())
+        return OPERATOR(x, self.weight, self.bias, residual, *self.geometry)
 
     @property
     def geometry(self) -> tuple[list[int], list[int], list[int], int]:
         """Return (stride, padding, dilation, groups), as operators take them."""
         return list(self.stride), list(self.padding), list(self.dilation), self.groups
+
+    def plain(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the same, computed in steps."""
+        return plain_convolution_relu(x, self.weight, self.bias, residual, *self.geometry)
+
+    def fast(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the same by the library's operator, whatever comes of it. On a CPU residual is overwritten.
+
+        Raises:
+            RuntimeError: the library has none for these types and shapes.
+        """
+        if x.is_cuda:
+            return cudnn_convolution_relu(x, self.weight, self.bias, residual, *self.geometry)
+        stride, padding, dilation, groups = self.geometry
+        settings = padding, stride, dilation, groups
+        if self._packed is None:
+            weight = self.weight.detach().contiguous().to_mkldnn()
+            self._packed = torch._C._nn.mkldnn_reorder_conv2d_weight(weight, *settings, tuple(x.shape))
+        operators = torch.ops.mkldnn
+        if residual is None:
+            return operators._convolution_pointwise(x, self._packed, self.bias, *settings, "relu", [None], "")
+        # The one that makes a new tensor copies, and takes longer than the separate steps.
+        return operators._convolution_pointwise_(
+            residual, x, self._packed, self.bias, *settings, "add", None, "relu", [None], None
+        )
+
+    def _apply(self, *arguments, **options):
+        self._packed = None  # of weights that are moved, or get another type
+        return super()._apply(*arguments, **options)
+
+
+def _takes_onednn(x: torch.Tensor) -> bool:
+    """torch.compile has ways of its own to fuse and to keep weights."""
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype is not torch.float32:
+        return False
+    return torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
 
 
 def plain_convolution_relu(
@@ -66,7 +111,7 @@ def plain_convolution_relu(
     return result.relu_() if residual is None else result.add_(residual).relu_()
 
 
-def fast_convolution_relu(
+def cudnn_convolution_relu(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -76,22 +121,15 @@ def fast_convolution_relu(
     dilation: list[int],
     groups: int,
 ) -> torch.Tensor:
-    """Return what `plain_convolution_relu` returns, up to rounding, by the one operator of cuDNN or oneDNN.
+    """Return what `plain_convolution_relu` returns, up to rounding, by cuDNN's operator.
 
     Raises:
-        RuntimeError: the library has no such operator for these types and shapes.
+        RuntimeError: there is none for these types and shapes, or the tensors are not on a GPU.
     """
-    if x.is_cuda:
-        settings = stride, padding, dilation, groups
-        if residual is None:
-            return torch.cudnn_convolution_relu(x, weight, bias, *settings)
-        return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *settings)
-    tensors, settings = (x, weight, bias), (padding, stride, dilation, groups)
+    settings = stride, padding, dilation, groups
     if residual is None:
-        return torch.ops.mkldnn._convolution_pointwise(*tensors, *settings, "relu", [None], "")
-    # Of "add" oneDNN may write into the shortcut; this operator makes a new tensor.
-    tensors = x, residual, weight, bias
-    return torch.ops.mkldnn._convolution_pointwise(*tensors, *settings, "add", None, "relu", [None], None)
+        return torch.cudnn_convolution_relu(x, weight, bias, *settings)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *settings)
 
 
 def suits(conv: nn.Conv2d) -> bool:
@@ -106,21 +144,17 @@ def suits(conv: nn.Conv2d) -> bool:
         sides, channels = conv.kernel_size, (conv.in_channels, conv.out_channels)
         aligned = not any(count % _CHANNELS for count in channels)
         return set(sides) <= set(_SIDES) and conv.groups == 1 and set(conv.dilation) == {1} and aligned
-    return _has_onednn()
-
-
-def _has_onednn() -> bool:
-    return torch.backends.mkldnn.is_available() and torch._C._has_mkldnn
+    return torch.backends.mkldnn.is_available()
 
 
 def is_taken(x: torch.Tensor, residual: torch.Tensor | None, elements: int) -> bool:
-    """Return whether the operator can be given these tensors; `elements` are those of its result.
+    """Return whether the library's operator can be given these tensors; `elements` are those of its result.
 
-    Not by cuDNN where the shortcut is the input itself (PyTorch's issue 62926), nor where algorithms have been asked
+    cuDNN's not where the shortcut is the input itself (PyTorch's issue 62926), nor where algorithms have been asked
     for that give the same bits every time, to which its fused convolutions do not listen.
     """
     if not x.is_cuda:
-        return x.dtype is torch.float32 and _has_onednn() and torch.backends.mkldnn.enabled
+        return _takes_onednn(x)
     if torch.are_deterministic_algorithms_enabled() or torch.backends.cudnn.deterministic:
         return False
     if residual is not None and residual.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
@@ -152,7 +186,11 @@ def _fake(x, weight, bias, residual, stride, padding, dilation, groups):
     return result.contiguous(memory_format=torch.channels_last)
 
 
-def _convolution_relu(x, weight, bias, residual, stride, padding, dilation, groups):
+def _on_cpu(*arguments):
+    return plain_convolution_relu(*arguments).contiguous(memory_format=torch.channels_last)
+
+
+def _on_gpu(x, weight, bias, residual, stride, padding, dilation, groups):
     arguments = x, weight, bias, residual, stride, padding, dilation, groups
     result = None
     if is_taken(x, residual, math.prod(_shape(x, weight, stride, padding, dilation))):
@@ -167,7 +205,7 @@ def _tried(*arguments) -> torch.Tensor | None:
     run out of memory would not fit in separate steps either.
     """
     try:
-        return fast_convolution_relu(*arguments)
+        return cudnn_convolution_relu(*arguments)
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -177,5 +215,6 @@ def _tried(*arguments) -> torch.Tensor | None:
         return None
 
 
-for _device in ("CPU", "CUDA"):
-    _library.impl("convolution_relu", _convolution_relu, _device)
+_library.impl("convolution_relu", _on_cpu, "CPU")
+_library.impl("convolution_relu", _on_gpu, "CUDA")
+OPERATOR = torch.ops.pcl_fast.convolution_relu

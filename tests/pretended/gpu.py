@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from triton.runtime.jit import JITFunction
 
-from pcl_fast.nn import sync_batch_norm_plain
+from pcl_fast.nn import fused_convolution, sync_batch_norm_plain
 
 aten = torch.ops.aten
 _PYTORCH = str(Path(torch.__file__).parent)
@@ -30,7 +30,7 @@ DEVICE = torch.device("cuda", 0)
 # cuBLAS's and cuDNN's.
 _FOREIGN = {
     aten.convolution, aten.convolution_backward, aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.dot,
-    aten.cudnn_batch_norm, aten.cudnn_batch_norm_backward,
+    aten.cudnn_batch_norm, aten.cudnn_batch_norm_backward, fused_convolution.OPERATOR,
 }  # fmt: skip
 # Where a tensor lies, but not what is in it.
 _PLACES = {
@@ -127,7 +127,8 @@ class PretendedGPU(Recorder):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace in ("c10d", "pcl_fast"):
+        func, args = _traceable(func, args)
+        if func.namespace == "c10d" or (func.namespace == "pcl_fast" and func.overloadpacket not in _FOREIGN):
             return super().__torch_dispatch__(func, types, args, kwargs)
         if torch.is_inference_mode_enabled() and _is_composite(func):
             with self:
@@ -170,6 +171,16 @@ class PretendedGPU(Recorder):
             ),
             results,
         )
+
+
+def _traceable(func: Any, args: tuple) -> tuple[Any, tuple]:
+    """Our operator in place of cuDNN's fused convolutions, of which PyTorch has no description."""
+    if func.overloadpacket is aten.cudnn_convolution_relu:
+        return fused_convolution.OPERATOR.default, (*args[:3], None, *args[3:])
+    if func.overloadpacket is aten.cudnn_convolution_add_relu:
+        x, weight, residual, _, *others = args
+        return fused_convolution.OPERATOR.default, (x, weight, others[0], residual, *others[1:])
+    return func, args
 
 
 def _is_composite(func: Any) -> bool:

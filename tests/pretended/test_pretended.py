@@ -105,6 +105,20 @@ def test_kernels_are_launched_where_the_gpu_has_them(seen):
         assert (loss & launched, clustering & clustered) == (set(), set())
 
 
+def test_the_feature_pass_can_be_fused(pretended_gpu):
+    """All layers but the stem and the shortcuts'; no operator is refused, and the host waits at the end alone."""
+    found = ran(run_pretended(pretended_gpu, "run_features.py", capability=NEWEST))
+    assert len(found["layers"]) == 16
+    assert not [name for name in found["layers"] if "downsample" in name or name == "backbone.conv1"]
+    assert (found["pooled first"], found["plain biases"]) == (1, [])
+    assert found["products"] == ["torch.float16" if NEWEST < 80 else "torch.bfloat16"]
+    assert len(found["waits"]) == 1
+    assert found["error"] < 0.02
+    assert found["difference"] is None
+    # Times mean nothing here.
+    assert not [reason for reason in found["unfit"].values() if not reason.startswith("is not faster")]
+
+
 def test_a_run_trains_clusters_evaluates_and_saves(pretended_gpu, image_folder, tmp_path):
     """The whole command; its loss is 0, for Triton's kernels do nothing."""
     done = run_pretended(
