@@ -17,14 +17,14 @@ differentiate_rows  dx.
 
 No atomics, no host synchronisation, the same bits every run on the same kind of GPU.
 
-Bytes moved, with V values of b bytes (V C of them: N H W rows of C channels), beside what goes by channel:
-    forward   2 reads of x, 1 write of y                        3 b V
-              with a residual: 1 read of it, and the bits       4 b V + V / 8 (without V / 8 where no gradient is needed)
-    backward  2 reads of x, 2 of dy, 1 write of dx              5 b V
-              with a residual: g written and read instead of the second read of dy; the bits
-                                                                6 b V + V / 8
-              and with the second gradient of a fork            7 b V + V / 8
-`bytes_moved` is this formula, with what goes by channel; tests count what the kernels load and store.
+Bytes moved, with V = N H W C values of b bytes, beside what is little, some numbers a channel and part:
+    forward   x twice, y                                               3 b V
+              with a residual: x twice, residual, y, bits              4 b V + V / 8 (no bits without a gradient)
+    backward  x twice, dy twice, dx                                    5 b V
+              with a residual: x twice, dy, bits, g there and back, dx 6 b V + V / 8
+              with a fork: also the second dy                          7 b V + V / 8
+PyTorch moves, with a residual and ReLU, 8 b V forward and 8 b V backward, or 11 b V where two gradients meet.
+`bytes_moved` is this formula for each kernel, to the byte; tests compare what the kernels load and store.
 
 Numerics. Statistics, sums and all between load and store are float32. y, g and dx are rounded once each, where PyTorch
 rounds bn(x) before it adds the residual.
@@ -38,8 +38,9 @@ from typing import NamedTuple
 import torch
 import triton
 from pcl_fast.kernels import batch_norm_function
-from pcl_fast.kernels.batch_norm_function import Exchange, Operations, Settings, kept_shape, line_width, stores_gradient
+from pcl_fast.kernels.batch_norm_function import Exchange, Operations, Settings, line_width, stores_gradient
 from pcl_fast.kernels.batch_norm_kernels import (
+    WORD_ROWS,
     differentiate_rows,
     merge_statistics,
     merge_sums,
@@ -51,10 +52,10 @@ from pcl_fast.kernels.launch import capability, multiprocessors
 from pcl_fast.kernels.tiles import INTERPRETED
 
 WARPS = 4
-UNROLL = 4  # rows that a thread loads before it needs the first
+UNROLL = WORD_ROWS.value  # rows that a thread loads before it needs the first
 PROGRAMS = 4  # on a multiprocessor
 SUMMED, MAPPED = 64, 256  # channels of a program that adds up rows, and of one that only maps values
-MERGED = {"PARTS": 64, "COLUMNS": 16}  # lines and channels at a time
+MERGED = {"PARTS": 256, "COLUMNS": 8, "num_warps": 8}  # lines and channels at a time
 
 
 def takes(dtype: torch.dtype, device: torch.device) -> bool:
@@ -95,11 +96,11 @@ def batch_norm_act(
             would; the running statistics move towards the mean of theirs.
         exchange: mean and variance are those of all ranks' values, of which each rank has at least one a channel.
             weight and bias get the gradients of the rank's own.
-        fork: return y twice, for two consumers: the gradients that come back are added in the backward pass's first
-            kernel. Both share their memory.
+        fork: return y twice, for two consumers, whose gradients the backward pass adds itself if there is a residual:
+            the next block's first convolution and its shortcut. The two share their memory.
 
     Returns:
-        y like x, in channels_last.
+        y like x, in channels_last; a pair of them with `fork`.
 
     Raises:
         ValueError: shapes or types do not fit; the batch does not divide into the parts; a channel of a part has fewer
@@ -137,7 +138,9 @@ def _new_merged(lines, running_mean, running_var, momentum):
 
 
 def _new_outputs(x, residual, weight, bias, statistics, relu, eps, keep):
-    return _new_like(x), x.new_empty(kept_shape(x) if keep else 0, dtype=torch.uint8)
+    groups, channels = statistics.shape[0], x.shape[1]
+    words = (groups, -(-(x.numel() // channels // groups) // UNROLL), -(-channels // 8)) if keep else 0
+    return _new_like(x), x.new_empty(words, dtype=torch.int32)
 
 
 def _new_sums(dy, second, x, kept, weight, bias, statistics, relu, eps):
@@ -160,7 +163,7 @@ def _statistics(x, running_mean, running_var, momentum, splits):
     lines = x.new_empty((splits, launch.parts, line_width(shape.channels)), dtype=torch.float32)
     with _on(x):
         partial_statistics[launch.grid(splits)](
-            x, lines, shape.rows, shape.channels, launch.part_rows, lines.shape[2], **launch.by_thread()
+            x, lines, shape.rows, shape.channels, launch.part_rows, lines.shape[2], **launch.constants()
         )
         return _merged(lines, running_mean, running_var, momentum)
 
@@ -189,7 +192,7 @@ def _apply(x, residual, weight, bias, statistics, relu, eps, keep):
     with _on(x):
         normalise_rows[launch.grid(groups)](
             x, residual, weight, bias, statistics, y, kept, shape.rows, shape.channels, launch.part_rows,
-            statistics.shape[1], eps, **launch.whole(), RESIDUAL=residual is not None, RELU=relu, KEEP=keep,
+            statistics.shape[1], eps, **launch.constants(), RESIDUAL=residual is not None, RELU=relu, KEEP=keep,
         )  # fmt: skip
     return outputs
 
@@ -203,7 +206,7 @@ def _sums(dy, second, x, kept, weight, bias, statistics, relu, eps):
     with _on(x):
         partial_sums[launch.grid(groups)](
             dy, second, x, kept, weight, bias, statistics, g, partial, shape.rows, shape.channels, launch.part_rows,
-            width, eps, **launch.by_thread(), SECOND=second is not None, KEPT=kept is not None, RELU=relu,
+            width, eps, **launch.constants(), SECOND=second is not None, KEPT=kept is not None, RELU=relu,
             WRITE=stores_gradient(second, kept),
         )  # fmt: skip
         merge_sums[_blocks(shape.channels)](
@@ -220,7 +223,7 @@ def _differentiate(g, x, weight, bias, statistics, sums, relu, training, eps):
     with _on(x):
         differentiate_rows[launch.grid(groups)](
             g, x, weight, bias, statistics, sums, dx, shape.rows, shape.channels, launch.part_rows, width, eps,
-            **launch.whole(), RELU=relu, TRAINING=training,
+            **launch.constants(), RELU=relu, TRAINING=training,
         )  # fmt: skip
     return dx
 
@@ -262,13 +265,8 @@ class Launch(NamedTuple):
     def grid(self, groups: int) -> tuple[int, int, int]:
         return self.parts, self.blocks, groups
 
-    def by_thread(self) -> dict[str, int]:
-        """Constants of a kernel that adds up rows."""
-        return {"UNROLL": UNROLL, "ROWS": self.rows, "COLUMNS": self.columns, "num_warps": WARPS}
-
-    def whole(self) -> dict[str, int]:
-        """Constants of a kernel that maps values."""
-        return {"TILE": UNROLL * self.rows, "COLUMNS": self.columns, "num_warps": WARPS}
+    def constants(self) -> dict[str, int]:
+        return {"ROWS": self.rows, "COLUMNS": self.columns, "num_warps": WARPS}
 
 
 class _Shape(NamedTuple):
@@ -296,9 +294,8 @@ def divide(rows: int, channels: int, columns: int, itemsize: int, multiprocessor
     """
     columns = max(8, min(columns, triton.next_power_of_2(channels)))
     blocks = triton.cdiv(channels, columns)
-    # Of all threads' 16 bytes.
-    tile_rows = max(1, 32 * WARPS * 16 // itemsize // columns)
-    tiles = triton.cdiv(rows, UNROLL * tile_rows)
+    tile_rows = max(1, 32 * WARPS * 16 // itemsize // columns)  # of all threads' 16 bytes
+    tiles = max(1, triton.cdiv(rows, UNROLL * tile_rows))
     parts = max(1, min(tiles // 2, multiprocessors * PROGRAMS // blocks))
     part_rows = triton.cdiv(tiles, parts) * UNROLL * tile_rows
     return Launch(max(1, triton.cdiv(rows, part_rows)), part_rows, blocks, tile_rows, columns)
@@ -315,38 +312,38 @@ def _on(x: torch.Tensor):
 # --- bytes --------------------------------------------------------------------------------------------------------
 
 
-class Bytes(NamedTuple):
-    """Moved by a forward pass and by a backward pass; by_channel: of both, what depends on channels and parts alone."""
-
-    forward: float
-    backward: float
-    by_channel: float
-
-
 def bytes_moved(
     rows: int,
     channels: int,
     itemsize: int,
     *,
-    relu: bool,
-    residual: bool,
+    relu: bool = False,
+    residual: bool = False,
     fork: bool = False,
     gradient: bool = True,
     multiprocessors: int,
-) -> Bytes:
-    """Return what the kernels load and store in training, for [rows, channels] and parameters of float32.
+) -> dict[str, int]:
+    """Return how many bytes each kernel loads and stores in training, for [rows, channels] and float32 parameters.
 
     Args:
-        gradient: whether there will be a backward pass.
-        multiprocessors: of the GPU, by which the number of parts goes.
+        gradient: whether there is a backward pass.
+        multiprocessors: of the GPU: the number of parts goes by it.
     """
-    values, bits = rows * channels, rows * -(-channels // 8) if relu and residual else 0
-    written = fork or (residual and relu)  # g
-    forward = (3 + residual) * itemsize * values + bits * gradient
-    backward = ((5 + written + fork) * itemsize * values + bits) * gradient
-    summed = divide(rows, channels, SUMMED, itemsize, multiprocessors).parts
-    mapped = divide(rows, channels, MAPPED, itemsize, multiprocessors).parts
-    width = line_width(channels) - 3  # a line is read and written but for its padding
-    merging = 4 * (2 * summed * width + width + 4 * channels) + 4 * (summed - 1) * 0
-    forward_by_channel = merging + 16 * channels * mapped
-    return Bytes(forward, backward, forward_by_channel)
+    one = itemsize * rows * channels  # pass over the values
+    words = 4 * -(-rows // UNROLL) * -(-channels // 8) if relu and residual else 0
+    written = relu and residual
+    summed = divide(rows, channels, SUMMED, itemsize, multiprocessors)
+    mapped = divide(rows, channels, MAPPED, itemsize, multiprocessors)
+    line, blocks = 8 * channels + 4, _blocks(channels)[1]  # of statistics, but for its padding
+    moved = {
+        "partial_statistics": one + summed.parts * line,
+        "merge_statistics": summed.parts * (8 * channels + 4 * blocks) + line + 16 * channels,
+        "normalise_rows": (2 + residual) * one + words * gradient + mapped.parts * 16 * channels,
+    }
+    if gradient:
+        moved |= {
+            "partial_sums": (2 + fork + written) * one + words + summed.parts * 24 * channels,
+            "merge_sums": summed.parts * 8 * channels + 20 * channels,
+            "differentiate_rows": 3 * one + mapped.parts * (24 * channels + 4 * mapped.blocks),
+        }
+    return moved

@@ -26,7 +26,7 @@ class Operations(NamedTuple):
 
     statistics(x, running_mean, running_var, momentum, splits) -> [splits, width]: of `splits` parts of the rows
     merge(lines [n, width], running_mean, running_var, momentum) -> [1, width]: of all together
-    apply(x, residual, weight, bias, statistics, relu, eps, keep) -> y, one bit a value where ReLU is not 0 if `keep`
+    apply(x, residual, weight, bias, statistics, relu, eps, keep) -> y, and if `keep` where ReLU is not 0, as `sums` takes it
     sums(dy, second, x, kept, weight, bias, statistics, relu, eps)
         -> [splits, 2 C] of g and of g (x - mean), d_weight, d_bias, g: the sum of both gradients, masked by ReLU. Empty
         if it is dy, but for a mask that x tells: see `stores_gradient`.
@@ -59,11 +59,6 @@ def line_width(channels: int) -> int:
     return 2 * channels + 4
 
 
-def kept_shape(x: torch.Tensor) -> tuple[int, int]:
-    """Return the shape of the kept bits, uint8: a row of x per row, whose channel c is bit c % 8 of byte c // 8."""
-    return x.numel() // x.shape[1], -(-x.shape[1] // 8)
-
-
 def stores_gradient(second: torch.Tensor | None, kept: torch.Tensor | None) -> bool:
     """Return whether `sums` writes the gradient that reaches the residual, for `differentiate` to read it again."""
     return second is not None or kept is not None
@@ -88,9 +83,10 @@ def run(
         statistics = _statistics(operations, x, running_mean, running_var, settings)
     leaves = [x, weight, bias] if residual is None else [x, weight, bias, residual]
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
-        return _BatchNormAct.apply(x, residual, weight, bias, statistics, operations, settings)
-    y, _ = operations.apply(x, residual, weight, bias, statistics, settings.relu, settings.eps, False)
-    return (y, y) if settings.fork else y
+        y = _BatchNormAct.apply(x, residual, weight, bias, statistics, operations, settings)
+    else:
+        y, _ = operations.apply(x, residual, weight, bias, statistics, settings.relu, settings.eps, False)
+    return (y, y) if settings.fork and isinstance(y, torch.Tensor) else y
 
 
 def check(x, weight, bias, running_mean, running_var, residual, settings: Settings) -> None:
@@ -150,7 +146,9 @@ class _BatchNormAct(torch.autograd.Function):
         ctx.save_for_backward(x, kept if keep else None, weight, bias, statistics)
         ctx.operations, ctx.settings, ctx.has_residual = operations, settings, residual is not None
         ctx.set_materialize_grads(False)
-        return (y, y.detach()) if settings.fork else y
+        # Beside a residual the sum of both gradients is written anyway. torch.compile takes no outputs that share memory.
+        forks = settings.fork and residual is not None and not torch.compiler.is_compiling()
+        return (y, y.detach()) if forks else y
 
     @staticmethod
     @once_differentiable

@@ -1,7 +1,7 @@
 """The kernels of batch_norm.py, where it says what they are for.
 
 Activations are [groups x rows, channels], channels side by side: an image in channels_last. A program has `part_rows`
-of them and COLUMNS channels. It takes UNROLL x ROWS rows at a time, each thread 16 bytes of UNROLL of them, and keeps
+of them and COLUMNS channels. It takes WORD_ROWS x ROWS rows at a time, each thread 16 bytes of WORD_ROWS of them, and keeps
 its sums by thread; threads are added up once, at its end.
 
 What is known of a group's channels is one line of a matrix of `width` float32: means, variances (biased), and at
@@ -12,6 +12,8 @@ What is known of a group's channels is one line of a matrix of `width` float32: 
 import triton
 import triton.language as tl
 
+# A word of kept bits is of 8 channels of so many rows: those that a thread has, when it takes as many at a time.
+WORD_ROWS = tl.constexpr(4)
 _SIZES = ["rows", "part_rows", "parts", "groups"]
 
 
@@ -29,9 +31,10 @@ def _own_columns(channels, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _bytes_of_a_row(channels):
-    """Of the kept bits, each row's begin with a byte of its own."""
-    return (channels + 7) // 8
+def _words(rows, channels):
+    """Return how many words of a group are kept, and of WORD_ROWS of its rows: see `_words_place`."""
+    of_rows = (channels + 7) // 8
+    return (rows + (WORD_ROWS - 1)) // WORD_ROWS * of_rows, of_rows
 
 
 @triton.jit
@@ -48,7 +51,7 @@ def _over_lanes(count, mean, squares):
 @triton.jit(do_not_specialize=_SIZES)
 def partial_statistics(
     x, partial, rows, channels, part_rows, width,
-    UNROLL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Write one line of `partial` [groups, parts, width]. Grid: parts, blocks of channels, groups.
 
@@ -58,16 +61,19 @@ def partial_statistics(
     column, inside = _own_columns(channels, COLUMNS)
     group = tl.program_id(2)
     x += (group.to(tl.int64) * rows + begin) * channels
-    row = tl.arange(0, UNROLL)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
+    row = tl.arange(0, WORD_ROWS * ROWS)
+    lane = tl.arange(0, ROWS)[:, None]
     count = tl.zeros([ROWS, 1], tl.float32)
     mean = tl.zeros([ROWS, COLUMNS], tl.float32)
     squares = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, length, UNROLL * ROWS):
-        valid = first + row < length
-        mask = valid & inside[None, None, :]
-        value = tl.load(x + first * channels + (row * channels + column[None, None, :]), mask=mask, other=0.0)
-        value = value.to(tl.float32)
-        new = tl.sum(valid.to(tl.float32), axis=0)
+    for first in range(0, length, WORD_ROWS * ROWS):
+        mask = (first + row < length)[:, None] & inside[None, :]
+        place = first * channels + (row[:, None] * channels + column[None, :])
+        value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
+        value = tl.reshape(value, [WORD_ROWS, ROWS, COLUMNS])
+        # A mask of the same shape: another's layout would have all values moved to it.
+        valid = tl.reshape(mask, [WORD_ROWS, ROWS, COLUMNS])
+        new = tl.minimum(tl.maximum(length - first - lane + (ROWS - 1), 0) // ROWS, WORD_ROWS).to(tl.float32)
         mean_here = tl.sum(value, axis=0) / tl.maximum(new, 1.0)
         distance = tl.where(valid, value - mean_here[None, :, :], 0.0)
         squares_here = tl.sum(distance * distance, axis=0)
@@ -145,7 +151,7 @@ def _coefficients(statistics, weight, bias, column, inside, channels, eps):
 @triton.jit(do_not_specialize=_SIZES)
 def normalise_rows(
     x, residual, weight, bias, statistics, y, kept, rows, channels, part_rows, width, eps,
-    TILE: tl.constexpr, COLUMNS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, KEEP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RESIDUAL: tl.constexpr, RELU: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """y = act(bn(x) + residual). Grid: parts, blocks of channels, groups.
 
@@ -160,9 +166,11 @@ def normalise_rows(
     if RESIDUAL:
         residual += start * channels
     if KEEP:
-        kept += start * _bytes_of_a_row(channels)
+        of_group, of_rows = _words(rows, channels)
+        kept += group.to(tl.int64) * of_group + begin // WORD_ROWS * of_rows
     mean, _, scale, shift = _coefficients(statistics + group * width, weight, bias, column, inside, channels, eps)
-    row = tl.arange(0, TILE)
+    TILE: tl.constexpr = WORD_ROWS * ROWS
+    row = _rows_of_threads(ROWS)
     for first in range(0, length, TILE):
         mask = (first + row < length)[:, None] & inside[None, :]
         place = first * channels + (row[:, None] * channels + column[None, :])
@@ -175,10 +183,9 @@ def normalise_rows(
         out = value.to(y.dtype.element_ty)
         tl.store(y + place, out, mask=mask)
         if KEEP:
-            bits = tl.reshape(_passes(out).to(tl.int32), [TILE, COLUMNS // 8, 8]) << tl.arange(0, 8)[None, None, :]
-            packed = tl.sum(bits, axis=2).to(tl.uint8)
-            at, there = _bits_place(first, row, length, channels, COLUMNS)
-            tl.store(kept + at, packed, mask=there)
+            bits = tl.reshape(_passes(out).to(tl.int32), [WORD_ROWS, ROWS, COLUMNS // 8, 8]) << _bit_place()
+            at, there = _words_place(first, length, channels, ROWS, COLUMNS)
+            tl.store(kept + at, tl.sum(tl.sum(bits, axis=3), axis=0), mask=there)
 
 
 @triton.jit
@@ -188,17 +195,34 @@ def _passes(y):
 
 
 @triton.jit
-def _bits_place(first, row, length, channels, COLUMNS: tl.constexpr):
-    line = _bytes_of_a_row(channels)
-    byte = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
-    there = (first + row < length)[:, None] & (byte < line)[None, :]
-    return first * line + (row[:, None] * line + byte[None, :]), there
+def _bit_place():
+    """Return [WORD_ROWS, 1, 1, 8]: where the bit of a row and a channel stands in their word."""
+    return tl.arange(0, WORD_ROWS)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, None, :]
+
+
+@triton.jit
+def _words_place(first, length, channels, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Return where the words [ROWS, COLUMNS / 8] of a tile are, counted from the program's, and which of them are."""
+    _, of_rows = _words(length, channels)
+    line = tl.arange(0, ROWS)
+    word = tl.program_id(1) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+    there = (first + line * WORD_ROWS < length)[:, None] & (word < of_rows)[None, :]
+    return first // WORD_ROWS * of_rows + (line[:, None] * of_rows + word[None, :]), there
+
+
+@triton.jit
+def _rows_of_threads(ROWS: tl.constexpr):
+    """Return the rows of a tile in the order in which it is held: a thread has every ROWS-th of them, and these shall be
+    side by side, for a word to be one thread's.
+    """
+    held = tl.arange(0, WORD_ROWS * ROWS)
+    return held % ROWS * WORD_ROWS + held // ROWS
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def partial_sums(
     dy, second, x, kept, weight, bias, statistics, gradient, partial, rows, channels, part_rows, width, eps,
-    UNROLL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SECOND: tl.constexpr, KEPT: tl.constexpr, RELU: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of g and of g (x - mean) to a line of `partial` [groups, parts, 2 channels], where g is dy
@@ -216,12 +240,13 @@ def partial_sums(
     if SECOND:
         second += start * channels
     if KEPT:
-        kept += start * _bytes_of_a_row(channels)
+        of_group, of_rows = _words(rows, channels)
+        kept += group.to(tl.int64) * of_group + begin // WORD_ROWS * of_rows
     if WRITE:
         gradient += start * channels
     mean, _, scale, shift = _coefficients(statistics + group * width, weight, bias, column, inside, channels, eps)
-    TILE: tl.constexpr = UNROLL * ROWS
-    row = tl.arange(0, TILE)
+    TILE: tl.constexpr = WORD_ROWS * ROWS
+    row = _rows_of_threads(ROWS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     product = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, length, TILE):
@@ -232,9 +257,8 @@ def partial_sums(
             g += tl.load(second + place, mask=mask, other=0.0).to(tl.float32)
         centred = tl.load(x + place, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
         if KEPT:
-            at, there = _bits_place(first, row, length, channels, COLUMNS)
-            packed = tl.load(kept + at, mask=there, other=0).to(tl.int32)
-            bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+            at, there = _words_place(first, length, channels, ROWS, COLUMNS)
+            bits = (tl.load(kept + at, mask=there, other=0)[None, :, :, None] >> _bit_place()) & 1
             g = tl.where(tl.reshape(bits, [TILE, COLUMNS]) != 0, g, 0.0)
         elif RELU:
             g = _masked(g, centred, scale, shift, x)
@@ -242,8 +266,8 @@ def partial_sums(
             rounded = g.to(gradient.dtype.element_ty)
             tl.store(gradient + place, rounded, mask=mask)
             g = rounded.to(tl.float32)
-        total += tl.sum(tl.reshape(g, [UNROLL, ROWS, COLUMNS]), axis=0)
-        product += tl.sum(tl.reshape(g * centred, [UNROLL, ROWS, COLUMNS]), axis=0)
+        total += tl.sum(tl.reshape(g, [WORD_ROWS, ROWS, COLUMNS]), axis=0)
+        product += tl.sum(tl.reshape(g * centred, [WORD_ROWS, ROWS, COLUMNS]), axis=0)
     line = partial + (group * tl.num_programs(0) + tl.program_id(0)) * (2 * channels)
     tl.store(line + column, tl.sum(total, axis=0), mask=inside)
     tl.store(line + channels + column, tl.sum(product, axis=0), mask=inside)
@@ -293,7 +317,7 @@ def merge_sums(
 @triton.jit(do_not_specialize=_SIZES)
 def differentiate_rows(
     g, x, weight, bias, statistics, sums, dx, rows, channels, part_rows, width, eps,
-    TILE: tl.constexpr, COLUMNS: tl.constexpr, RELU: tl.constexpr, TRAINING: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, RELU: tl.constexpr, TRAINING: tl.constexpr,
 ):  # fmt: skip
     """dx = weight / deviation (g - mean of g - (x - mean) mean of g (x - mean) / variance); without TRAINING, where
     mean and variance are constants, weight / deviation g. Grid: parts, blocks of channels, groups.
@@ -314,7 +338,8 @@ def differentiate_rows(
         line = sums + group * (2 * channels)
         average = tl.load(line + column, mask=inside, other=0.0) / count
         slope = tl.load(line + channels + column, mask=inside, other=0.0) / count * (inverse * inverse)
-    row = tl.arange(0, TILE)
+    TILE: tl.constexpr = WORD_ROWS * ROWS
+    row = _rows_of_threads(ROWS)
     for first in range(0, length, TILE):
         mask = (first + row < length)[:, None] & inside[None, :]
         place = first * channels + (row[:, None] * channels + column[None, :])

@@ -33,7 +33,7 @@ def batch_norm_act(
 def _rows(x: torch.Tensor, groups: int) -> torch.Tensor:
     """[N, C, H, W] as [groups, rows, C], in the type of statistics."""
     rows = x.permute(0, 2, 3, 1).reshape(groups, -1, x.shape[1])
-    return rows.to(torch.promote_types(torch.float32, x.dtype))
+    return rows.to(torch.promote_types(torch.float32, x.dtype) if x.is_floating_point() else x.dtype)
 
 
 def _values(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -92,20 +92,7 @@ def _apply(x, residual, weight, bias, statistics, relu: bool, eps: float, keep: 
     if residual is not None:
         value = value + _rows(residual, len(statistics))
     y = _values(value.relu() if relu else value, x)
-    bits = _pack(~(y.permute(0, 2, 3, 1).reshape(-1, x.shape[1]) <= 0)) if keep else x.new_empty(0, dtype=torch.uint8)
-    return y, bits
-
-
-def _pack(passes: torch.Tensor) -> torch.Tensor:
-    """Bits [rows, C] as bytes [rows, ceil(C / 8)]."""
-    padded = torch.nn.functional.pad(passes.to(torch.uint8), (0, -passes.shape[1] % 8))
-    place = torch.arange(8, dtype=torch.uint8, device=passes.device)
-    return (padded.view(len(padded), -1, 8) << place).sum(2, dtype=torch.uint8)
-
-
-def _unpack(kept: torch.Tensor, channels: int) -> torch.Tensor:
-    place = torch.arange(8, dtype=torch.uint8, device=kept.device)
-    return ((kept[:, :, None] >> place) & 1).flatten(1)[:, :channels].bool()
+    return y, ~(y <= 0) if keep else x.new_empty(0, dtype=torch.bool)
 
 
 def _passes(x, centred, inverse, weight, bias) -> torch.Tensor:
@@ -114,13 +101,13 @@ def _passes(x, centred, inverse, weight, bias) -> torch.Tensor:
 
 
 def _sums(dy, second, x, kept, weight, bias, statistics, relu: bool, eps: float):
-    groups, channels = len(statistics), x.shape[1]
+    groups = len(statistics)
     centred, inverse = _centred(x, statistics, eps)
     g = _rows(dy, groups)
     if second is not None:
         g = g + _rows(second, groups)
     if kept is not None:
-        g = g.where(_unpack(kept, channels).view(g.shape), 0)
+        g = g.where(_rows(kept, groups) != 0, 0)
     elif relu:
         g = g.where(_passes(x, centred, inverse, weight, bias), 0)
     stored = _values(g, x) if stores_gradient(second, kept) else x.new_empty(0)

@@ -32,7 +32,18 @@ from typing import NamedTuple
 import machine_code
 import torch
 import triton
-from pcl_fast.kernels import assign, combine, launch, normalise, photometric, sampling, segment, stream
+from pcl_fast.kernels import (
+    assign,
+    batch_norm,
+    batch_norm_kernels,
+    combine,
+    launch,
+    normalise,
+    photometric,
+    sampling,
+    segment,
+    stream,
+)
 from pcl_fast.kernels.contrast import DRAW_BLOCK, TRITON_TYPES, chunk, parts_at_once
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -60,22 +71,25 @@ POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf1
 INTEGERS = {
     "index": "*i64", "assignment": "*i32", "list_ids": "*i32", "ends": "*i32", "correct": "*u8", "found": "*i32",
     "order": "*i64", "bounds": "*i64", "images": "*u8", "jittered": "*u8", "source": "*u8",
-    "ops": "*i32", "luma": "*i32",
+    "ops": "*i32", "luma": "*i32", "kept": "*i32",
 }  # fmt: skip
-FLOATS = ("queue_weight", "first_share", "other_share", "mean", "std")
-FEATURES = ("query", "key", "bank", "out", "points", "values")
+FLOATS = ("queue_weight", "first_share", "other_share", "mean", "std", "momentum", "eps")
+FEATURES = (
+    "query", "key", "bank", "out", "points", "values", "x", "y", "residual", "dy", "second", "gradient", "g", "dx",
+)  # fmt: skip
 HALF = ("high", "low")
 NUMBERS = (
     "n", "size", "columns", "height", "width", "length", "begin", "granularity", "stride", "first_bank", "first_part",
     "part_columns", "seed_low", "seed_high", "banks", "bank_stride", "row_stride", "k", "padded", "tiles",
-    "pixels", "rows", "entries",
+    "pixels", "rows", "entries", "channels", "part_rows", "groups", "parts",
 )  # fmt: skip
 
 
 class Case(NamedTuple):
     """A kernel to compile: its constants, the type of the features that it reads or of the images that it writes, its
     options, whether it should use the matrix units (products), how many programs its launch counts on a multiprocessor,
-    and whether it should store 16 bytes at a time (wide).
+    whether it should load and store 16 bytes at a time (wide), which of its numbers are multiples of 16 (even), and how
+    many bytes its inner loop should move at a turn (moved; None: not looked at).
     """
 
     name: str
@@ -86,6 +100,8 @@ class Case(NamedTuple):
     products: bool
     programs: int = 1
     wide: bool = False
+    even: tuple[str, ...] = ()
+    moved: float | None = None
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -112,6 +128,8 @@ def cases(capability: int) -> Iterator[Case]:
         yield Case(f"weigh d={d}", combine.weigh, constants, torch.float16, {}, products=False)
     yield from cases_of_kmeans(capability)
     yield from cases_of_views()
+    for activations in half:
+        yield from cases_of_batch_norm(activations)
 
 
 def cases_of_kmeans(capability: int) -> Iterator[Case]:
@@ -149,10 +167,51 @@ def cases_of_views() -> Iterator[Case]:
         yield Case(name, normalise.shift_and_scale, constants, out, {}, products=False, wide=True)
 
 
+def cases_of_batch_norm(activations: torch.dtype) -> Iterator[Case]:
+    """As of ResNets: channels are multiples of 16, and enough for whole blocks."""
+    kind, size = POINTER[activations][1:], activations.itemsize
+    summed, mapped = (batch_norm.divide(1 << 16, 512, c, size, 80) for c in (batch_norm.SUMMED, batch_norm.MAPPED))
+    options = {"num_warps": batch_norm.WARPS}
+
+    def case(kernel, name: str, constants: dict, tile: batch_norm.Launch, values: float) -> Case:
+        """values: bytes moved a value."""
+        constants = {key: value for key, value in constants.items() if key != "num_warps"}
+        moved = values * batch_norm.UNROLL * tile.rows * tile.columns
+        common = {"products": False, "programs": batch_norm.PROGRAMS, "wide": True, "even": ("channels",)}
+        return Case(f"{kernel.__name__} {name}", kernel, constants, activations, options, moved=moved, **common)
+
+    yield case(batch_norm_kernels.partial_statistics, kind, summed.constants(), summed, size)
+    merged = {key: value for key, value in batch_norm.MERGED.items() if key != "num_warps"}
+    for kernel, constants in (("merge_statistics", merged | {"TRACK": True}), ("merge_sums", merged)):
+        warps = {"num_warps": batch_norm.MERGED["num_warps"]}
+        yield Case(kernel, getattr(batch_norm_kernels, kernel), constants, activations, warps, products=False)
+    for residual, relu, keep in ((0, 0, 0), (0, 1, 0), (1, 1, 0), (1, 1, 1)):
+        constants = mapped.constants() | {"RESIDUAL": bool(residual), "RELU": bool(relu), "KEEP": bool(keep)}
+        constants |= {} if residual else {"residual": None}
+        name = f"{kind}{' + residual' * residual}{' relu' * relu}{' bits' * keep}"
+        yield case(batch_norm_kernels.normalise_rows, name, constants, mapped, (2 + residual) * size + keep / 8)
+    for second, kept, relu in ((0, 0, 0), (0, 0, 1), (0, 1, 1), (1, 1, 1)):
+        writes = second or kept
+        constants = summed.constants() | {"SECOND": bool(second), "KEPT": bool(kept), "RELU": bool(relu)}
+        constants |= {"WRITE": bool(writes)} | ({} if second else {"second": None}) | ({} if kept else {"kept": None})
+        name = f"{kind}{' relu' * relu}{' bits' * kept}{' fork' * second}"
+        moved = (2 + second + writes) * size + kept / 8
+        yield case(batch_norm_kernels.partial_sums, name, constants, summed, moved)
+    for relu, training in ((0, 1), (1, 1), (1, 0)):
+        constants = mapped.constants() | {"RELU": bool(relu), "TRAINING": bool(training)}
+        name = f"{kind}{' relu' * relu}{'' if training else ' eval'}"
+        moved = (3 if relu or training else 2) * size
+        yield case(batch_norm_kernels.differentiate_rows, name, constants, mapped, moved)
+
+
 def build(case: Case, capability: int):
     """Compile the kernel of a case."""
     signature = {name: _type(name, case) for name in case.kernel.arg_names if name not in case.constants}
-    aligned = [i for i, name in enumerate(case.kernel.arg_names) if signature.get(name, "").startswith("*")]
+    aligned = [
+        i
+        for i, name in enumerate(case.kernel.arg_names)
+        if signature.get(name, "").startswith("*") or (name in case.even and name in signature)
+    ]
     if "constexprs" in inspect.signature(ASTSource).parameters:
         whole = {name: signature.get(name, "constexpr") for name in case.kernel.arg_names}
         attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
