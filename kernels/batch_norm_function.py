@@ -171,7 +171,13 @@ class _BatchNormAct(torch.autograd.Function):
             rest = relu and not masked, settings.training, eps
             dx = ctx.operations.differentiate(g, x, weight, bias, statistics, sums, *rest)
         needs = ctx.needs_input_grad
-        return dx, g if ctx.has_residual else None, d_weight if needs[2] else None, d_bias if needs[3] else None, *[None] * 3
+        return (
+            dx,
+            g if ctx.has_residual else None,
+            d_weight if needs[2] else None,
+            d_bias if needs[3] else None,
+            *[None] * 3,
+        )
 
 
 def _like(flow: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

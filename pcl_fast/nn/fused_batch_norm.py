@@ -148,7 +148,8 @@ class _FusedBlock(nn.Module):
 
     def _end(self, norm: nn.Module, out: torch.Tensor, shortcut: torch.Tensor) -> Activations:
         shortcut = shortcut if self.downsample is None else self.downsample(shortcut)
-        return norm_act(norm, out, self.relu, residual=shortcut, fork=self.forks)
+        forks = self.forks and self.training and torch.is_grad_enabled()
+        return norm_act(norm, out, self.relu, residual=shortcut, fork=forks)
 
 
 class _FusedBasicBlock(_FusedBlock, BasicBlock):
