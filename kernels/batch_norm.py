@@ -334,7 +334,7 @@ def bytes_moved(
     written = relu and residual
     summed = divide(rows, channels, SUMMED, itemsize, multiprocessors)
     mapped = divide(rows, channels, MAPPED, itemsize, multiprocessors)
-    line, blocks = 8 * channels + 4, _blocks(channels)[1]  # of statistics, but for its padding
+    line, blocks = 4 * line_width(channels), _blocks(channels)[1]
     moved = {
         "partial_statistics": one + summed.parts * line,
         "merge_statistics": summed.parts * (8 * channels + 4 * blocks) + line + 16 * channels,

@@ -4,8 +4,8 @@ Activations are [groups x rows, channels], channels side by side: an image in ch
 of them and COLUMNS channels. It takes WORD_ROWS x ROWS rows at a time, each thread 16 bytes of WORD_ROWS of them, and keeps
 its sums by thread; threads are added up once, at its end.
 
-What is known of a group's channels is one line of a matrix of `width` float32: means, variances (biased), and at
-2 x channels the number of values of a channel.
+What is known of a group's channels is one line of a matrix of `width` float32: means, variances (biased), at 2 x
+channels the number of values of a channel, and three zeros.
 """
 
 # No `from __future__ import annotations` here: Triton 3.1's interpreter would not recognise a tl.constexpr.
@@ -48,6 +48,13 @@ def _over_lanes(count, mean, squares):
     return total, centre, tl.sum(squares + count * distance * distance, axis=0) / total
 
 
+@triton.jit
+def _store_count(place, count):
+    """Count [1], and zeros to the end of the line."""
+    entry = tl.arange(0, 4)
+    tl.store(place + entry, tl.where(entry == 0, count, 0.0))
+
+
 @triton.jit(do_not_specialize=_SIZES)
 def partial_statistics(
     x, partial, rows, channels, part_rows, width,
@@ -55,7 +62,7 @@ def partial_statistics(
 ):  # fmt: skip
     """Write one line of `partial` [groups, parts, width]. Grid: parts, blocks of channels, groups.
 
-    Moves: reads x; writes 8 bytes a channel and part, and 4 a part.
+    Moves: reads x; writes 8 bytes a channel and part, and 16 a part.
     """
     begin, length = _range(rows, part_rows)
     column, inside = _own_columns(channels, COLUMNS)
@@ -87,7 +94,7 @@ def partial_statistics(
     tl.store(line + column, mean_of_all, mask=inside)
     tl.store(line + channels + column, variance, mask=inside)
     if tl.program_id(1) == 0:
-        tl.store(line + 2 * channels + tl.arange(0, 1), total)
+        _store_count(line + 2 * channels, total)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -97,7 +104,8 @@ def merge_statistics(
 ):  # fmt: skip
     """Write `statistics` [groups, width] and move the running ones. Grid: 1, blocks of channels.
 
-    Moves: reads `partial`; writes a line a group; reads and writes the running statistics.
+    Moves: reads 8 bytes a channel and part, and 4 a part and block; writes a line a group; reads and writes the running
+    statistics.
     """
     column, inside = _own_columns(channels, COLUMNS)
     lane = tl.arange(0, PARTS)
@@ -124,7 +132,7 @@ def merge_statistics(
         tl.store(line_out + column, mean_of_all, mask=inside)
         tl.store(line_out + channels + column, variance, mask=inside)
         if tl.program_id(1) == 0:
-            tl.store(line_out + 2 * channels + tl.arange(0, 1), total)
+            _store_count(line_out + 2 * channels, total)
         mean_of_groups += mean_of_all
         variance_of_groups += variance * (total / tl.maximum(total - 1.0, 1.0))
     if TRACK:
