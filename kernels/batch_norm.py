@@ -55,7 +55,7 @@ WARPS = 4
 UNROLL = WORD_ROWS.value  # rows that a thread loads before it needs the first
 PROGRAMS = 4  # on a multiprocessor
 SUMMED, MAPPED = 64, 256  # channels of a program that adds up rows, and of one that only maps values
-MERGED = {"PARTS": 256, "COLUMNS": 8, "num_warps": 8}  # lines and channels at a time
+MERGED = {"PARTS": 128, "COLUMNS": 8, "num_warps": 8}  # lines and channels at a time
 
 
 def takes(dtype: torch.dtype, device: torch.device) -> bool:

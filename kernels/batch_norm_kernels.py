@@ -41,7 +41,7 @@ def _words(rows, channels):
 def _over_lanes(count, mean, squares):
     """Combine lanes (Chan et al. 1979): counts [L, 1], means and sums of squared deviations [L, C]."""
     total = tl.sum(count, axis=0)
-    share = count / total
+    share = count / total[None, :]
     centre = tl.sum(share * mean, axis=0)
     centre += tl.sum(share * (mean - centre[None, :]), axis=0)  # what rounding took from a large mean
     distance = mean - centre[None, :]
@@ -77,9 +77,9 @@ def partial_statistics(
         mask = (first + row < length)[:, None] & inside[None, :]
         place = first * channels + (row[:, None] * channels + column[None, :])
         value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
-        value = tl.reshape(value, [WORD_ROWS, ROWS, COLUMNS])
+        value = tl.reshape(value, (WORD_ROWS, ROWS, COLUMNS))
         # A mask of the same shape: another's layout would have all values moved to it.
-        valid = tl.reshape(mask, [WORD_ROWS, ROWS, COLUMNS])
+        valid = tl.reshape(mask, (WORD_ROWS, ROWS, COLUMNS))
         new = tl.minimum(tl.maximum(length - first - lane + (ROWS - 1), 0) // ROWS, WORD_ROWS).to(tl.float32)
         mean_here = tl.sum(value, axis=0) / tl.maximum(new, 1.0)
         distance = tl.where(valid, value - mean_here[None, :, :], 0.0)
@@ -191,9 +191,11 @@ def normalise_rows(
         out = value.to(y.dtype.element_ty)
         tl.store(y + place, out, mask=mask)
         if KEEP:
-            bits = tl.reshape(_passes(out).to(tl.int32), [WORD_ROWS, ROWS, COLUMNS // 8, 8]) << _bit_place()
+            bits = tl.reshape(_passes(out).to(tl.int32), (WORD_ROWS, ROWS, COLUMNS // 8, 8)) << _bit_place()
             at, there = _words_place(first, length, channels, ROWS, COLUMNS)
-            tl.store(kept + at, tl.sum(tl.sum(bits, axis=3), axis=0), mask=there)
+            words = tl.sum(tl.sum(bits, axis=3), axis=0)
+            # There and back: what Triton 3.1's interpreter adds up is int64, and it would be stored so.
+            tl.store(kept + at, words.to(tl.int64).to(tl.int32), mask=there)
 
 
 @triton.jit
@@ -267,15 +269,15 @@ def partial_sums(
         if KEPT:
             at, there = _words_place(first, length, channels, ROWS, COLUMNS)
             bits = (tl.load(kept + at, mask=there, other=0)[None, :, :, None] >> _bit_place()) & 1
-            g = tl.where(tl.reshape(bits, [TILE, COLUMNS]) != 0, g, 0.0)
+            g = tl.where(tl.reshape(bits, (TILE, COLUMNS)) != 0, g, 0.0)
         elif RELU:
             g = _masked(g, centred, scale, shift, x)
         if WRITE:
             rounded = g.to(gradient.dtype.element_ty)
             tl.store(gradient + place, rounded, mask=mask)
             g = rounded.to(tl.float32)
-        total += tl.sum(tl.reshape(g, [WORD_ROWS, ROWS, COLUMNS]), axis=0)
-        product += tl.sum(tl.reshape(g * centred, [WORD_ROWS, ROWS, COLUMNS]), axis=0)
+        total += tl.sum(tl.reshape(g, (WORD_ROWS, ROWS, COLUMNS)), axis=0)
+        product += tl.sum(tl.reshape(g * centred, (WORD_ROWS, ROWS, COLUMNS)), axis=0)
     line = partial + (group * tl.num_programs(0) + tl.program_id(0)) * (2 * channels)
     tl.store(line + column, tl.sum(total, axis=0), mask=inside)
     tl.store(line + channels + column, tl.sum(product, axis=0), mask=inside)

@@ -148,7 +148,7 @@ def _written(instruction: Instruction) -> set[int]:
     if not first:
         return set()
     wide = ".64" in instruction.name or "WIDE" in instruction.name
-    count = _bytes(instruction) // 4 if instruction.stem in LOADS else 2 if wide else 1
+    count = bytes_of(instruction) // 4 if instruction.stem in LOADS else 2 if wide else 1
     return set(range(int(first[1]), int(first[1]) + max(1, count)))
 
 
@@ -225,7 +225,7 @@ def bound(code: list[Instruction], warps: int, gpu: Gpu) -> Bound:
     limit = max(clocks, key=clocks.get)
     rate = gpu.multiprocessors * gpu.clock / clocks[limit]
     flop = warps * sum(map(_flop, code)) * rate
-    moved = warps * sum(32 * _bytes(one) for one in code if one.stem in ("LDG", "STG", "LDGSTS", "LD", "ST")) * rate
+    moved = warps * sum(32 * bytes_of(one) for one in code if one.stem in ("LDG", "STG", "LDGSTS", "LD", "ST")) * rate
     if not flop and moved > gpu.memory:
         return Bound(0.0, gpu.memory, "global memory")
     return Bound(flop, moved, limit)
@@ -240,7 +240,7 @@ def _clocks(code: list[Instruction], gpu: Gpu) -> dict[str, float]:
         if unit == "tensor":
             busy["tensor"] += _flop(one) / gpu.flop
         elif unit == "memory":
-            busy["shared memory"] += 32 * _bytes(one) / _SHARED_BYTES if one.stem in _TO_SHARED else 0
+            busy["shared memory"] += 32 * bytes_of(one) / _SHARED_BYTES if one.stem in _TO_SHARED else 0
         elif unit in ("fma", "alu", "special", "convert"):
             integer = unit == "alu" or one.stem == "IMAD"
             lanes = {"special": _SPECIAL_LANES, "convert": gpu.conversion_lanes}.get(unit, gpu.float_lanes)
@@ -272,7 +272,7 @@ def _flop(instruction: Instruction) -> float:
     return 0.0
 
 
-def _bytes(instruction: Instruction) -> int:
+def bytes_of(instruction: Instruction) -> int:
     """Return how many bytes a thread moves."""
     if instruction.stem in ("LDSM", "STSM"):
         return 4 * int((re.search(r"\.([124])\b", instruction.name) or [0, 1])[1])

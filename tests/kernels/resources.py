@@ -89,7 +89,7 @@ class Case(NamedTuple):
     """A kernel to compile: its constants, the type of the features that it reads or of the images that it writes, its
     options, whether it should use the matrix units (products), how many programs its launch counts on a multiprocessor,
     whether it should load and store 16 bytes at a time (wide), which of its numbers are multiples of 16 (even), and how
-    many bytes its inner loop should move at a turn (moved; None: not looked at).
+    many bytes its inner loop should move at a turn (moved; None: not looked at), all but so many words 16 at a time.
     """
 
     name: str
@@ -102,6 +102,7 @@ class Case(NamedTuple):
     wide: bool = False
     even: tuple[str, ...] = ()
     moved: float | None = None
+    words: int = 0
 
 
 def cases(capability: int) -> Iterator[Case]:
@@ -177,8 +178,11 @@ def cases_of_batch_norm(activations: torch.dtype) -> Iterator[Case]:
         """values: bytes moved a value."""
         constants = {key: value for key, value in constants.items() if key != "num_warps"}
         moved = values * batch_norm.UNROLL * tile.rows * tile.columns
-        common = {"products": False, "programs": batch_norm.PROGRAMS, "wide": True, "even": ("channels",)}
-        return Case(f"{kernel.__name__} {name}", kernel, constants, activations, options, moved=moved, **common)
+        # Sums are stored once, a channel at a time.
+        wide = kernel not in (batch_norm_kernels.partial_statistics, batch_norm_kernels.partial_sums)
+        common = {"products": False, "programs": batch_norm.PROGRAMS, "wide": wide, "even": ("channels",)}
+        common |= {"moved": moved, "words": "bits" in name}
+        return Case(f"{kernel.__name__} {name}", kernel, constants, activations, options, **common)
 
     yield case(batch_norm_kernels.partial_statistics, kind, summed.constants(), summed, size)
     merged = {key: value for key, value in batch_norm.MERGED.items() if key != "num_warps"}
@@ -250,6 +254,8 @@ class Resources(NamedTuple):
     overwritten: list[str]
     wide: bool  # stores 16 bytes at a time
     loop: list[machine_code.Instruction]
+    moved: int  # bytes that a thread loads from and stores to global memory in the loop
+    narrow: int  # accesses of global memory in the loop that are not of 16 bytes
 
     def __str__(self) -> str:
         sizes = f"{self.registers:4} registers {self.spills:4} spills {self.shared:7} B shared"
@@ -283,7 +289,9 @@ def resources(compiled) -> Resources:
         serialised=_serialised(compiled.asm["ptx"]),
         overwritten=machine_code.overwritten_operands(code),
         wide=any(one.name.startswith("STG") and ".128" in one.name for one in code),
-        loop=machine_code.inner_loop(code),
+        loop=(loop := machine_code.inner_loop(code)),
+        moved=sum(machine_code.bytes_of(one) for one in loop if one.stem in ("LDG", "STG")),
+        narrow=sum(one.stem in ("LDG", "STG") and ".128" not in one.name for one in loop),
     )
 
 
@@ -309,6 +317,9 @@ def faults(case: Case, found: Resources, capability: int) -> list[str]:
         f"fewer than {case.programs} programs fit": found.programs(warps, capability) < case.programs,
         "products off the matrix units": case.products and not found.matrix,
         "no stores of 16 bytes": case.wide and not found.wide,
+        f"{found.narrow} loads and stores of less than 16 bytes": case.moved and found.narrow > case.words,
+        f"a turn moves {32 * warps * found.moved} bytes, not {case.moved}": case.moved
+        and 32 * warps * found.moved != case.moved,
         f"serialised wgmma ({', '.join(found.serialised)})": found.serialised,
         f"operand of wgmma overwritten: {', '.join(found.overwritten[:3])}": found.overwritten,
     }
