@@ -26,7 +26,7 @@ class Operations(NamedTuple):
 
     statistics(x, running_mean, running_var, momentum, splits) -> [splits, width]: of `splits` parts of the rows
     merge(lines [n, width], running_mean, running_var, momentum) -> [1, width]: of all together
-    apply(x, residual, weight, bias, statistics, relu, eps, keep) -> y, and if `keep` where ReLU is not 0, as `sums` takes it
+    apply(x, residual, weight, bias, statistics, relu, eps, keep) -> y; and if `keep`, where ReLU is not 0, for `sums`
     sums(dy, second, x, kept, weight, bias, statistics, relu, eps)
         -> [splits, 2 C] of g and of g (x - mean), d_weight, d_bias, g: the sum of both gradients, masked by ReLU. Empty
         if it is dy, but for a mask that x tells: see `stores_gradient`.
@@ -146,38 +146,31 @@ class _BatchNormAct(torch.autograd.Function):
         ctx.save_for_backward(x, kept if keep else None, weight, bias, statistics)
         ctx.operations, ctx.settings, ctx.has_residual = operations, settings, residual is not None
         ctx.set_materialize_grads(False)
-        # Beside a residual the sum of both gradients is written anyway. torch.compile takes no outputs that share memory.
+        # Only beside a residual is g stored anyway, and torch.compile takes no outputs that share memory.
         forks = settings.fork and residual is not None and not torch.compiler.is_compiling()
         return (y, y.detach()) if forks else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
-        flows = [_like(flow, ctx.saved_tensors[0]) for flow in upstream if flow is not None]
-        if not flows:
+        if all(flow is None for flow in upstream):
             return (None,) * 7
         x, kept, weight, bias, statistics = ctx.saved_tensors
-        settings, (dy, second) = ctx.settings, (*flows, None)[:2]
-        relu, eps = settings.relu, settings.eps
+        dy, second = (*[_like(flow, x) for flow in upstream if flow is not None], None)[:2]
+        training, relu, eps = ctx.settings.training, ctx.settings.relu, ctx.settings.eps
         sums, d_weight, d_bias, g = ctx.operations.sums(dy, second, x, kept, weight, bias, statistics, relu, eps)
-        if not stores_gradient(second, kept):
-            g, masked = dy, not relu
+        if stores_gradient(second, kept):
+            relu = False  # is in g
         else:
-            masked = True
+            g = dy
+        needs_x, needs_residual, needs_weight, needs_bias, *rest = ctx.needs_input_grad
         dx = None
-        if ctx.needs_input_grad[0]:
-            if settings.training and settings.exchange is not None:
-                sums = settings.exchange.add_up(sums)
-            rest = relu and not masked, settings.training, eps
-            dx = ctx.operations.differentiate(g, x, weight, bias, statistics, sums, *rest)
-        needs = ctx.needs_input_grad
-        return (
-            dx,
-            g if ctx.has_residual else None,
-            d_weight if needs[2] else None,
-            d_bias if needs[3] else None,
-            *[None] * 3,
-        )
+        if needs_x:
+            if training and ctx.settings.exchange is not None:
+                sums = ctx.settings.exchange.add_up(sums)
+            dx = ctx.operations.differentiate(g, x, weight, bias, statistics, sums, relu, training, eps)
+        d_residual = g if needs_residual else None
+        return dx, d_residual, d_weight if needs_weight else None, d_bias if needs_bias else None, *[None] * len(rest)
 
 
 def _like(flow: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

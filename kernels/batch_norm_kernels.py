@@ -1,8 +1,8 @@
 """The kernels of batch_norm.py, where it says what they are for.
 
 Activations are [groups x rows, channels], channels side by side: an image in channels_last. A program has `part_rows`
-of them and COLUMNS channels. It takes WORD_ROWS x ROWS rows at a time, each thread 16 bytes of WORD_ROWS of them, and keeps
-its sums by thread; threads are added up once, at its end.
+of them and COLUMNS channels. It takes WORD_ROWS x ROWS rows at a time, each thread 16 bytes of WORD_ROWS of them, and
+keeps its sums by thread: reshapes and sums over the WORD_ROWS move nothing. Threads are added up once, at its end.
 
 What is known of a group's channels is one line of a matrix of `width` float32: means, variances (biased), at 2 x
 channels the number of values of a channel, and three zeros.
@@ -222,8 +222,8 @@ def _words_place(first, length, channels, ROWS: tl.constexpr, COLUMNS: tl.conste
 
 @triton.jit
 def _rows_of_threads(ROWS: tl.constexpr):
-    """Return the rows of a tile in the order in which it is held: a thread has every ROWS-th of them, and these shall be
-    side by side, for a word to be one thread's.
+    """Return the rows of a tile in the order in which it is held: a thread has every ROWS-th of them, and these are to
+    be neighbours, for a word to be one thread's.
     """
     held = tl.arange(0, WORD_ROWS * ROWS)
     return held % ROWS * WORD_ROWS + held // ROWS

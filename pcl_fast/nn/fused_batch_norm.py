@@ -8,6 +8,7 @@ modules themselves, which then compute the very bits that they would without all
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -67,7 +68,7 @@ def _has_norm(module: nn.Module) -> bool:
 
 def _link(chain: list[nn.Module]) -> None:
     """Let each block whose output goes to another block alone hand it on as a pair."""
-    for block, after in zip(chain, chain[1:], strict=False):
+    for block, after in itertools.pairwise(chain):
         if isinstance(block, _FusedBlock) and isinstance(after, _FusedBlock):
             block.forks = True
 

@@ -26,6 +26,7 @@ PURPOSE = {
     "segment": "the sums over clusters",
     "normalise": "normalising images",
     "photometric": "colours and blur",
+    "batch_norm": "the encoder's batch norms",
 }
 # What takes a kernel's place, where that is not plain PyTorch.
 TWIN, PLAIN = {"assign_held": "the kernel assign"}, "plain PyTorch"
@@ -86,6 +87,7 @@ def used_kernels(config: Config, settings: Sequence[str], device: torch.device) 
         "segment": clusters,
         "normalise": True,
         "photometric": pick_loader(config.data.loader) == "dali",
+        "batch_norm": False,  # no encoder is rewritten; who calls nn.fused_batch_norm checks them: find_faults
     }
     return [name for name in switches.KERNELS if used[name]]
 

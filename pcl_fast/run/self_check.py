@@ -18,6 +18,8 @@ from pcl_fast.errors import UserError
 from pcl_fast.kernels import (
     assign,
     assign_plain,
+    batch_norm,
+    batch_norm_plain,
     launch,
     normalise,
     normalise_plain,
@@ -60,6 +62,7 @@ def find_faults(kernels: Sequence[str], device: torch.device, *, dim: int, granu
         "segment": lambda: _first(check_segment(device, width, dtype) for width, dtype in ((dim, _HALF), (1, None))),
         "normalise": lambda: check_normalise(device),
         "photometric": lambda: check_photometric(device),
+        "batch_norm": lambda: check_batch_norm(device),
     }
     found = {name: _fault(name, checks[name], device) for name in kernels}
     return {name: fault for name, fault in found.items() if fault is not None}
@@ -214,6 +217,53 @@ def check_photometric(device: torch.device) -> str | None:
     wrong = int((found != photometric_plain.photometric(images, *slots)).sum())
     # A rounding that lies between two bytes is no fault.
     return f"is wrong: {wrong} of {found.numel()} bytes differ" if wrong > found.numel() // 1000 else None
+
+
+def check_batch_norm(device: torch.device) -> str | None:
+    """`batch_norm`'s results and gradients against the plain ones in float64, with and without a residual.
+
+    A gradient is rounded once or twice, to the type of the activations; of sums over the rows, every term is. Where
+    ReLU starts, rounding decides what it lets through: these gradients are left out.
+    """
+    generator, dtype = torch.Generator().manual_seed(_SEED), encoder_dtype(device)
+    shape = 3, batch_norm.MAPPED + batch_norm.SUMMED, 9, 13
+
+    def values() -> torch.Tensor:
+        noise = torch.randn(shape, generator=generator)
+        return (noise + 0.5).to(device, dtype).to(memory_format=torch.channels_last)
+
+    x, residual = values(), values()
+    parameters = [(0.5 + torch.rand(shape[1], generator=generator)).to(device) for _ in range(2)]
+    upstream = [(1 + 0.5 * (x + noise)).to(dtype) for noise in (values(), values())]
+
+    def run(function, of: torch.dtype | None, added: torch.Tensor | None, relu: bool = True) -> list[torch.Tensor]:
+        """Result, gradients, running statistics."""
+        tensors = [x, *parameters] if added is None else [x, *parameters, added]
+        leaves = [tensor.to(of or tensor.dtype, copy=True).requires_grad_() for tensor in tensors]
+        running = [torch.ones_like(leaves[1], requires_grad=False) for _ in range(2)]
+        ys = function(*leaves[:3], *running, residual=None if added is None else leaves[3], relu=relu, fork=True)
+        gradients = torch.autograd.grad(ys, leaves, [flow.to(of or dtype) for flow in upstream])
+        return [tensor.detach().double() for tensor in (ys[0], *gradients, *running)]
+
+    def compare(added: torch.Tensor | None) -> str | None:
+        clear = run(batch_norm_plain.batch_norm_act, torch.float64, added, relu=False)[0].abs() > 1e-4
+        found, exact = (
+            run(batch_norm.batch_norm_act, None, added),
+            run(batch_norm_plain.batch_norm_act, torch.float64, added),
+        )
+        names = "results", "gradients", "gradients of weights", "gradients of biases", "gradients of the residual"
+        faults = []
+        for name, ours, theirs in zip(names, found, exact, strict=False):
+            whole = ours.ndim == 4
+            rounding = 4 * torch.finfo(dtype).eps * (1 if whole else x[:, 0].numel()) + 1e-5
+            error = (ours - theirs).abs() / (2 + theirs.abs() * whole)
+            faults.append(_differs(name, error * clear if whole else error, rounding))
+        moved = zip(found[-2:], exact[-2:], strict=True)
+        faults += [_differs("running statistics", (ours - theirs).abs(), 1e-5) for ours, theirs in moved]
+        return _first(faults)
+
+    with torch.enable_grad():
+        return _first(compare(added) for added in (None, residual))
 
 
 def _differs(what: str, error: torch.Tensor, tolerance: float) -> str | None:

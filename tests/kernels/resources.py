@@ -131,6 +131,7 @@ def cases(capability: int) -> Iterator[Case]:
     yield from cases_of_views()
     for activations in half:
         yield from cases_of_batch_norm(activations)
+    yield from cases_of_merging()
 
 
 def cases_of_kmeans(capability: int) -> Iterator[Case]:
@@ -185,10 +186,6 @@ def cases_of_batch_norm(activations: torch.dtype) -> Iterator[Case]:
         return Case(f"{kernel.__name__} {name}", kernel, constants, activations, options, **common)
 
     yield case(batch_norm_kernels.partial_statistics, kind, summed.constants(), summed, size)
-    merged = {key: value for key, value in batch_norm.MERGED.items() if key != "num_warps"}
-    for kernel, constants in (("merge_statistics", merged | {"TRACK": True}), ("merge_sums", merged)):
-        warps = {"num_warps": batch_norm.MERGED["num_warps"]}
-        yield Case(kernel, getattr(batch_norm_kernels, kernel), constants, activations, warps, products=False)
     for residual, relu, keep in ((0, 0, 0), (0, 1, 0), (1, 1, 0), (1, 1, 1)):
         constants = mapped.constants() | {"RESIDUAL": bool(residual), "RELU": bool(relu), "KEEP": bool(keep)}
         constants |= {} if residual else {"residual": None}
@@ -206,6 +203,14 @@ def cases_of_batch_norm(activations: torch.dtype) -> Iterator[Case]:
         name = f"{kind}{' relu' * relu}{'' if training else ' eval'}"
         moved = (3 if relu or training else 2) * size
         yield case(batch_norm_kernels.differentiate_rows, name, constants, mapped, moved)
+
+
+def cases_of_merging() -> Iterator[Case]:
+    merged = dict(batch_norm.MERGED)
+    options = {"num_warps": merged.pop("num_warps")}
+    for name, constants in (("merge_statistics", merged | {"TRACK": True}), ("merge_sums", merged)):
+        kernel = getattr(batch_norm_kernels, name)
+        yield Case(name, kernel, constants, torch.float32, options, products=False)
 
 
 def build(case: Case, capability: int):

@@ -496,7 +496,7 @@ def resnet50() -> list[tuple[int, int, bool, bool, bool]]:
 
 
 def test_of_a_resnet50():
-    """MB an image on a V100 (80 multiprocessors) in float16, batches of 64: 476 in eager mode, convolutions included."""
+    """MB an image and step in float16, on a V100 and in batches of 64; in eager mode there are 476."""
     assert sum(pixels * channels for pixels, channels, *_ in resnet50()) == pytest.approx(11.11e6, rel=1e-3)
 
     def megabytes(forks: bool, **options) -> float:

@@ -35,6 +35,11 @@ def test_kernels_compile_without_spills_in_loops_and_use_the_matrix_units(target
         "jitter",
         "blur",
         "shift_and_scale fp16",
+        "partial_statistics fp16",
+        "normalise_rows fp16 + residual relu bits",
+        "partial_sums fp16 relu bits fork",
+        "differentiate_rows fp16 relu",
+        "merge_statistics",
     ):
         assert f"sm_{target}  {kernel}" in done.stdout
     assert ("sweep_held" in done.stdout) == (target == "90")

@@ -7,7 +7,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pcl_fast.kernels import assign, contrast, launch, normalise, photometric, photometric_plain, segment, switches
+from pcl_fast.kernels import (
+    assign,
+    batch_norm,
+    contrast,
+    launch,
+    normalise,
+    photometric,
+    photometric_plain,
+    segment,
+    switches,
+)
 from pcl_fast.kernels.launch import Tile
 from pcl_fast.kernels.switches import KERNELS
 
@@ -23,6 +33,8 @@ def small_tiles(monkeypatch, one_thread):
     if not GPU:
         monkeypatch.setitem(launch.TABLE, 90, {2: (Tile(16, 32, 4, 2), Tile(16, 32, 4, 2))})
         monkeypatch.setitem(launch.NEAREST, 90, {2: {128: Tile(32, 16, 4, 2)}})
+        for name, value in {"SUMMED": 8, "MAPPED": 16, "WARPS": 2, "MERGED": {"PARTS": 2, "COLUMNS": 32}}.items():
+            monkeypatch.setattr(batch_norm, name, value)
 
 
 def faults(*kernels: str, granularities: int = 1) -> dict[str, str]:
@@ -128,6 +140,57 @@ def test_a_block_of_pixels_that_is_not_coloured_is_found(monkeypatch):
 
     monkeypatch.setattr(photometric, "photometric", broken)
     assert "bytes differ" in faults("photometric")["photometric"]
+
+
+def lacks_a_tile(results, *given):
+    results[0][1, :8, 4, 2:6] = 0
+
+
+def lets_all_through(results, *given):
+    """Where ReLU is 0: all kept bits are set, in one word of four rows."""
+    if results[1].numel():
+        results[1].view(-1)[3] = -1
+
+
+def lacks_rows(results, dy, *given):
+    """In the sums, four rows of 351."""
+    results[0][0, :8] -= dy[0, :8, 4, 2:6].float().sum(1)
+
+
+def stores_another_gradient(results, *given):
+    if results[3].numel():
+        results[3][2, 9:17, 8, 12] = 0
+
+
+def of_another_row(results, *given):
+    results[2, 9:17, 8, 12] = results[2, 9:17, 8, 11]
+
+
+def biased_variance(results, x, running_mean, running_var, *rest):
+    running_var -= 0.1 * results[0, x.shape[1] : 2 * x.shape[1]] / 351
+
+
+@pytest.mark.parametrize(
+    ("operation", "fault", "message"),
+    [
+        ("apply", lacks_a_tile, "results differ"),
+        ("apply", lets_all_through, "gradients differ"),
+        ("sums", lacks_rows, "gradients differ"),
+        ("sums", stores_another_gradient, "gradients differ"),
+        ("differentiate", of_another_row, "gradients differ"),
+        ("statistics", biased_variance, "running statistics differ"),
+    ],
+)
+def test_a_batch_norm_that_is_wrong_in_part_is_found(monkeypatch, operation, fault, message):
+    right = getattr(batch_norm.OPERATIONS, operation)
+
+    def broken(*given):
+        results = right(*given)
+        fault(results, *given)
+        return results
+
+    monkeypatch.setattr(batch_norm, "OPERATIONS", batch_norm.OPERATIONS._replace(**{operation: broken}))
+    assert message in faults("batch_norm")["batch_norm"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError("\n  no kernel image\nlines"), SystemError(), AssertionError("x")])
