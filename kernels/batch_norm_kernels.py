@@ -231,14 +231,14 @@ def _rows_of_threads(ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=_SIZES)
 def partial_sums(
-    dy, second, x, kept, weight, bias, statistics, gradient, partial, rows, channels, part_rows, width, eps,
+    dy, second, x, kept, weight, bias, statistics, stored, partial, rows, channels, part_rows, width, eps,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SECOND: tl.constexpr, KEPT: tl.constexpr, RELU: tl.constexpr, WRITE: tl.constexpr,
 ):  # fmt: skip
     """Write the sums of g and of g (x - mean) to a line of `partial` [groups, parts, 2 channels], where g is dy
     (SECOND: plus the second gradient), and 0 where ReLU was 0. Grid: parts, blocks of channels, groups.
 
-    Moves: reads x and dy (and the second); KEPT: reads one bit a value; WRITE: writes g; reads 16 and writes 8 bytes a
+    Moves: reads x and dy (and the second); KEPT: reads one bit a value; WRITE: writes g to `stored`; reads 16 and writes 8 bytes a
     channel and part.
     """
     begin, length = _range(rows, part_rows)
@@ -253,7 +253,7 @@ def partial_sums(
         of_group, of_rows = _words(rows, channels)
         kept += group.to(tl.int64) * of_group + begin // WORD_ROWS * of_rows
     if WRITE:
-        gradient += start * channels
+        stored += start * channels
     mean, _, scale, shift = _coefficients(statistics + group * width, weight, bias, column, inside, channels, eps)
     TILE: tl.constexpr = WORD_ROWS * ROWS
     row = _rows_of_threads(ROWS)
@@ -273,8 +273,8 @@ def partial_sums(
         elif RELU:
             g = _masked(g, centred, scale, shift, x)
         if WRITE:
-            rounded = g.to(gradient.dtype.element_ty)
-            tl.store(gradient + place, rounded, mask=mask)
+            rounded = g.to(stored.dtype.element_ty)
+            tl.store(stored + place, rounded, mask=mask)
             g = rounded.to(tl.float32)
         total += tl.sum(tl.reshape(g, (WORD_ROWS, ROWS, COLUMNS)), axis=0)
         product += tl.sum(tl.reshape(g * centred, (WORD_ROWS, ROWS, COLUMNS)), axis=0)

@@ -75,7 +75,7 @@ INTEGERS = {
 }  # fmt: skip
 FLOATS = ("queue_weight", "first_share", "other_share", "mean", "std", "momentum", "eps")
 FEATURES = (
-    "query", "key", "bank", "out", "points", "values", "x", "y", "residual", "dy", "second", "gradient", "g", "dx",
+    "query", "key", "bank", "out", "points", "values", "x", "y", "residual", "dy", "second", "stored", "g", "dx",
 )  # fmt: skip
 HALF = ("high", "low")
 NUMBERS = (
