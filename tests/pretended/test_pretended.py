@@ -119,6 +119,18 @@ def test_the_feature_pass_can_be_fused(pretended_gpu):
     assert not [reason for reason in found["unfit"].values() if not reason.startswith("is not faster")]
 
 
+def test_fused_batch_norm_is_launched_and_waits_for_nothing(pretended_gpu):
+    cases = ran(run_pretended(pretended_gpu, "run_fused.py", capability=NEWEST))
+    assert set(cases) == {"pcl, bn_splits 4", "simclr, bn_splits 1"}
+    forward = {"partial_statistics", "merge_statistics", "normalise_rows"}
+    for name, found in cases.items():
+        assert "error" not in found, found["error"]
+        assert found["norms"] > 0
+        assert found["waits"] == [], name
+        assert found["misfits"] == [], name
+        assert forward | {"partial_sums", "merge_sums", "differentiate_rows"} <= set(found["launches"]), name
+
+
 def test_a_run_trains_clusters_evaluates_and_saves(pretended_gpu, image_folder, tmp_path):
     """The whole command; its loss is 0, for Triton's kernels do nothing."""
     done = run_pretended(
