@@ -238,8 +238,8 @@ def partial_sums(
     """Write the sums of g and of g (x - mean) to a line of `partial` [groups, parts, 2 channels], where g is dy
     (SECOND: plus the second gradient), and 0 where ReLU was 0. Grid: parts, blocks of channels, groups.
 
-    Moves: reads x and dy (and the second); KEPT: reads one bit a value; WRITE: writes g to `stored`; reads 16 and writes 8 bytes a
-    channel and part.
+    Moves: reads x and dy (and the second); KEPT: reads one bit a value; WRITE: writes g to `stored`; reads 16 and
+    writes 8 bytes a channel and part.
     """
     begin, length = _range(rows, part_rows)
     column, inside = _own_columns(channels, COLUMNS)
