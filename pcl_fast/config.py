@@ -87,6 +87,10 @@ class ModelConfig:
     bn_splits: int = 1
     """Batch norm treats a rank's batch as so many equal parts, each with its own statistics, and shuffles among them:
     one large GPU then trains like so many small ones."""
+    fusion: Literal["auto", "eager", "triton", "compile"] = "auto"
+    """How the encoders' passes are computed: module by module, with batch norm, ReLU and residual as one operation, or
+    by torch.compile. auto: what is fastest on the run's GPUs, timed at its start; on a CPU and with deterministic
+    eager."""
     sync_bn: bool = False
     """Batch norm takes its statistics from all ranks' batches together, for methods that have no momentum encoder."""
 
@@ -287,7 +291,7 @@ def view_of(data: DataConfig) -> View:
 _NOT_RECIPE = (
     "preset", "output", "resume_from", "log_every", "data.root", "data.format", "data.loader", "data.workers",
     "data.prefetch", "data.decoder_mib", "data.cache", "data.skip_broken", "loss.backend", "cluster.backend",
-    "evaluation.", "checkpoint.", "strict_kernels", "deterministic",
+    "evaluation.", "checkpoint.", "strict_kernels", "deterministic", "model.fusion",
 )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from pcl_fast.distributed import World, all_or_none, shard_bounds
 from pcl_fast.evaluation.online import evaluate_features, number_classes
 from pcl_fast.learner import Learner
 from pcl_fast.methods import build, method_class
+from pcl_fast.run.fusion_choice import choose_fusion
 from pcl_fast.run.kernel_choice import choose_kernels
 from pcl_fast.run.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.run.saving import Saver
@@ -65,6 +66,7 @@ class Trainer:
         self.metrics = StepMetrics(self.recorder, images, world, batch_size=config.optim.batch_size)
         self.metrics.load(saved.get("epoch_metrics", {}))
         self._kernels_off: list[str] = saved.get("kernels_off", [])
+        self._fusion: str | None = saved.get("fusion")
         self._warned = False
 
     def _loaders(self) -> tuple[TrainingLoader, Iterable[torch.Tensor]]:
@@ -101,14 +103,15 @@ class Trainer:
         if progress.finished and progress.epoch == self.config.epochs:
             self.recorder.say(f"{self.config.output} is complete: nothing left to do")
             return True
-        chosen = self._choose_kernels()
+        chosen = {"kernels": self._choose_kernels(), "fusion": self._choose_fusion()}
         if self.global_step:
             self.recorder.say(f"resuming after {progress.epoch} epochs and {progress.step} steps")
         for _ in range(self.saver.missing):
             self._save()  # if the disk does not take it, better now than after an epoch
         # Not before: a run with an empty record and a single, damaged checkpoint may begin anew.
-        if chosen is not None:
-            self._row("kernels", **chosen)
+        for kind, row in chosen.items():
+            if row is not None:
+                self._row(kind, **row)
         while progress.epoch < self.config.epochs:
             # A run that is made longer has had the E-step of its former end.
             if progress.step == 0 and not progress.finished:
@@ -134,6 +137,21 @@ class Trainer:
         """
         choice = choose_kernels(self.config, self.method.settings, self.world, off=self._kernels_off)
         self._kernels_off = choice.off
+        for line in choice.notes:
+            self.recorder.say(line)
+        return choice.row
+
+    def _choose_fusion(self) -> dict[str, Any] | None:
+        """
+        Returns:
+            The row for the record, if there is one.
+
+        Raises:
+            ValueError: the way that is asked for cannot be used.
+        """
+        steps = self.config.epochs * self.loader.steps - self.global_step
+        choice = choose_fusion(self.config, self.method.encoders(), steps, self.world, kept=self._fusion)
+        self._fusion = choice.way
         for line in choice.notes:
             self.recorder.say(line)
         return choice.row
@@ -270,5 +288,6 @@ class Trainer:
             "metrics_length": all_or_none(self.recorder.sync, self.world),
             "epoch_metrics": self.metrics.state(),
             "kernels_off": self._kernels_off,
+            "fusion": self._fusion,
         }
         self.saver.save(self.learner, self.progress, record, keep=keep)

@@ -59,7 +59,7 @@ class Saver:
         the others.
 
         Args:
-            record: "global_step", "metrics_length", "epoch_metrics" and "kernels_off", see checkpoint.py.
+            record: "global_step", "metrics_length", "epoch_metrics", "kernels_off" and "fusion", see checkpoint.py.
             keep: also keep it as that of its epoch.
 
         Raises:
@@ -120,7 +120,8 @@ class Saver:
             all_or_none(lambda: learner.load(state, state["ranks"]), self.world)
             progress = Progress(state["epoch"], state["step"], state["finished"])
             record = {name: state[name] for name in ("global_step", "metrics_length", "epoch_metrics")}
-            record["kernels_off"] = state.get("kernels_off", [])  # earlier versions had none
+            # Earlier versions had neither.
+            record |= {"kernels_off": state.get("kernels_off", []), "fusion": state.get("fusion", "eager")}
         self._check_room(learner, progress)
         return progress, record
 
@@ -152,8 +153,8 @@ class Saver:
         if state is None:
             raise ValueError(f"--resume-from {path}: there is no checkpoint")
         self.notes += check_taken_up(state, self.config, self.fingerprint)
-        # Its record stays where it is, and a new run decides about kernels anew.
-        return {**state, "metrics_length": 0, "kernels_off": []}
+        # Its record stays where it is, and a new run decides anew about kernels and fusion.
+        return {**state, "metrics_length": 0, "kernels_off": [], "fusion": None}
 
     def _check_room(self, learner: Learner, progress: Progress) -> None:
         """Look whether the disk has room for the checkpoints to come.

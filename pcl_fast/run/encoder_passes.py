@@ -1,0 +1,110 @@
+"""The encoders' passes of a step, by themselves: to time them, and to compare two ways to compute them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from pcl_fast.config import Config
+from pcl_fast.data import normalise
+from pcl_fast.distributed import World
+from pcl_fast.nn.batch_norm import batch_norm_buffers
+from pcl_fast.nn.precision import autocast, encoder_dtype
+from pcl_fast.schedule import rank_batch
+
+_WARM_UP, _ROUNDS = 3, 7
+
+
+class Passes:
+    """Those of the query encoder forward and backward, those of others forward, on images that are drawn once.
+
+    They leave nothing behind: gradients are returned instead of kept, and see `undisturbed`.
+    """
+
+    def __init__(self, encoders: Mapping[str, nn.Module], images: torch.Tensor):
+        """
+        Args:
+            encoders: a method's; "query" is the one with a backward pass.
+            images: [N, 3, H, W], normalised, in the type in which encoders compute on their device.
+        """
+        self.encoders, self.images, self.device = dict(encoders), images, images.device
+        self._query = encoders["query"]
+        self._parameters = [parameter for parameter in self._query.parameters() if parameter.requires_grad]
+        self._others = [encoder for name, encoder in encoders.items() if name != "query"]
+
+    @classmethod
+    def of_run(cls, config: Config, encoders: Mapping[str, nn.Module], world: World) -> Passes:
+        """With as many images, of the same size, as a rank has in a step."""
+        generator = torch.Generator().manual_seed(config.seed)
+        # Neighbouring pixels are alike, as in photographs; from noise all features would come out the same.
+        coarse = torch.randint(256, (rank_batch(config, world.size), 3, 8, 8), generator=generator).float()
+        images = F.interpolate(coarse, size=config.data.size, mode="bilinear").permute(0, 2, 3, 1).to(torch.uint8)
+        return cls(encoders, normalise(images.contiguous().to(world.device), encoder_dtype(world.device)))
+
+    def compute(self, *, exact: bool = False) -> list[torch.Tensor]:
+        """The features of all encoders, and the gradients of the query encoder's parameters.
+
+        exact: compute in float32.
+        """
+        images = self.images.float() if exact else self.images
+        with nullcontext() if exact else autocast(self.device):
+            features = self._query(images)
+            upstream = torch.linspace(-1, 1, features.numel(), device=self.device).view_as(features)
+            # Not backward(): what reaches a parameter so, DistributedDataParallel sends to the other ranks.
+            gradients = torch.autograd.grad(features, self._parameters, upstream)
+            with torch.no_grad():
+                return [features.detach(), *(encoder(images) for encoder in self._others), *gradients]
+
+    @contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """In this context ranks do not wait for each other in batch norm, for one may fail; at its end batch norm's
+        statistics are as they were.
+        """
+        modules = [module for encoder in self.encoders.values() for module in encoder.modules()]
+        groups = {module: module.group for module in modules if getattr(module, "group", None) is not None}
+        buffers = [buffer for encoder in self.encoders.values() for _, buffer in batch_norm_buffers(encoder)]
+        before = [buffer.clone() for buffer in buffers]
+        for module in groups:
+            module.group = None
+        try:
+            yield
+        finally:
+            for module, group in groups.items():
+                module.group = group
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
+
+    def reference(self) -> list[torch.Tensor]:
+        """What `compute` would be without rounding to half precision."""
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            return self.compute(exact=True)
+
+    def error(self, reference: Sequence[torch.Tensor]) -> float:
+        """How far `compute` is from a reference, relative to its norm: of features or gradients, whichever is worse."""
+        found, features = self.compute(), len(self.encoders)
+        return max(_distance(found[part], reference[part]) for part in (slice(features), slice(features, None)))
+
+    def milliseconds(self) -> float:
+        """How long `compute` takes, the median of some rounds."""
+        for _ in range(_WARM_UP):
+            self.compute()
+        return 1e3 * statistics.median(_seconds(self.compute, self.device) for _ in range(_ROUNDS))
+
+
+def _distance(found: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:
+    errors = [(a.double() - b.double()).norm() for a, b in zip(found, reference, strict=True)]
+    return float(torch.stack(errors).norm() / torch.stack([tensor.double().norm() for tensor in reference]).norm())
+
+
+def _seconds(work: Callable[[], object], device: torch.device) -> float:
+    begin = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin

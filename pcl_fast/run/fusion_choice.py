@@ -1,0 +1,165 @@
+"""In which way the encoders' passes are computed: the one that is fastest here, of those that compute right."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pcl_fast.config import Config
+from pcl_fast.distributed import World, gather_objects
+from pcl_fast.nn.fusion import WAYS, use
+from pcl_fast.run.encoder_passes import Passes
+
+EAGER, AUTO = WAYS[0], "auto"
+# Less is not worth other bits, and hardly to be told from chance.
+_FASTER = 0.98
+# Seconds that a run must last for torch.compile to be tried, which takes a minute of it.
+_LONG = 3600.0
+
+
+class Choice(NamedTuple):
+    """way: of `nn.fusion.WAYS`, in use now; notes: lines for the log; row: for the record, None where nothing was
+    measured.
+    """
+
+    way: str
+    notes: list[str]
+    row: dict[str, Any] | None
+
+
+def choose_fusion(
+    config: Config, encoders: Mapping[str, nn.Module], steps: int, world: World, *, kept: str | None = None
+) -> Choice:
+    """Choose how the encoders compute, and let them. All ranks call this together, and get the same.
+
+    With --model.fusion auto the passes are timed on a GPU at the run's own shapes, in every way that agrees with the
+    eager one; the slowest rank counts. On a CPU, and with --deterministic, there is nothing to choose: eager.
+
+    Args:
+        encoders: the method's; "query" is the one with a backward pass.
+        steps: that the run has left.
+        kept: the way of the run that goes on, which stays.
+
+    Raises:
+        ValueError: on all ranks, if the way that is asked for cannot be used.
+    """
+    asked = config.model.fusion
+    if asked != AUTO:
+        return Choice(_use_or_refuse(asked, encoders, world), [], None)
+    if not has_choice(world):
+        return Choice(_use_or_refuse(EAGER, encoders, world), [], None)
+    if kept is not None:
+        return _keep(kept, encoders, world)
+    if config.deterministic:
+        return Choice(_use_or_refuse(EAGER, encoders, world), [], None)
+    return _fastest(Passes.of_run(config, encoders, world), steps, world)
+
+
+def has_choice(world: World) -> bool:
+    """Whether there is more than one way on this device."""
+    return world.device.type == "cuda"
+
+
+def _keep(way: str, encoders: Mapping[str, nn.Module], world: World) -> Choice:
+    fault = _agree({way: _try_to_use(way, encoders)}, world).get(way)
+    if fault is None:
+        return Choice(way, [], None)
+    _use_or_refuse(EAGER, encoders, world)
+    note = f"warning: so far the encoders computed by {way}, which does not work here ({fault}); they go on by {EAGER}"
+    return Choice(EAGER, [note], None)
+
+
+def _use_or_refuse(way: str, encoders: Mapping[str, nn.Module], world: World) -> str:
+    if fault := _agree({way: _try_to_use(way, encoders)}, world):
+        raise ValueError(f"--model.fusion {way}: {fault[way]}")
+    return way
+
+
+def _try_to_use(way: str, encoders: Mapping[str, nn.Module]) -> str:
+    """Use it in all encoders, or in none; what is wrong, or ""."""
+    try:
+        for encoder in encoders.values():
+            use(way, encoder)
+    except Exception as error:  # compilers raise whatever they like
+        for encoder in encoders.values():
+            use(EAGER, encoder)
+        return _line(error) or type(error).__name__
+    return ""
+
+
+def _agree(faults: dict[str, str], world: World) -> dict[str, str]:
+    """The faults of the first rank that has any, for each way; the same on all ranks."""
+    found: dict[str, str] = {}
+    for of_rank in gather_objects(faults, world):
+        for way, fault in of_rank.items():
+            if fault:
+                found.setdefault(way, fault)
+    return found
+
+
+def _fastest(passes: Passes, steps: int, world: World) -> Choice:
+    begin = time.perf_counter()
+    with passes.undisturbed():
+        times, left_out = _measure(passes, steps, world)
+    way = min(times, key=times.get, default=EAGER)
+    if EAGER in times and times[way] > _FASTER * times[EAGER]:
+        way = EAGER
+    _use_or_refuse(way, passes.encoders, world)
+    seconds = round(time.perf_counter() - begin, 1)
+    told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
+    notes = [f"the encoders compute by {way} ({told or 'nothing could be timed'}; found out in {seconds} s)"]
+    notes += [f"not by {name}: {fault}" for name, fault in left_out.items()]
+    return Choice(way, notes, {"way": way, "ms": times, "left_out": left_out, "seconds": seconds})
+
+
+def _measure(passes: Passes, steps: int, world: World) -> tuple[dict[str, float], dict[str, str]]:
+    """
+    Returns:
+        Milliseconds of the slowest rank, for the ways that all ranks can use; why others are left out.
+    """
+    times: dict[str, float] = {}
+    left_out: dict[str, str] = {}
+    trial = _Trial(passes)
+    for way in WAYS:
+        if way == "compile" and (left := steps * times.get(EAGER, 0) / 1e3) < _LONG:
+            left_out[way] = f"to compile takes a minute, and some {left / 60:.0f} minutes of encoding are left"
+            continue
+        told = gather_objects(trial.of(way), world)
+        if faults := [fault for fault, _ in told if fault]:
+            left_out[way] = faults[0]
+        else:
+            times[way] = round(max(ms for _, ms in told), 3)
+    return times, left_out
+
+
+class _Trial:
+    """Tries ways one after another, eager first: what is right is told by how far that is from float32."""
+
+    def __init__(self, passes: Passes):
+        self._passes = passes
+        self._reference: list[torch.Tensor] = []
+        self._tolerance = 0.0
+
+    def of(self, way: str) -> tuple[str, float]:
+        """What is wrong with a way, or ""; and its milliseconds."""
+        if fault := _try_to_use(way, self._passes.encoders):
+            return fault, 0.0
+        try:
+            if way == EAGER:
+                self._reference = self._passes.reference()
+                # Rounded elsewhere, or more often, but no more than twice as far off.
+                self._tolerance = 2 * self._passes.error(self._reference) + 1e-3
+            error = self._passes.error(self._reference)
+            if not error <= self._tolerance:
+                return f"it is off by {error:.2g}, and rounding explains {self._tolerance:.2g}", 0.0
+            return "", self._passes.milliseconds()
+        except Exception as error:  # compilers, drivers and PyTorch raise whatever they like
+            return f"{type(error).__name__}: {_line(error)}", 0.0
+
+
+def _line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

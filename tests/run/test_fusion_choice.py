@@ -1,0 +1,264 @@
+"""Which way the encoders compute in: the fastest that is right, the same on all ranks, and kept. Times are given."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+
+import pytest
+import torch
+from faults.tiny import tiny
+from ranks import run_ranks
+from steps import small_config
+from torch import nn
+
+from pcl_fast.config import Config
+from pcl_fast.distributed import World
+from pcl_fast.methods import build
+from pcl_fast.nn import fusion
+from pcl_fast.nn.batch_norm import batch_norm_buffers
+from pcl_fast.run import fusion_choice
+from pcl_fast.run.checkpoint import load_checkpoint
+from pcl_fast.run.encoder_passes import Passes
+from pcl_fast.run.fusion_choice import choose_fusion
+from pcl_fast.run.metrics import read_rows
+from pcl_fast.train import run
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+MANY = 10**9  # steps, so that there is time to compile
+
+
+def config_with(**model) -> Config:
+    config = small_config()
+    return replace(config, model=replace(config.model, **model))
+
+
+def encoders_of(config, world: World = ALONE) -> dict[str, nn.Module]:
+    return build(config, world, 60).encoders()
+
+
+@pytest.fixture
+def encoders() -> dict[str, nn.Module]:
+    return encoders_of(small_config())
+
+
+class Ways:
+    """Stands in for the ways on a GPU: what each does to an encoder, and the milliseconds that its passes take."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.tried = "eager", []
+        self.ms = {"eager": 10.0, "triton": 9.0, "compile": 8.0}
+        self.does = {}
+        monkeypatch.setattr(fusion_choice, "has_choice", lambda world: True)
+        monkeypatch.setattr(fusion_choice, "use", self.use)
+        monkeypatch.setattr(Passes, "milliseconds", lambda passes: self.ms[self.now])
+
+    def use(self, way: str, encoder: nn.Module) -> None:
+        vars(encoder).pop("forward", None)
+        self.now = way
+        self.tried.append(way)
+        if way in self.does:
+            self.does[way](encoder)
+
+
+@pytest.fixture
+def ways(monkeypatch) -> Ways:
+    return Ways(monkeypatch)
+
+
+def turn(encoder: nn.Module, angle: float) -> None:
+    """Let it compute something else."""
+    forward = encoder.forward
+    encoder.forward = lambda images: forward(images) * torch.linspace(1, 1 + angle, 8)
+
+
+def fail(encoder: nn.Module) -> None:
+    raise RuntimeError("no kernel image\nis available")
+
+
+def test_the_fastest_is_used(ways, encoders):
+    choice = choose_fusion(small_config(), encoders, MANY, ALONE)
+    assert (choice.way, ways.now) == ("compile", "compile")
+    assert choice.row["ms"] == {"eager": 10.0, "triton": 9.0, "compile": 8.0}
+    assert choice.row["left_out"] == {}
+    assert choice.notes[0].startswith("the encoders compute by compile (eager 10.0 ms, triton 9.0 ms, compile 8.0 ms; ")
+
+
+@pytest.mark.parametrize(("ms", "way"), [(9.7, "triton"), (9.9, "eager"), (11, "eager")])
+def test_what_is_hardly_faster_is_not_worth_it(ways, encoders, ms, way):
+    ways.ms |= {"triton": ms, "compile": 12.0}
+    assert choose_fusion(small_config(), encoders, MANY, ALONE).way == way
+    assert ways.now == way
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (functools.partial(turn, angle=0.05), "it is off by 0.0"),
+        (functools.partial(turn, angle=float("nan")), "it is off by nan"),
+        (fail, "no kernel image"),
+    ],
+)
+def test_what_is_wrong_or_fails_is_left_out(ways, encoders, fault, said):
+    ways.does["compile"] = fault
+    choice = choose_fusion(small_config(), encoders, MANY, ALONE)
+    assert (choice.way, ways.now) == ("triton", "triton")
+    assert choice.row["left_out"]["compile"].startswith(said)
+    assert "\n" not in choice.notes[1]
+    assert choice.notes[1].startswith(f"not by compile: {said}")
+
+
+def test_rounding_is_no_fault(ways, encoders):
+    ways.does["compile"] = functools.partial(turn, angle=1e-6)
+    assert choose_fusion(small_config(), encoders, MANY, ALONE).way == "compile"
+
+
+def test_a_short_run_does_not_wait_for_a_compiler(ways, encoders):
+    choice = choose_fusion(small_config(), encoders, 6000, ALONE)
+    assert choice.way == "triton"
+    assert choice.row["left_out"] == {"compile": "to compile takes a minute, and some 1 minutes of encoding are left"}
+
+
+def test_nothing_can_be_timed(ways, encoders, monkeypatch):
+    monkeypatch.setattr(Passes, "reference", fail)
+    choice = choose_fusion(small_config(), encoders, MANY, ALONE)
+    assert (choice.way, ways.now, choice.row["ms"]) == ("eager", "eager", {})
+    assert choice.row["left_out"]["eager"] == "RuntimeError: no kernel image"
+
+
+def test_a_way_that_is_asked_for(ways, encoders):
+    config = config_with(fusion="triton")
+    assert choose_fusion(config, encoders, MANY, ALONE) == ("triton", [], None)
+    ways.does["triton"] = fail
+    with pytest.raises(ValueError, match="--model.fusion triton: no kernel image$"):
+        choose_fusion(config, encoders, MANY, ALONE)
+    assert ways.now == "eager"
+
+
+def test_a_way_that_is_kept(ways, encoders):
+    assert choose_fusion(small_config(), encoders, MANY, ALONE, kept="triton") == ("triton", [], None)
+    ways.does["triton"] = fail
+    choice = choose_fusion(small_config(), encoders, MANY, ALONE, kept="triton")
+    assert (choice.way, ways.now) == ("eager", "eager")
+    assert choice.notes == [
+        "warning: so far the encoders computed by triton, which does not work here (no kernel image); they go on by eager"
+    ]
+
+
+def test_deterministic_runs_and_cpus_have_no_choice(ways, encoders, monkeypatch):
+    assert choose_fusion(small_config(deterministic=True), encoders, MANY, ALONE) == ("eager", [], None)
+    monkeypatch.undo()
+    assert choose_fusion(small_config(), encoders, MANY, ALONE) == ("eager", [], None)
+    assert choose_fusion(small_config(), encoders, MANY, ALONE, kept="triton") == ("eager", [], None)
+
+
+def choice_of_rank(world: World) -> tuple:
+    """Rank 1 cannot use triton, and is slow by compile."""
+    with pytest.MonkeyPatch.context() as patch:
+        ways = Ways(patch)
+        ways.ms["compile"] = [8.0, 9.9][world.rank]
+        if world.rank == 1:
+            ways.does["triton"] = fail
+        choice = choose_fusion(small_config(), encoders_of(small_config(), world), MANY, world)
+        return choice.way, choice.row["ms"], choice.row["left_out"], ways.now
+
+
+def test_all_ranks_choose_together():
+    first, second = run_ranks(2, choice_of_rank)
+    assert first == second
+    assert first == ("eager", {"eager": 10.0, "compile": 9.9}, {"triton": "no kernel image"}, "eager")
+
+
+def test_ranks_do_not_wait_for_each_other_in_batch_norm(encoders):
+    norm = next(module for module in encoders["query"].modules() if isinstance(module, nn.BatchNorm2d))
+    norm.group = group = object()
+    with Passes(encoders, torch.zeros(2, 3, 8, 8)).undisturbed():
+        assert norm.group is None
+    assert norm.group is group
+
+
+@pytest.mark.parametrize("splits", [1, 2])
+def test_passes_leave_nothing_behind(splits):
+    config = config_with(bn_splits=splits)
+    encoders = encoders_of(config)
+    passes = Passes.of_run(config, encoders, ALONE)
+    before = copy.deepcopy({name: encoder.state_dict() for name, encoder in encoders.items()})
+    state = torch.get_rng_state()
+    with passes.undisturbed():
+        reference = passes.reference()
+        assert passes.error(reference) == 0
+        moved = [buffer for _, buffer in batch_norm_buffers(encoders["query"])]
+        assert any(not torch.equal(a, b) for a, b in zip(moved, _buffers(before["query"]), strict=False))
+    for name, encoder in encoders.items():
+        for key, value in encoder.state_dict().items():
+            assert torch.equal(value, before[name][key]), key
+    assert all(parameter.grad is None for parameter in encoders["query"].parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(passes.images) == config.optim.batch_size
+
+
+def _buffers(state):
+    return [value for name, value in state.items() if "running" in name or "tracked" in name]
+
+
+def test_passes_are_those_of_a_step(encoders):
+    config = small_config()
+    passes = Passes.of_run(config, encoders, ALONE)
+    found = passes.compute()
+    query, momentum = encoders["query"], encoders["momentum"]
+    features = query(passes.images)
+    upstream = torch.linspace(-1, 1, features.numel()).view_as(features)
+    features.backward(upstream)
+    expected = [features, momentum(passes.images), *(parameter.grad for parameter in query.parameters())]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.detach())
+
+
+def test_a_run_records_its_choice_and_keeps_it(ways, image_folder, tmp_path, alone, capsys):
+    ways.ms["triton"] = 5.0
+    assert run(tiny(image_folder, tmp_path, epochs=1), alone)
+    assert "the encoders compute by triton (eager 10.0 ms, triton 5.0 ms; " in capsys.readouterr().out
+    (row,) = (row for row in read_rows(tmp_path) if row["kind"] == "fusion")
+    assert (row["way"], row["ms"]) == ("triton", {"eager": 10.0, "triton": 5.0})
+    assert load_checkpoint(tmp_path)["fusion"] == "triton"
+
+    ways.ms["triton"], ways.tried[:] = 50.0, []
+    assert run(tiny(image_folder, tmp_path, epochs=2), alone)
+    assert (ways.now, set(ways.tried)) == ("triton", {"triton"})
+    assert load_checkpoint(tmp_path)["fusion"] == "triton"
+
+    # Another run decides anew.
+    other = tmp_path / "other"
+    assert run(tiny(image_folder, other, epochs=3, resume_from=tmp_path / "checkpoint.pt"), alone)
+    assert load_checkpoint(other)["fusion"] == "eager"
+
+
+def test_ways_are_used_and_taken_back(encoders, monkeypatch):
+    """Compiled without a compiler: only that it is this encoder's passes, and no longer, is looked at."""
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **options: setattr(self, "_compiled_call_impl", fail))
+    encoder, images = encoders["query"], torch.randn(4, 3, 20, 20)
+    plain = encoder(images)
+    fusion.use("compile", encoder)
+    with pytest.raises(RuntimeError, match="no kernel image"):
+        encoder(images)
+    names = list(encoder.state_dict())
+    for way in ("triton", "eager"):
+        fusion.use(way, encoder)
+        assert list(encoder.state_dict()) == names
+        torch.testing.assert_close(encoder(images), plain, rtol=0, atol=0)  # kernels are for GPUs
+    with pytest.raises(ValueError, match="no batch norm of a ResNet is found"):
+        fusion.use("triton", nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+def test_compiled_passes_agree(encoders):
+    """By PyTorch's tracer without code of its own; a compiler takes a minute."""
+    for encoder in encoders.values():
+        encoder.compile(dynamic=False, backend="aot_eager")
+    passes = Passes.of_run(small_config(), encoders, ALONE)
+    with passes.undisturbed():
+        compiled = passes.compute()
+        for encoder in encoders.values():
+            fusion.use("eager", encoder)
+        assert passes.error(compiled) < 1e-5
