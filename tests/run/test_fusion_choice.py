@@ -131,7 +131,7 @@ def test_a_way_that_is_asked_for(ways, encoders):
     config = config_with(fusion="triton")
     assert choose_fusion(config, encoders, MANY, ALONE) == ("triton", [], None)
     ways.does["triton"] = fail
-    with pytest.raises(ValueError, match="--model.fusion triton: no kernel image$"):
+    with pytest.raises(ValueError, match=r"--model\.fusion triton: no kernel image$"):
         choose_fusion(config, encoders, MANY, ALONE)
     assert ways.now == "eager"
 
@@ -141,9 +141,10 @@ def test_a_way_that_is_kept(ways, encoders):
     ways.does["triton"] = fail
     choice = choose_fusion(small_config(), encoders, MANY, ALONE, kept="triton")
     assert (choice.way, ways.now) == ("eager", "eager")
-    assert choice.notes == [
-        "warning: so far the encoders computed by triton, which does not work here (no kernel image); they go on by eager"
-    ]
+    (note,) = choice.notes
+    assert note.startswith(
+        "warning: so far the encoders computed by triton, which does not work here (no kernel image)"
+    )
 
 
 def test_deterministic_runs_and_cpus_have_no_choice(ways, encoders, monkeypatch):
