@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pcl_fast.captured import CapturedStep
 from pcl_fast.clustering import FeatureShard
 from pcl_fast.config import Config
 from pcl_fast.data import (
@@ -25,7 +26,7 @@ from pcl_fast.distributed import World, all_or_none, shard_bounds
 from pcl_fast.evaluation.online import evaluate_features, number_classes
 from pcl_fast.learner import Learner
 from pcl_fast.methods import build, method_class
-from pcl_fast.run.fusion_choice import choose_fusion
+from pcl_fast.run.fusion_choice import CAPTURED, choose_fusion
 from pcl_fast.run.kernel_choice import choose_kernels
 from pcl_fast.run.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.run.saving import Saver
@@ -67,6 +68,7 @@ class Trainer:
         self.metrics.load(saved.get("epoch_metrics", {}))
         self._kernels_off: list[str] = saved.get("kernels_off", [])
         self._fusion: str | None = saved.get("fusion")
+        self._step = self.learner.step
         self._warned = False
 
     def _loaders(self) -> tuple[TrainingLoader, Iterable[torch.Tensor]]:
@@ -152,6 +154,8 @@ class Trainer:
         steps = self.config.epochs * self.loader.steps - self.global_step
         choice = choose_fusion(self.config, self.method.encoders(), steps, self.world, kept=self._fusion)
         self._fusion = choice.way
+        if choice.way.endswith(CAPTURED):
+            self._step = CapturedStep(self.learner).step
         for line in choice.notes:
             self.recorder.say(line)
         return choice.row
@@ -228,7 +232,7 @@ class Trainer:
         with self.recorder.progress(title, steps, first), self.watch.phase("training"):
             for batch in self._timed(self.loader.epoch(progress.epoch, first)):
                 lr = self.learner.set_rate(progress.epoch, progress.step, steps)
-                values = self.learner.step(batch, self.global_step)
+                values = self._step(batch, self.global_step)
                 progress.step += 1
                 self.metrics.add(self.global_step, batch.index, values)
                 votes = self._reduce_metrics(lr)

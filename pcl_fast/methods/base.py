@@ -7,7 +7,7 @@ an evaluation; neither knows what any method is made of. docs/adding-a-method.md
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -183,8 +183,15 @@ class Method(nn.Module):
 
     def before_update(self, number: int) -> None:
         """Called between the backward pass and the optimiser of step `number`, for heads that are frozen at first
-        (their gradients become None) and the like. A captured step has what it did when it was captured.
+        (their gradients become None) and the like. A captured step has what it did when it was captured, see `phase`.
         """
+
+    def phase(self, number: int) -> Hashable:
+        """What step `number` depends on besides inputs and tensors that stay in their places: whether there are
+        prototypes yet, whether a head is frozen. A step that was captured in another phase is captured anew. By default
+        all steps are alike.
+        """
+        return None
 
     def after_update(self, carry: Any, applied: torch.Tensor) -> None:
         """Called after the optimiser with Step.carry, for queues, banks and momentum copies.

@@ -165,6 +165,10 @@ class PCL(Method, name="pcl"):
         key = self.encode(self.momentum_encoder, views)
         return restore(key.to(self.queue.keys.dtype))
 
+    def phase(self, number: int) -> bool:
+        """Before and after the first E-step."""
+        return self.prototypes.found
+
     def after_update(self, carry: torch.Tensor, applied: torch.Tensor) -> None:
         """The queue takes all ranks' keys, whether or not the update was applied: they are good keys."""
         self.queue.enqueue(all_gather_rows(carry, self.world.group))

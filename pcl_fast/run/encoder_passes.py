@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pcl_fast.captured import capture_graph
 from pcl_fast.config import Config
 from pcl_fast.data import normalise
 from pcl_fast.distributed import World
@@ -90,11 +91,15 @@ class Passes:
         found, features = self.compute(), len(self.encoders)
         return max(_distance(found[part], reference[part]) for part in (slice(features), slice(features, None)))
 
-    def milliseconds(self) -> float:
-        """How long `compute` takes, the median of some rounds."""
+    def milliseconds(self, *, captured: bool = False) -> float:
+        """How long `compute` takes, the median of some rounds.
+
+        captured: as a CUDA graph.
+        """
         for _ in range(_WARM_UP):
             self.compute()
-        return 1e3 * statistics.median(_seconds(self.compute, self.device) for _ in range(_ROUNDS))
+        work = capture_graph(self.compute, self.device)[0] if captured else self.compute
+        return 1e3 * statistics.median(_seconds(work, self.device) for _ in range(_ROUNDS))
 
 
 def _distance(found: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:

@@ -52,7 +52,11 @@ class Ways:
         self.does = {}
         monkeypatch.setattr(fusion_choice, "has_choice", lambda world: True)
         monkeypatch.setattr(fusion_choice, "use", self.use)
-        monkeypatch.setattr(Passes, "milliseconds", lambda passes: self.ms[self.now])
+        self.faster_captured = -1.0
+        monkeypatch.setattr(Passes, "milliseconds", self.milliseconds)
+
+    def milliseconds(self, *, captured: bool = False) -> float:
+        return self.ms[self.now] - self.faster_captured * captured
 
     def use(self, way: str, encoder: nn.Module) -> None:
         vars(encoder).pop("forward", None)
@@ -80,9 +84,9 @@ def fail(encoder: nn.Module) -> None:
 def test_the_fastest_is_used(ways, encoders):
     choice = choose_fusion(small_config(), encoders, MANY, ALONE)
     assert (choice.way, ways.now) == ("compile", "compile")
-    assert choice.row["ms"] == {"eager": 10.0, "triton": 9.0, "compile": 8.0}
+    assert choice.row["ms"] == {"eager": 10.0, "triton": 9.0, "compile": 8.0, "compile+graph": 9.0}
     assert choice.row["left_out"] == {}
-    assert choice.notes[0].startswith("the encoders compute by compile (eager 10.0 ms, triton 9.0 ms, compile 8.0 ms; ")
+    assert choice.notes[0].startswith("the encoders compute by compile (eager 10.0 ms, triton 9.0 ms, compile 8.0 ms, ")
 
 
 @pytest.mark.parametrize(("ms", "way"), [(9.7, "triton"), (9.9, "eager"), (11, "eager")])
@@ -112,6 +116,25 @@ def test_what_is_wrong_or_fails_is_left_out(ways, encoders, fault, said):
 def test_rounding_is_no_fault(ways, encoders):
     ways.does["compile"] = functools.partial(turn, angle=1e-6)
     assert choose_fusion(small_config(), encoders, MANY, ALONE).way == "compile"
+
+
+def test_a_graph_is_taken_where_it_is_faster(ways, encoders, monkeypatch):
+    ways.faster_captured = 2.0
+    choice = choose_fusion(small_config(), encoders, MANY, ALONE)
+    assert (choice.way, ways.now, choice.row["ms"]["compile+graph"]) == ("compile+graph", "compile", 6.0)
+    ways.tried.clear()
+    assert choose_fusion(small_config(), encoders, MANY, ALONE, kept="triton+graph").way == "triton+graph"
+    assert set(ways.tried) == {"triton"}
+
+
+def test_a_graph_that_cannot_be_captured_is_left_out(ways, encoders, monkeypatch):
+    def no_capture(passes, *, captured=False) -> float:
+        return fail(None) if captured else ways.ms[ways.now]
+
+    monkeypatch.setattr(Passes, "milliseconds", no_capture)
+    choice = choose_fusion(small_config(), encoders, MANY, ALONE)
+    assert choice.way == "compile"
+    assert choice.row["left_out"] == {"compile+graph": "RuntimeError: no kernel image"}
 
 
 def test_a_short_run_does_not_wait_for_a_compiler(ways, encoders):
@@ -219,9 +242,11 @@ def test_passes_are_those_of_a_step(encoders):
 def test_a_run_records_its_choice_and_keeps_it(ways, image_folder, tmp_path, alone, capsys):
     ways.ms["triton"] = 5.0
     assert run(tiny(image_folder, tmp_path, epochs=1), alone)
-    assert "the encoders compute by triton (eager 10.0 ms, triton 5.0 ms; " in capsys.readouterr().out
+    assert (
+        "the encoders compute by triton (eager 10.0 ms, triton 5.0 ms, triton+graph 6.0 ms; " in capsys.readouterr().out
+    )
     (row,) = (row for row in read_rows(tmp_path) if row["kind"] == "fusion")
-    assert (row["way"], row["ms"]) == ("triton", {"eager": 10.0, "triton": 5.0})
+    assert (row["way"], row["ms"]) == ("triton", {"eager": 10.0, "triton": 5.0, "triton+graph": 6.0})
     assert load_checkpoint(tmp_path)["fusion"] == "triton"
 
     ways.ms["triton"], ways.tried[:] = 50.0, []
