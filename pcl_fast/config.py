@@ -295,6 +295,10 @@ _NOT_RECIPE = (
 )  # fmt: skip
 
 
+# More than any machine has cores; as processes they would take all of its memory before the first image.
+_MOST_WORKERS = 1024
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as nested dicts of what JSON can hold (tuples become lists, paths strings), with values that
     are derived from others in their places.
@@ -412,6 +416,11 @@ def validate(config: Config) -> None:
     for flag, value in not_negative.items():
         if value < 0:
             raise ValueError(f"{flag} must not be negative, got {value}")
+    if (config.data.workers or 0) > _MOST_WORKERS:
+        raise ValueError(
+            f"--data.workers {config.data.workers}: each is a process or a thread of a rank; use at most {_MOST_WORKERS}, "
+            "and about as many as there are cores for each rank"
+        )
     check_seed(config.seed)
     if config.loss.num_negatives is not None and config.loss.num_negatives < 1:
         raise ValueError(f"--loss.num-negatives must be positive or None for all, got {config.loss.num_negatives}")

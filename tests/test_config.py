@@ -87,6 +87,13 @@ def test_an_augmentation_is_one_entry(monkeypatch, capsys):
     assert to_dict(config)["data"]["views"] == "v9"
 
 
+def test_more_workers_than_any_machine_has_cores_are_refused():
+    config = preset("pcl_v1")
+    validate(replace(config, data=replace(config.data, workers=1024)))
+    with pytest.raises(ValueError, match="--data.workers 100000: .* use at most 1024"):
+        validate(replace(config, data=replace(config.data, workers=100_000)))
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_valid_and_survive_json(name):
     config = preset(name)
