@@ -115,10 +115,15 @@ def _operation(norm: nn.Module, x: torch.Tensor, act: nn.Module | None, residual
     return _kernels(x)
 
 
+def takes_batch_norm(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether there are kernels for activations of this type."""
+    return fused_kernels is not None and fused_kernels.takes(dtype, device)
+
+
 def _kernels(x: torch.Tensor) -> Callable[..., Any] | None:
     """Return batch_norm_act for activations of this kind, or None where there is none that is right."""
-    usable = fused_kernels is not None and x.is_cuda and not switches.is_off("batch_norm")
-    return fused_kernels.batch_norm_act if usable and fused_kernels.takes(x.dtype, x.device) else None
+    usable = x.is_cuda and not switches.is_off("batch_norm") and takes_batch_norm(x.dtype, x.device)
+    return fused_kernels.batch_norm_act if usable else None
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -15,7 +15,8 @@ from pcl_fast.data.loaders.loader import pick_loader
 from pcl_fast.distributed import World, gather_objects
 from pcl_fast.kernels import assign, switches
 from pcl_fast.losses.contrast import takes_kernels
-from pcl_fast.nn.precision import loss_dtype
+from pcl_fast.nn.fused_batch_norm import takes_batch_norm
+from pcl_fast.nn.precision import encoder_dtype, loss_dtype
 from pcl_fast.run.self_check import find_faults
 
 # What each kernel is for, for people.
@@ -87,9 +88,14 @@ def used_kernels(config: Config, settings: Sequence[str], device: torch.device) 
         "segment": clusters,
         "normalise": True,
         "photometric": pick_loader(config.data.loader) == "dali",
-        "batch_norm": False,  # no encoder is rewritten; who calls nn.fused_batch_norm checks them: find_faults
+        "batch_norm": _may_fuse(config) and takes_batch_norm(encoder_dtype(device), device),
     }
     return [name for name in switches.KERNELS if used[name]]
+
+
+def _may_fuse(config: Config) -> bool:
+    """Whether encoders may come to compute by triton, see fusion_choice.py."""
+    return config.model.fusion == "triton" or (config.model.fusion == "auto" and not config.deterministic)
 
 
 def agree(faults: dict[str, str], world: World) -> dict[str, str]:
@@ -110,6 +116,7 @@ def _refuse(config: Config, off: dict[str, str]) -> None:
     asked = {
         "contrast": ("--loss.backend", config.loss.backend),
         "assign": ("--cluster.backend", config.cluster.backend),
+        "batch_norm": ("--model.fusion", config.model.fusion),
     }
     for name, fault in off.items():
         flag, backend = asked.get(name, ("", ""))
