@@ -418,8 +418,8 @@ def validate(config: Config) -> None:
             raise ValueError(f"{flag} must not be negative, got {value}")
     if (config.data.workers or 0) > _MOST_WORKERS:
         raise ValueError(
-            f"--data.workers {config.data.workers}: each is a process or a thread of a rank; use at most {_MOST_WORKERS}, "
-            "and about as many as there are cores for each rank"
+            f"--data.workers {config.data.workers}: each is a process or a thread of a rank; use at most "
+            f"{_MOST_WORKERS}, and about as many as there are cores for each rank"
         )
     check_seed(config.seed)
     if config.loss.num_negatives is not None and config.loss.num_negatives < 1:

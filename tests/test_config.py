@@ -90,7 +90,7 @@ def test_an_augmentation_is_one_entry(monkeypatch, capsys):
 def test_more_workers_than_any_machine_has_cores_are_refused():
     config = preset("pcl_v1")
     validate(replace(config, data=replace(config.data, workers=1024)))
-    with pytest.raises(ValueError, match="--data.workers 100000: .* use at most 1024"):
+    with pytest.raises(ValueError, match=r"--data\.workers 100000: .* use at most 1024"):
         validate(replace(config, data=replace(config.data, workers=100_000)))
 
 
