@@ -116,6 +116,10 @@ class ClusterConfig:
     images as there are: n/51, n/26 and n/13; queue and negatives are then at most n."""
     warmup_epochs: int = 20
     """Epochs of InfoNCE alone before the first E-step."""
+    features: Literal["pass", "keys"] = "pass"
+    """What is clustered. pass: features from a pass of the momentum encoder over all images. keys: the keys that the
+    epoch before has made of one augmented view each, up to an epoch old, as DeepCluster-v2 does; an image that an epoch
+    drops keeps its last key. The first E-step has a pass all the same."""
     iterations: int = 20
     """Lloyd iterations per k-means."""
     redo: int = 5

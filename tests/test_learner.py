@@ -55,7 +55,7 @@ def test_a_loss_that_is_not_finite_touches_no_weight(alone):
 def test_a_method_is_told_whether_the_update_was_applied(alone, monkeypatch):
     """With what its forward pass carried; for momentum copies and banks that must not take up what is not finite."""
     learner, told = learner_of(small_config(), alone), []
-    monkeypatch.setattr(learner.method, "after_update", lambda carry, applied: told.append((carry.shape, applied)))
+    monkeypatch.setattr(learner.method, "after_update", lambda carry, applied: told.append((carry[0].shape, applied)))
     for queued in (0.5, torch.nan, 0.5):
         learner.method.queue.keys[3] = queued
         learner.step(batch(), len(told))

@@ -79,8 +79,8 @@ class FeatureSpec(NamedTuple):
 
     encoder: a key of `Method.encoders`.
     width: their length.
-    from_bank: whether the E-step reads them from a bank that the method has filled while it trained. Else they come
-        from a pass of that encoder over the clustering view of all images.
+    from_bank: whether the next E-step reads them from a bank that the method has filled while it trained. Else they
+        come from a pass of that encoder over the clustering view of all images.
     """
 
     encoder: str
@@ -209,7 +209,7 @@ class Method(nn.Module):
         raise TypeError(f"{type(self).__name__} names no encoders")
 
     def features(self) -> FeatureSpec:
-        """Which features the E-step and online evaluation take."""
+        """Which features the next E-step and online evaluation take. It is asked before each of them."""
         return FeatureSpec("query", self.config.model.dim)
 
     def feature_encoder(self) -> Callable[[torch.Tensor], torch.Tensor]:

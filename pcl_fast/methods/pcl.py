@@ -2,7 +2,8 @@
 
 A momentum encoder turns one view of an image into its key, on a batch shuffled so that batch statistics give nothing
 away; the other view becomes the query. It is contrasted with the queue of earlier keys (InfoNCE), and for every
-granularity with its own prototype among sampled others (ProtoNCE). The E-step clusters the momentum features.
+granularity with its own prototype among sampled others (ProtoNCE). The E-step clusters the momentum features, or if the
+recipe says so the keys that the epoch has made anyway.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pcl_fast.distributed import World, all_gather_rows
 from pcl_fast.fitting import automatic_ks
 from pcl_fast.losses import ProtoNCEResult, pcl_loss
 from pcl_fast.methods.base import FeatureSpec, Inputs, Method, Metric, Step
+from pcl_fast.nn.bank import KeyBank
 from pcl_fast.nn.encoder import Encoder
 from pcl_fast.nn.momentum import MovingAverage, momentum_copy
 from pcl_fast.nn.precision import loss_dtype
@@ -72,6 +74,8 @@ class PCL(Method, name="pcl"):
         self.queue = KeyQueue(model.queue_size, model.dim, dtype)
         self.momentum_encoder = momentum_copy(self.encoder)
         self.prototypes = Prototypes(config.cluster.ks, model.dim, images, dtype)
+        by_keys = bool(config.cluster.ks) and config.cluster.features == "keys"
+        self.bank = KeyBank(images, model.dim, dtype) if by_keys else None
         self.average = MovingAverage(self.momentum_encoder, self.encoder, model.momentum)
         self.shuffle = _shuffle(config, world)
 
@@ -157,7 +161,7 @@ class PCL(Method, name="pcl"):
             seed=inputs.drawn["seed"],
             backend=loss.backend,
         )
-        return Step(result.loss, {**_metrics(result), **_spread(key)}, key)
+        return Step(result.loss, {**_metrics(result), **_spread(key)}, (key, inputs.index))
 
     @torch.no_grad()
     def _keys(self, views: torch.Tensor, restore: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
@@ -169,9 +173,15 @@ class PCL(Method, name="pcl"):
         """Before and after the first E-step."""
         return self.prototypes.found
 
-    def after_update(self, carry: torch.Tensor, applied: torch.Tensor) -> None:
-        """The queue takes all ranks' keys, whether or not the update was applied: they are good keys."""
-        self.queue.enqueue(all_gather_rows(carry, self.world.group))
+    def after_update(self, carry: tuple[torch.Tensor, torch.Tensor], applied: torch.Tensor) -> None:
+        """The queue takes all ranks' keys, whether or not the update was applied: they are good keys. So does the
+        bank, once the first E-step has filled it.
+        """
+        key, index = carry
+        keys = all_gather_rows(key, self.world.group)
+        self.queue.enqueue(keys)
+        if self._clusters_keys:
+            self.bank.put(keys, all_gather_rows(index, self.world.group))
 
     # --- E-step ---------------------------------------------------------------------------------------------------
 
@@ -179,13 +189,22 @@ class PCL(Method, name="pcl"):
         return {"query": self.encoder, "momentum": self.momentum_encoder}
 
     def features(self) -> FeatureSpec:
-        return FeatureSpec("momentum", self.config.model.dim)
+        return FeatureSpec("momentum", self.config.model.dim, from_bank=self._clusters_keys)
+
+    @property
+    def _clusters_keys(self) -> bool:
+        """Whether the bank is full: the first E-step has no key of every image yet, and puts its features there."""
+        return self.bank is not None and self.prototypes.found
 
     def expects(self, epoch: int) -> bool:
         return clusters_before(self.config, epoch)
 
-    def expect(self, features: torch.Tensor, epoch: int) -> list[dict[str, Any]]:
+    def expect(self, features: torch.Tensor | None, epoch: int) -> list[dict[str, Any]]:
         options, before = self.config.cluster, self.prototypes.sets()
+        if features is None:
+            features = self.bank.shard(self.world)
+        elif self.bank is not None:
+            self.bank.fill(features, self.world)
         warm = options.init == "previous" and bool(before)
         sets = cluster(
             features,
