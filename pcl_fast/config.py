@@ -16,6 +16,7 @@ import tyro
 
 from pcl_fast.augmentations import AUGMENTATIONS, View
 from pcl_fast.command_line import AUTO, Integers, IntegersOrAuto
+from pcl_fast.crop_sizes import Stages, check_stages, size_at
 from pcl_fast.seeds import check_seed
 
 # A string, of which the command line takes and lists these.
@@ -38,6 +39,9 @@ class DataConfig:
     or one for handwritten digits."""
     size: int = 224
     """Side of the crops, in pixels."""
+    sizes: Stages = ()
+    """Smaller crops at first, which take less time: 160:120 192:160 is 160 px up to epoch 120 and 192 px up to epoch
+    160, then the size. The clustering view has the size of the epoch that comes next."""
     resize: int | None = None
     """Clustering view: the shorter side is resized to this before the centre crop. None: 256/224 of the size."""
     min_crop_area: float = 0.2
@@ -63,6 +67,13 @@ class DataConfig:
     def shorter_side(self) -> int:
         """`resize`, or what is derived from the size where it is not given."""
         return round(self.size * 256 / 224) if self.resize is None else self.resize
+
+    def at(self, epoch: int) -> DataConfig:
+        """The same with the size that crops have in an epoch (from 0), `resize` in proportion and no `sizes`."""
+        if not self.sizes:
+            return self
+        size = size_at(self.sizes, self.size, epoch)
+        return replace(self, size=size, sizes=(), resize=round(self.shorter_side * size / self.size))
 
 
 @dataclass(frozen=True)
@@ -438,6 +449,7 @@ def validate(config: Config) -> None:
         raise ValueError(f"--data.min-crop-area is a share of the image in (0, 1], got {config.data.min_crop_area}")
     if config.data.shorter_side < config.data.size:
         raise ValueError(f"--data.resize {config.data.resize} is smaller than the crop, --data.size {config.data.size}")
+    check_stages(config.data.sizes, config.data.size)
     for flag, ks in {"--cluster.ks": config.cluster.ks, "--evaluation.ks": config.evaluation.ks}.items():
         if ks != AUTO and any(k < 1 for k in ks):
             raise ValueError(f"{flag} must be positive numbers of clusters, got {ks}")
@@ -445,7 +457,10 @@ def validate(config: Config) -> None:
 
 def doubts(config: Config) -> list[str]:
     """Sentences about values that work, but that are hardly meant."""
-    data = config.data
+    return [*_doubts_about_the_clustering_view(config.data), *_doubts_about_sizes(config)]
+
+
+def _doubts_about_the_clustering_view(data: DataConfig) -> list[str]:
     seen = (data.size / data.shorter_side) ** 2
     if seen >= 0.5:
         return []
@@ -454,3 +469,22 @@ def doubts(config: Config) -> list[str]:
         f"--data.resize {data.resize} beside --data.size {data.size} shows k-means and kNN the central {seen:.0%} of "
         f"every image; without that flag it is {derived}"
     ]
+
+
+def _doubts_about_sizes(config: Config) -> list[str]:
+    found, data, model = [], config.data, config.model
+    if data.sizes and data.sizes[-1].until >= config.epochs:
+        found.append(
+            f"--data.sizes {data.sizes[-1]} lasts to the end of --epochs {config.epochs}: no epoch has the crops of "
+            f"--data.size {data.size}"
+        )
+    if model.small_stem or model.arch.startswith("cifar"):
+        return found
+    for stage in data.sizes:
+        # A ResNet halves its maps five times, and rounds up.
+        if rest := -stage.size % 32:
+            found.append(
+                f"--data.sizes {stage}: {stage.size} px is no multiple of 32, and {model.arch} rounds its smaller maps "
+                f"up to those of {stage.size + rest} px: hardly less time than with these"
+            )
+    return found

@@ -27,6 +27,7 @@ from rich.table import Table
 from pcl_fast.clustering import kmeans
 from pcl_fast.command import command
 from pcl_fast.config import PRESETS, Config, changed_settings, setting, with_settings
+from pcl_fast.crop_sizes import Stage
 from pcl_fast.data import clustering_loader, find_images, normalise
 from pcl_fast.data.sources.digits import digits_folder
 from pcl_fast.distributed import World
@@ -106,12 +107,19 @@ def miniature(config: Config) -> Config:
     config = replace(
         config,
         epochs=demo.epochs,
-        data=demo.data,
+        data=replace(demo.data, sizes=_small_stages(config)),
         model=replace(config.model, arch=demo.model.arch, small_stem=demo.model.small_stem),
         optim=replace(config.optim, batch_size=demo.optim.batch_size, schedule=demo.optim.schedule),
         evaluation=replace(demo.evaluation, ks=() if config.cluster.ks else demo.cluster.ks),
     )
     return with_settings(config, method.miniature(config))
+
+
+def _small_stages(config: Config) -> tuple[Stage, ...]:
+    """The same shares of the size and of the epochs."""
+    demo = PRESETS["demo"][1]
+    size, epochs = demo.data.size / config.data.size, demo.epochs / config.epochs
+    return tuple(Stage(round(stage.size * size), round(stage.until * epochs)) for stage in config.data.sizes)
 
 
 def without_prototypes(config: Config) -> Config:

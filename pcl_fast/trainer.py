@@ -6,7 +6,7 @@ What is learned, and how, is the method's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,14 +14,7 @@ import torch
 from pcl_fast.captured import CapturedStep
 from pcl_fast.clustering import FeatureShard
 from pcl_fast.config import Config
-from pcl_fast.data import (
-    Batch,
-    ImageSet,
-    TrainingLoader,
-    clustering_loader,
-    describe_loader,
-    training_loader,
-)
+from pcl_fast.data import Batch, GrowingLoader, GrowingView, ImageSet, describe_loader
 from pcl_fast.distributed import World, all_or_none, shard_bounds
 from pcl_fast.evaluation.online import evaluate_features, number_classes
 from pcl_fast.learner import Learner
@@ -71,10 +64,10 @@ class Trainer:
         self._step = self.learner.step
         self._warned = False
 
-    def _loaders(self) -> tuple[TrainingLoader, Iterable[torch.Tensor]]:
+    def _loaders(self) -> tuple[GrowingLoader, GrowingView]:
         """For training, and for the clustering view."""
         config, images, world = self.config, self.images, self.world
-        training = training_loader(
+        training = GrowingLoader(
             images,
             config.data,
             views=self.method.views,
@@ -83,7 +76,7 @@ class Trainer:
             world=world,
             order=self.method.order,
         )
-        return training, clustering_loader(images, config.data, batch_size=CLUSTERING_BATCH, world=world)
+        return training, GrowingView(images, config.data, batch_size=CLUSTERING_BATCH, world=world)
 
     def fit(self) -> bool:
         """Train to the end; False when a signal stopped it early, with everything saved.
@@ -204,7 +197,8 @@ class Trainer:
         """[n_local, width]: the pass over this rank's images."""
         rows = ENCODED_ON_GPU if self.world.device.type == "cuda" else CLUSTERING_BATCH
         with self.watch.phase("features"):
-            features, rate = self.shard.fill(self.method.feature_encoder(), self.clustering_view, rows=rows)
+            view = self.clustering_view.at(self.progress.epoch)
+            features, rate = self.shard.fill(self.method.feature_encoder(), view, rows=rows)
         self._row("features", images_per_s=rate * self.world.size)
         return features
 

@@ -1,6 +1,7 @@
 """Data sets, views and loaders."""
 
 from pcl_fast.data.batch import Batch, normalise
+from pcl_fast.data.loaders.growing import GrowingLoader, GrowingView
 from pcl_fast.data.loaders.loader import TrainingLoader, clustering_loader, describe_loader, training_loader
 from pcl_fast.data.sources.check import check_headers, find_broken, usable
 from pcl_fast.data.sources.folder import ImageFolder, find_images
@@ -10,6 +11,8 @@ from pcl_fast.data.sources.shards import TarShards, find_shards
 
 __all__ = [
     "Batch",
+    "GrowingLoader",
+    "GrowingView",
     "ImageFolder",
     "ImageSet",
     "TarShards",

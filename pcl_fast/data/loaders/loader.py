@@ -13,6 +13,7 @@ import torch
 
 from pcl_fast.augmentations import View
 from pcl_fast.config import DataConfig
+from pcl_fast.crop_sizes import describe_stages
 from pcl_fast.data.batch import Batch
 from pcl_fast.data.loaders.cache import cached
 from pcl_fast.data.loaders.memory import leave_room
@@ -94,11 +95,12 @@ def describe_loader(config: DataConfig, world: World) -> str:
     """Say in one line for the log which loader is used, and what it uses of the machine."""
     loader, resources = pick_loader(config.loader), pick_resources(config, world.device)
     ahead = f"{resources.prefetch} batches ahead"
-    cache = "" if config.cache is None else f"; clustering view cached in {config.cache}"
+    more = "" if config.cache is None else f"; clustering view cached in {config.cache}"
+    more += f"; {describe_stages(config.sizes, config.size)}" if config.sizes else ""
     if loader == "torchvision":
-        return f"images: torchvision, {resources.workers} processes, {ahead} of each{cache}"
+        return f"images: torchvision, {resources.workers} processes, {ahead} of each{more}"
     where = "CPU" if resources.gpu is None else f"GPU with {resources.decoder_mib} MiB a thread"
-    return f"images: dali, {resources.threads} threads, {ahead}, decoding on the {where}{cache}"
+    return f"images: dali, {resources.threads} threads, {ahead}, decoding on the {where}{more}"
 
 
 def _maker(config: DataConfig, resources: Resources) -> str:
