@@ -1,5 +1,5 @@
-"""Crops that grow over the epochs: which size an epoch has. On the command line `160:120 192:160` is 160 px in the first
-120 epochs and 192 px up to epoch 160.
+"""Crops that grow over the epochs: which size an epoch has. On the command line `160:120 192:160` is 160 px in the
+first 120 epochs and 192 px up to epoch 160.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def check_stages(stages: Sequence[Stage], last: int) -> None:
             )
         if after <= size:
             raise ValueError(
-                f"--data.sizes {' '.join(map(str, stages))} with --data.size {last}: crops must grow, and {size} px are "
-                f"followed by {after}"
+                f"--data.sizes {' '.join(map(str, stages))} with --data.size {last}: crops must grow, and {size} px "
+                f"are followed by {after}"
             )
 
 

@@ -71,7 +71,7 @@ class Options:
 CHOICES = {
     name: (description, Options(name, config.epochs, config.optim.batch_size, config.cluster.ks))
     for name, (description, config) in PRESETS.items()
-    if getattr(config, "method", "pcl") == "pcl" and config.model.arch == "resnet50"
+    if getattr(config, "method", "pcl") == "pcl" and config.model.arch == "resnet50" and not config.data.sizes
 }
 
 

@@ -47,6 +47,16 @@ def test_v2_adds_head_blur_temperature_and_cosine():
     ]
 
 
+def test_what_the_fast_preset_leaves_of_the_paper_are_these_flags():
+    assert recipe_differences(to_dict(preset("pcl_v2")), to_dict(preset("pcl_v2_fast"))) == [
+        "cluster.features: pass -> keys",
+        "cluster.init: random -> previous",
+        "cluster.warm_iterations: 5 -> 10",
+        "data.sizes: [] -> [[160, 120], [192, 160]]",
+    ]
+    assert doubts(preset("pcl_v2_fast")) == []
+
+
 @pytest.mark.parametrize(("version", "temperature"), [("v1", 0.07), ("v2", 0.2)])
 def test_moco_is_pcl_without_prototypes(version, temperature):
     moco = preset(f"moco_{version}")

