@@ -1,4 +1,4 @@
-"""--cluster.features keys: the E-step clusters the keys of the epoch, which a loop over its steps puts in their places."""
+"""--cluster.features keys: the E-step clusters what a loop over the epoch's steps puts in the images' places."""
 
 from __future__ import annotations
 
