@@ -151,7 +151,7 @@ def main() -> None:
             config = replace(recipes[name], seed=seed)
             seeds[name].append(measure(config, output, folder, views, labels))
     providers = {name: figures(of_way, seeds[PAPER]) for name, of_way in seeds.items()}
-    case = f"digits, {arguments.epochs} epochs, {arguments.seeds} seeds"
+    case = f"digits, {arguments.epochs} epochs, seeds 0 to {arguments.seeds - 1}"
     record = {
         "commit": machine.commit(),
         "date": date.today().isoformat(),

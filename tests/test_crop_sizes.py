@@ -183,6 +183,19 @@ def test_a_size_reached_by_growth_is_that_size(image_folder, tmp_path):
     same_state(plain.output, grown.output)
 
 
+def test_a_run_is_taken_up_with_other_sizes(whole, image_folder, tmp_path):
+    """Where the largest crops do not fit into the GPU's memory, say."""
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    config = recipe(image_folder, kept)
+    watched_run(config, 1)
+    config = replace(config, output=tmp_path / "new", resume_from=kept)
+    config = replace(config, data=replace(config.data, sizes=(Stage(12, 1), Stage(18, 9))))
+    with pytest.raises(ValueError, match=r"data\.sizes: \[\[12, 1\], \[16, 2\]\] -> "):
+        run(replace(config, output=kept, resume_from=None), World(0, 1, torch.device("cpu"), None))
+    assert watched_run(config).steps == [12] + [18] * 8
+
+
 def test_keys_and_sizes_together(image_folder, tmp_path):
     """As pcl_v2_fast has them: one pass, at the size of the epoch that comes next."""
     sides = watched_run(recipe(image_folder, tmp_path, cluster__features="keys", cluster__init="previous", epochs=2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import deviations
 import pytest
 import summary
@@ -17,7 +19,7 @@ def test_every_deviation_is_measured_alone_and_with_all_others(epochs):
     assert next(iter(ways)) == deviations.PAPER
     assert list(ways)[-1] == deviations.ALL
     changed = [changed_settings(paper, way) for way in alone]
-    assert sorted(sum(changed, [])) == changed_settings(paper, together) == deviations.deviations()
+    assert sorted(itertools.chain(*changed)) == changed_settings(paper, together) == deviations.deviations()
     assert all(changed)
     for way in ways.values():
         validate(way)
