@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,8 +145,18 @@ def watched_run(config: Config, signalled: int | None = None) -> Sides:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Learner, "step", watched_step)
         patch.setattr(FeatureShard, "fill", watched_fill)
+        patch.setattr("pcl_fast.train.write_report", lambda *_: "not drawn")
         assert run(config, World(0, 1, torch.device("cpu"), None)) == (signalled is None)
     return sides
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_all_along() -> Iterator[None]:
+    """As the fixture `one_thread`, for the fixtures here too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +172,7 @@ def test_every_epoch_has_its_size_and_so_has_the_clustering_before_it(whole):
     assert sides.passes == [16, 20, 20]
 
 
-@pytest.mark.parametrize("signalled", [1, 5])
+@pytest.mark.parametrize("signalled", [pytest.param(1, marks=pytest.mark.slow), 5])
 def test_a_run_stopped_within_any_epoch_goes_on_bit_for_bit(whole, image_folder, tmp_path, signalled):
     """In the first epoch, and in the second, whose size is not that with which loaders begin."""
     config = recipe(image_folder, tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,6 +70,7 @@ def observe(world: World, config: Config, stop_after: int | None = None) -> Seen
         patch.setattr(module, "cluster", watched_cluster)
         patch.setattr(module.PCL, "expect", watched_expect)
         patch.setattr(module.PCL, "after_update", watched_update)
+        patch.setattr("pcl_fast.train.write_report", lambda *_: "not drawn")
         assert run(config, world) == (stop_after is None)
     return seen
 
@@ -97,6 +99,15 @@ def check(ranks: list[Seen], bank: torch.Tensor | None = None) -> int:
                     if bank is not None:
                         bank[image] = row
     return kept
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread_all_along() -> Iterator[None]:
+    """As the fixture `one_thread`, for the fixtures here too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +153,7 @@ def test_a_run_stopped_within_an_epoch_goes_on_bit_for_bit(whole, image_folder, 
     same_state(whole[ranks][0], tmp_path)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(2, 1, marks=pytest.mark.slow), (1, 2)])
 def test_the_unfinished_bank_is_taken_up_by_another_number_of_ranks(image_folder, tmp_path, alone, before, after):
     config = recipe(image_folder, tmp_path)
     if before == 1:
