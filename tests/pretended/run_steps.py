@@ -61,21 +61,26 @@ def with_gradients_reduced(method: Method) -> DistributedDataParallel:
 
 
 def recipes(ranks: int) -> Iterator[tuple[str, Config]]:
-    """A small recipe of every method; with the batch in one part and in four, where the method divides it."""
+    """A small recipe of every method; with the batch in one part and in four, where the method divides it, and with
+    keys as features, where it clusters.
+    """
     for name, kind in Method.named.items():
         preset = next(preset for preset, (_, config) in PRESETS.items() if config.method == name)
-        for splits in (1, 4):
+        for splits, features in ((1, "pass"), (4, "pass"), (1, "keys")):
             config = small(preset)
+            if features == "keys" and not config.cluster.ks:
+                continue
             settings = {"model.bn_splits": splits, "model.dim": 16, "optim.batch_size": 32, "data.size": 16}
             if config.cluster.ks:
                 settings |= {"cluster.ks": (5, 9), "cluster.iterations": 3, "loss.num_negatives": 4}
+                settings["cluster.features"] = features
             config = with_settings(config, settings)
             try:
                 check_method(config)
                 kind.check(config, IMAGES * ranks, ranks)
             except ValueError:
                 continue  # it has no such setting
-            yield f"{name}, bn_splits {splits}", config
+            yield f"{name}, bn_splits {splits}" + ", keys as features" * (features == "keys"), config
 
 
 def batch_of(method: Method, rows: int) -> Batch:
