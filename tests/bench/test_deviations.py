@@ -36,7 +36,7 @@ def test_at_the_demo_s_length_they_are_the_presets_in_miniature():
 def test_figures_of_seeds_and_their_table():
     keys = [*deviations.SCORES, "seconds", *(f"seconds_{phase}" for phase in deviations.PHASES)]
     slow, fast = (
-        [{key: value * (seed + 1) for key in keys} for seed in range(3)] for value in (0.2, 0.1)
+        [dict.fromkeys(keys, value * (seed + 1)) for seed in range(3)] for value in (0.2, 0.1)
     )  # fmt: skip
     found = {"paper": deviations.figures(slow, slow), "fast": deviations.figures(fast, slow)}
     assert (found["fast"]["median_ms"], found["fast"]["times_faster_than_first"]) == (200, 2.0)
