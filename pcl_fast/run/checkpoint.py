@@ -18,9 +18,10 @@ It holds tensors and plain Python values, by these keys:
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -100,29 +101,48 @@ def tensors_of(state: Any, name: str = "") -> Iterator[tuple[str, torch.Tensor]]
         yield from tensors_of(value, f"{name}.{key}" if name else f"{key}")
 
 
-def load_last(folder: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """The last checkpoint of a run's folder that can be read: if a fault of the disk has damaged or taken the last one,
-    that before it. A run always has two of them, unless the disk is too full.
+class Last(NamedTuple):
+    """The last checkpoint of a run's folder that can be read.
 
-    Returns:
-        (the checkpoint on the CPU, or None if the folder has none yet; what is wrong with the last one, in a sentence,
-        or None)
+    state: on the CPU; None if the folder has none yet.
+    file: where it was; None likewise.
+    fault: what is wrong with the last one, in a sentence; None if that is it.
+    """
+
+    state: dict[str, Any] | None
+    file: Path | None = None
+    fault: str | None = None
+
+
+def load_last(folder: Path) -> Last:
+    """Load the last checkpoint of a run's folder. If a fault of the disk has damaged or taken it, that before it is
+    loaded, which a run always has unless the disk is too full; and if that is damaged too, the latest that was kept.
 
     Raises:
-        CheckpointError: see `load_checkpoint`; or both are damaged.
+        CheckpointError: see `load_checkpoint`; or all are damaged.
     """
-    previous, fault = folder / PREVIOUS, f"{folder / NAME} is gone"
+    last, others = folder / NAME, [folder / PREVIOUS, *reversed(_kept(folder))]
+    fault = f"{last} is gone"
     try:
         state = load_checkpoint(folder)
-        if state is not None or not previous.exists():
-            return state, None
+        if state is not None:
+            return Last(state, last)
     except DamagedError as error:
-        fault = str(error).partition(";")[0]
-        if not previous.exists():
-            if not _is_at_its_beginning(folder):
-                raise
-            return None, f"{fault}; nothing had been learned yet, and the run begins anew"
-    return load_checkpoint(previous), f"{fault}; going on from {PREVIOUS}, the one before it"
+        fault, damage = str(error).partition(";")[0], error
+    else:
+        damage = None
+    others = [file for file in others if file.exists()]
+    for file in others:
+        try:
+            told = "the one before it" if file.name == PREVIOUS else "the latest that was kept and is whole"
+            return Last(load_checkpoint(file), file, f"{fault}; going on from {file.name}, {told}")
+        except DamagedError as error:
+            damage = error
+    if damage is None:
+        return Last(None)
+    if others or not _is_at_its_beginning(folder):
+        raise damage
+    return Last(None, None, f"{fault}; nothing had been learned yet, and the run begins anew")
 
 
 def _is_at_its_beginning(folder: Path) -> bool:
@@ -142,13 +162,18 @@ def has_previous(folder: Path) -> bool:
         return False
 
 
-def put_back(folder: Path) -> None:
-    """Let the checkpoint before the last take the place of a damaged one: the next save would remove it to make room.
+def put_back(folder: Path, file: Path) -> None:
+    """Let another checkpoint of the folder take the place of a damaged last one: the next save would remove it to make
+    room, or nobody would find it. One that was kept stays where it is, too.
 
     Raises:
         OSError, UserError: see `write_whole`.
     """
-    replace(folder / PREVIOUS, folder / NAME)
+    if file.name == PREVIOUS:
+        replace(file, folder / NAME)
+        return
+    with open(file, "rb") as source:
+        write_whole(folder / NAME, lambda target: shutil.copyfileobj(source, target))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
@@ -209,6 +234,9 @@ def kept_checkpoints(path: Path) -> list[Path]:
     """
     if path.is_file():
         return [path]
-    kept = {int(found[1]): file for file in path.glob("checkpoint-*.pt") if (found := _KEPT.fullmatch(file.name))}
-    last = [path / NAME] if (path / NAME).exists() else []
-    return [kept[epoch] for epoch in sorted(kept)] + last
+    return _kept(path) + ([path / NAME] if (path / NAME).exists() else [])
+
+
+def _kept(folder: Path) -> list[Path]:
+    kept = {int(found[1]): file for file in folder.glob("checkpoint-*.pt") if (found := _KEPT.fullmatch(file.name))}
+    return [kept[epoch] for epoch in sorted(kept)]

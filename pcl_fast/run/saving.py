@@ -14,6 +14,7 @@ from pcl_fast.files import remove_unfinished
 from pcl_fast.learner import Learner
 from pcl_fast.run.checkpoint import (
     NAME,
+    Last,
     check_finite,
     check_whole,
     has_previous,
@@ -127,18 +128,18 @@ class Saver:
 
     def _last(self) -> dict[str, Any] | None:
         """The run's own last checkpoint, or None if it is new."""
-        fault = None
+        found: list[Last] = []
 
         def load(folder: Path) -> dict[str, Any] | None:
-            nonlocal fault
-            state, fault = load_last(folder)
-            return state
+            found.append(load_last(folder))
+            return found[0].state
 
         folder = self.config.output
         state = load_same_checkpoint(folder, self.world, load)
-        if fault and state is not None:
-            all_or_none(lambda: put_back(folder) if self.world.is_main else None, self.world)
-        self.notes += [fault] if fault else []
+        (last,) = found
+        if last.fault and last.file:
+            all_or_none(lambda: put_back(folder, last.file) if self.world.is_main else None, self.world)
+        self.notes += [last.fault] if last.fault else []
         return state
 
     def _missing_one(self) -> int:

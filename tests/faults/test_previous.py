@@ -55,7 +55,7 @@ def test_the_same_command_goes_on_from_the_one_before(
     last at its end.
     """
     stop_after(saved, monkeypatch)
-    with pytest.raises(Halt) if saved < 5 else monkeypatch.context():
+    with pytest.raises(Halt):
         run(tiny(image_folder, tmp_path), alone)
     monkeypatch.undo()
     DAMAGE[damage](tmp_path / "checkpoint.pt")
@@ -81,8 +81,7 @@ def stop_after(saved: int, monkeypatch) -> None:
         if len(saves) == saved:
             raise Halt
 
-    if saved < 5:
-        monkeypatch.setattr("pcl_fast.run.saving.save_checkpoint", counted)
+    monkeypatch.setattr("pcl_fast.run.saving.save_checkpoint", counted)
 
 
 @pytest.mark.parametrize("recorded", [False, True])
@@ -174,8 +173,8 @@ def test_a_kill_between_the_names_loses_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", killed)
     with pytest.raises(Halt):
         save_checkpoint(tmp_path, {"epoch": 2})
-    state, fault = load_last(tmp_path)
-    assert state["epoch"] == 1
+    state, file, fault = load_last(tmp_path)
+    assert (state["epoch"], file.name) == (1, "checkpoint.previous.pt")
     assert fault == f"{tmp_path / 'checkpoint.pt'} is gone; going on from checkpoint.previous.pt, the one before it"
 
 
@@ -271,3 +270,30 @@ def test_a_damaged_checkpoint_is_not_scored(whole, tmp_path):
     change_some_bytes(damaged / "checkpoint.pt")
     with pytest.raises(CheckpointError, match="bytes are damaged: those of archive/data/"):
         read_pretrained(damaged, "query")
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_where_both_are_damaged_the_run_goes_on_from_the_latest_that_was_kept(
+    tmp_path, image_folder, alone, left, monkeypatch, capsys
+):
+    """left: whether that one is whole. The last two that were kept are the other two by another name."""
+    config, output = {"checkpoint__keep_every": 1, "epochs": 3}, tmp_path / "run"
+    stop_after(5, monkeypatch)
+    with pytest.raises(Halt):
+        run(tiny(image_folder, output, **config), alone)
+    monkeypatch.setattr("pcl_fast.run.saving.save_checkpoint", save_checkpoint)
+    for name in ["checkpoint.pt", "checkpoint.previous.pt", *([] if left else ["checkpoint-0001.pt"])]:
+        change_some_bytes(output / name)
+    if not left:
+        with pytest.raises(CheckpointError, match=r"checkpoint-0001\.pt is no readable checkpoint"):
+            run(tiny(image_folder, output, **config), alone)
+        return
+    before = (output / "checkpoint-0001.pt").read_bytes()
+    assert run(tiny(image_folder, output, **config), alone)
+    said = "going on from checkpoint-0001.pt, the latest that was kept and is whole"
+    assert said in capsys.readouterr().out
+    assert (output / "checkpoint-0001.pt").read_bytes() == before
+    whole = tmp_path / "whole"
+    run(tiny(image_folder, whole, **config), alone)
+    same_state(whole, output)
+    same_rows(whole, output)
