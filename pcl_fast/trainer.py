@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from pcl_fast.captured import CapturedStep
 from pcl_fast.clustering import FeatureShard
 from pcl_fast.config import Config
 from pcl_fast.data import Batch, GrowingLoader, GrowingView, ImageSet, describe_loader
@@ -19,8 +18,7 @@ from pcl_fast.distributed import World, all_or_none, shard_bounds
 from pcl_fast.evaluation.online import evaluate_features, number_classes
 from pcl_fast.learner import Learner
 from pcl_fast.methods import build, method_class
-from pcl_fast.run.fusion_choice import CAPTURED, choose_fusion
-from pcl_fast.run.kernel_choice import choose_kernels
+from pcl_fast.run.choices import Choices
 from pcl_fast.run.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.run.saving import Saver
 from pcl_fast.run.signals import Stopped, StopSignals
@@ -59,9 +57,7 @@ class Trainer:
             _ = self.shard  # better too large for the device now than after the warm-up
         self.metrics = StepMetrics(self.recorder, images, world, batch_size=config.optim.batch_size)
         self.metrics.load(saved.get("epoch_metrics", {}))
-        self._kernels_off: list[str] = saved.get("kernels_off", [])
-        self._fusion: str | None = saved.get("fusion")
-        self._step = self.learner.step
+        self.choices = Choices(saved.get("choices"))
         self._warned = False
 
     def _loaders(self) -> tuple[GrowingLoader, GrowingView]:
@@ -98,15 +94,16 @@ class Trainer:
         if progress.finished and progress.epoch == self.config.epochs:
             self.recorder.say(f"{self.config.output} is complete: nothing left to do")
             return True
-        chosen = {"kernels": self._choose_kernels(), "fusion": self._choose_fusion()}
+        left = self.config.epochs * self.loader.steps - self.global_step
+        rows = self.choices.make(self.config, self.learner, left, self.world, self.recorder.say)
+        self._step = self.choices.step_of(self.learner)
         if self.global_step:
             self.recorder.say(f"resuming after {progress.epoch} epochs and {progress.step} steps")
         for _ in range(self.saver.missing):
             self._save()  # if the disk does not take it, better now than after an epoch
         # Not before: a run with an empty record and a single, damaged checkpoint may begin anew.
-        for kind, row in chosen.items():
-            if row is not None:
-                self._row(kind, **row)
+        for kind, row in rows.items():
+            self._row(kind, **row)
         while progress.epoch < self.config.epochs:
             # A run that is made longer has had the E-step of its former end.
             if progress.step == 0 and not progress.finished:
@@ -121,37 +118,6 @@ class Trainer:
         self._row("finished", seconds=self.watch.take())
         self._save()
         return True
-
-    def _choose_kernels(self) -> dict[str, Any] | None:
-        """
-        Returns:
-            The row for the record, if there is one.
-
-        Raises:
-            ValueError: a kernel is wrong here, and the recipe does not do without it.
-        """
-        choice = choose_kernels(self.config, self.method.settings, self.world, off=self._kernels_off)
-        self._kernels_off = choice.off
-        for line in choice.notes:
-            self.recorder.say(line)
-        return choice.row
-
-    def _choose_fusion(self) -> dict[str, Any] | None:
-        """
-        Returns:
-            The row for the record, if there is one.
-
-        Raises:
-            ValueError: the way that is asked for cannot be used.
-        """
-        steps = self.config.epochs * self.loader.steps - self.global_step
-        choice = choose_fusion(self.config, self.method.encoders(), steps, self.world, kept=self._fusion)
-        self._fusion = choice.way
-        if choice.way.endswith(CAPTURED):
-            self._step = CapturedStep(self.learner).step
-        for line in choice.notes:
-            self.recorder.say(line)
-        return choice.row
 
     def _stopped(self) -> bool:
         self.recorder.say("stopped by a signal, all is saved; the same command goes on from here")
@@ -285,7 +251,6 @@ class Trainer:
             "global_step": self.global_step,
             "metrics_length": all_or_none(self.recorder.sync, self.world),
             "epoch_metrics": self.metrics.state(),
-            "kernels_off": self._kernels_off,
-            "fusion": self._fusion,
+            "choices": self.choices.state(),
         }
         self.saver.save(self.learner, self.progress, record, keep=keep)

@@ -7,7 +7,7 @@ an evaluation; neither knows what any method is made of. docs/adding-a-method.md
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from pcl_fast.config import Config, view_of
 from pcl_fast.data import Batch, normalise
 from pcl_fast.distributed import World
 from pcl_fast.nn.batch_norm import batch_norm_buffers, fold_batch_norm
+from pcl_fast.nn.feature_pass import fused_encoder
 from pcl_fast.nn.precision import autocast, encoder_dtype
 from pcl_fast.optim import Group, one_group
 
@@ -96,6 +97,8 @@ class Method(nn.Module):
     has (a bank of its own images) is a buffer with persistent=False that `own_state` returns.
 
     metrics: what the steps report, by name.
+    unfused_layers: in `feature_encoder` all layers but these are fused with what follows them, see fused_encoder; None:
+        none is.
     settings: the recipe's fields that this method reads and not every method does ("loss.temperature"; "cluster." for
         a whole group). Changing one that belongs to other methods alone is an error.
     """
@@ -103,6 +106,7 @@ class Method(nn.Module):
     metrics: ClassVar[dict[str, Metric]]
     settings: ClassVar[tuple[str, ...]] = ()
     named: ClassVar[dict[str, type[Method]]] = {}
+    unfused_layers: Collection[str] | None = None
 
     def __init_subclass__(cls, *, name: str) -> None:
         super().__init_subclass__()
@@ -215,10 +219,11 @@ class Method(nn.Module):
     def feature_encoder(self) -> Callable[[torch.Tensor], torch.Tensor]:
         """The encoder of `features` as it is now, in eval mode: uint8 [N, H, W, 3] -> unit features [N, width].
 
-        Its batch norm is folded into the convolutions, and it computes in the device's precision.
+        Its batch norm is folded into the convolutions, and it computes in the device's precision; see `unfused_layers`.
         """
         dtype = encoder_dtype(self.world.device)
-        folded = fold_batch_norm(self.encoders()[self.features().encoder]).to(dtype)
+        encoder, plain = self.encoders()[self.features().encoder], self.unfused_layers
+        folded = (fold_batch_norm(encoder) if plain is None else fused_encoder(encoder, plain)).to(dtype)
         return lambda images: folded(normalise(images, dtype))
 
     def expects(self, epoch: int) -> bool:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from pcl_fast.nn.batch_norm import fold_batch_norm
+from pcl_fast.nn.fused_batch_norm import unfuse_batch_norm
 from pcl_fast.nn.fused_convolution import FusedConvolution, is_taken, suits
 
 # Rows that are also computed in the next finer type, to compare with.
@@ -61,6 +62,7 @@ def fused_encoder(encoder: nn.Module, plain: Collection[str] = ()) -> nn.Module:
         are not found, or the encoder's code cannot be traced.
     """
     folded = fold_batch_norm(encoder).requires_grad_(False)
+    unfuse_batch_norm(folded)  # there is none left, and what it does cannot be traced
     try:
         graph = _Tracer().trace(folded)
     except Exception:  # tracing runs the encoder's code with symbols, on which it may do anything

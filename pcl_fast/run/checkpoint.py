@@ -7,8 +7,7 @@ It holds tensors and plain Python values, by these keys:
     data                           the data set's fingerprint
     epoch, step, global_step       how far the run has come; finished: whether to its end
     metrics_length, epoch_metrics  what metrics.jsonl and the epoch's means were then
-    kernels_off                    names of the kernels that were found wrong on the run's GPUs, see kernel_choice.py
-    fusion                         how the encoders compute, see fusion_choice.py
+    choices                        how the run computes on its GPUs, see choices.py
     method                         the method's state_dict
     encoders                       {"query": state_dict, "momentum": ...}, the same bytes as in `method`
     optimizer, scaler              their state_dicts

@@ -22,6 +22,16 @@ from pcl_fast.schedule import rank_batch
 _WARM_UP, _ROUNDS = 3, 7
 
 
+def draw_images(config: Config, rows: int, world: World) -> torch.Tensor:
+    """So many images of a run's size, normalised, in the type in which encoders compute. Neighbouring pixels are alike,
+    as in photographs: from noise all features would come out the same.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    coarse = torch.randint(256, (rows, 3, 8, 8), generator=generator).float()
+    images = F.interpolate(coarse, size=config.data.size, mode="bilinear").permute(0, 2, 3, 1).to(torch.uint8)
+    return normalise(images.contiguous().to(world.device), encoder_dtype(world.device))
+
+
 class Passes:
     """Those of the query encoder forward and backward, those of others forward, on images that are drawn once.
 
@@ -42,11 +52,7 @@ class Passes:
     @classmethod
     def of_run(cls, config: Config, encoders: Mapping[str, nn.Module], world: World) -> Passes:
         """With as many images, of the same size, as a rank has in a step."""
-        generator = torch.Generator().manual_seed(config.seed)
-        # Neighbouring pixels are alike, as in photographs; from noise all features would come out the same.
-        coarse = torch.randint(256, (rank_batch(config, world.size), 3, 8, 8), generator=generator).float()
-        images = F.interpolate(coarse, size=config.data.size, mode="bilinear").permute(0, 2, 3, 1).to(torch.uint8)
-        return cls(encoders, normalise(images.contiguous().to(world.device), encoder_dtype(world.device)))
+        return cls(encoders, draw_images(config, rank_batch(config, world.size), world))
 
     def compute(self, *, exact: bool = False) -> list[torch.Tensor]:
         """The features of all encoders, and the gradients of the query encoder's parameters.

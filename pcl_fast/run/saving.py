@@ -27,6 +27,7 @@ from pcl_fast.run.checkpoint import (
 from pcl_fast.run.continuing import check_same_run, check_taken_up
 from pcl_fast.run.room import check_room
 
+_OF_EARLIER_VERSIONS = {"kernels_off": [], "fusion": "eager", "unfused_layers": None}
 # Patterns of the names under which something is written whole.
 _WRITTEN = ("checkpoint*.pt", "config.json", "metrics.jsonl*", "report.png")
 
@@ -60,7 +61,7 @@ class Saver:
         the others.
 
         Args:
-            record: "global_step", "metrics_length", "epoch_metrics", "kernels_off" and "fusion", see checkpoint.py.
+            record: "global_step", "metrics_length", "epoch_metrics" and "choices", see checkpoint.py.
             keep: also keep it as that of its epoch.
 
         Raises:
@@ -121,8 +122,7 @@ class Saver:
             all_or_none(lambda: learner.load(state, state["ranks"]), self.world)
             progress = Progress(state["epoch"], state["step"], state["finished"])
             record = {name: state[name] for name in ("global_step", "metrics_length", "epoch_metrics")}
-            # Earlier versions had neither.
-            record |= {"kernels_off": state.get("kernels_off", []), "fusion": state.get("fusion", "eager")}
+            record["choices"] = state.get("choices", _OF_EARLIER_VERSIONS)
         self._check_room(learner, progress)
         return progress, record
 
@@ -154,8 +154,8 @@ class Saver:
         if state is None:
             raise ValueError(f"--resume-from {path}: there is no checkpoint")
         self.notes += check_taken_up(state, self.config, self.fingerprint)
-        # Its record stays where it is, and a new run decides anew about kernels and fusion.
-        return {**state, "metrics_length": 0, "kernels_off": [], "fusion": None}
+        # Its record stays where it is, and a new run chooses anew how it computes.
+        return {**state, "metrics_length": 0, "choices": None}
 
     def _check_room(self, learner: Learner, progress: Progress) -> None:
         """Look whether the disk has room for the checkpoints to come.

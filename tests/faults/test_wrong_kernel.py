@@ -55,7 +55,7 @@ def test_a_run_goes_on_without_it_and_stays_so(used, image_folder, tmp_path, alo
     assert run(tiny(image_folder, tmp_path, epochs=1), alone)
     assert "the kernel segment (the sums over clusters) is wrong: " in (printed := capsys.readouterr().out)
     assert "Plain PyTorch takes its place" in printed
-    assert load_checkpoint(tmp_path)["kernels_off"] == ["segment"]
+    assert load_checkpoint(tmp_path)["choices"]["kernels_off"] == ["segment"]
     (row,) = (row for row in read_rows(tmp_path) if row["kind"] == "kernels")
     assert (row["checked"], list(row["faults"]), row["off"]) == (["segment", "normalise"], ["segment"], ["segment"])
 
@@ -65,7 +65,7 @@ def test_a_run_goes_on_without_it_and_stays_so(used, image_folder, tmp_path, alo
     printed = capsys.readouterr().out
     assert "kernels that were found wrong when this run began stay off: segment" in printed
     assert "warning: the kernel" not in printed
-    assert load_checkpoint(tmp_path)["kernels_off"] == ["segment"]
+    assert load_checkpoint(tmp_path)["choices"]["kernels_off"] == ["segment"]
     last = [row for row in read_rows(tmp_path) if row["kind"] == "kernels"][-1]
     assert (last["checked"], last["faults"], last["off"]) == (["normalise"], {}, ["segment"])
 
@@ -73,7 +73,7 @@ def test_a_run_goes_on_without_it_and_stays_so(used, image_folder, tmp_path, alo
     segment.segment_sums = segment_plain.segment_sums
     other = tmp_path / "other"
     assert run(tiny(image_folder, other, epochs=3, resume_from=tmp_path / "checkpoint.pt"), alone)
-    assert load_checkpoint(other)["kernels_off"] == []
+    assert load_checkpoint(other)["choices"]["kernels_off"] == []
 
 
 def test_a_run_that_was_killed_between_its_first_two_checkpoints_begins_anew(

@@ -247,17 +247,17 @@ def test_a_run_records_its_choice_and_keeps_it(ways, image_folder, tmp_path, alo
     )
     (row,) = (row for row in read_rows(tmp_path) if row["kind"] == "fusion")
     assert (row["way"], row["ms"]) == ("triton", {"eager": 10.0, "triton": 5.0, "triton+graph": 6.0})
-    assert load_checkpoint(tmp_path)["fusion"] == "triton"
+    assert load_checkpoint(tmp_path)["choices"]["fusion"] == "triton"
 
     ways.ms["triton"], ways.tried[:] = 50.0, []
     assert run(tiny(image_folder, tmp_path, epochs=2), alone)
     assert (ways.now, set(ways.tried)) == ("triton", {"triton"})
-    assert load_checkpoint(tmp_path)["fusion"] == "triton"
+    assert load_checkpoint(tmp_path)["choices"]["fusion"] == "triton"
 
     # Another run decides anew.
     other = tmp_path / "other"
     assert run(tiny(image_folder, other, epochs=3, resume_from=tmp_path / "checkpoint.pt"), alone)
-    assert load_checkpoint(other)["fusion"] == "eager"
+    assert load_checkpoint(other)["choices"]["fusion"] == "eager"
 
 
 def test_ways_are_used_and_taken_back(encoders, monkeypatch):

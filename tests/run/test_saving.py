@@ -18,7 +18,7 @@ RECORD = {
     "global_step": 3,
     "metrics_length": 70,
     "epoch_metrics": {"names": [], "steps": []},
-    "kernels_off": ["segment"],
+    "choices": {"kernels_off": ["segment"], "fusion": "triton", "unfused_layers": ["backbone.conv1"]},
 }
 
 

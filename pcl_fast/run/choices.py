@@ -1,0 +1,64 @@
+"""How a run computes on its GPUs: found out at its start, the same on all ranks, and kept when it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pcl_fast.captured import CapturedStep
+from pcl_fast.config import Config
+from pcl_fast.data import Batch
+from pcl_fast.distributed import World
+from pcl_fast.learner import Learner
+from pcl_fast.run.feature_choice import choose_layers
+from pcl_fast.run.fusion_choice import CAPTURED, choose_fusion
+from pcl_fast.run.kernel_choice import choose_kernels
+
+
+class Choices:
+    """kernels_off: kernels that were found wrong, see kernel_choice.py. fusion: how the encoders compute, see
+    fusion_choice.py. unfused_layers: see feature_choice.py. All as the checkpoint holds them.
+    """
+
+    def __init__(self, kept: dict[str, Any] | None):
+        """kept: what `state` of the run that goes on was; None for a new one."""
+        self._new = kept is None
+        self.kernels_off: list[str] = [] if kept is None else kept["kernels_off"]
+        self.fusion: str | None = None if kept is None else kept["fusion"]
+        self.unfused_layers: list[str] | None = None if kept is None else kept["unfused_layers"]
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for the checkpoint."""
+        return {name: getattr(self, name) for name in ("kernels_off", "fusion", "unfused_layers")}
+
+    def make(
+        self, config: Config, learner: Learner, steps: int, world: World, say: Callable[[str], None]
+    ) -> dict[str, dict[str, Any]]:
+        """Choose what is not chosen yet, and let the run compute so. All ranks call this together.
+
+        Args:
+            steps: that the run has left.
+            say: is called with lines for the log.
+
+        Returns:
+            Rows for the record, by their kinds.
+
+        Raises:
+            ValueError: a kernel is wrong here, or a way does not work, that the recipe asks for.
+        """
+        method = learner.method
+        kernels = choose_kernels(config, method.settings, world, off=self.kernels_off)
+        fusion = choose_fusion(config, method.encoders(), steps, world, kept=self.fusion)
+        encoder = method.encoders()[method.features().encoder]
+        layers = choose_layers(config, encoder, world, kept=self.unfused_layers, new=self._new)
+        self.kernels_off, self.fusion, self.unfused_layers = kernels.off, fusion.way, layers.plain
+        method.unfused_layers = layers.plain
+        for choice in (kernels, fusion, layers):
+            for line in choice.notes:
+                say(line)
+        rows = {"kernels": kernels.row, "fusion": fusion.row, "feature_pass": layers.row}
+        return {kind: row for kind, row in rows.items() if row is not None}
+
+    def step_of(self, learner: Learner) -> Callable[[Batch, int], dict[str, Any]]:
+        """Return the function that takes a learner's steps as was chosen."""
+        return CapturedStep(learner).step if (self.fusion or "").endswith(CAPTURED) else learner.step

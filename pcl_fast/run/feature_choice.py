@@ -1,0 +1,79 @@
+"""Which layers of the encoder are fused in the pass over the images, decided at a run's start by all ranks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from pcl_fast.config import Config
+from pcl_fast.distributed import World, gather_objects
+from pcl_fast.nn.feature_pass import find_difference, fused_encoder, fused_layers, unfit_layers
+from pcl_fast.run.encoder_passes import draw_images
+from pcl_fast.run.fusion_choice import EAGER, has_choice
+from pcl_fast.schedule import ENCODED_ON_GPU
+
+
+class Choice(NamedTuple):
+    """plain: names of the layers that are left as they are, sorted; None where none is fused. notes: lines for the log;
+    row: for the record, None where nothing was tried.
+    """
+
+    plain: list[str] | None
+    notes: list[str]
+    row: dict[str, Any] | None
+
+
+def choose_layers(
+    config: Config, encoder: nn.Module, world: World, *, kept: Collection[str] | None, new: bool
+) -> Choice:
+    """Choose the layers of the feature pass. All ranks call this together, and get the same.
+
+    On a GPU a layer is fused where the fused operator works, is right and is faster, on every rank; all are left as
+    they are if the features of the whole differ. On a CPU, by --model.fusion eager and with --deterministic nothing is
+    fused.
+
+    Args:
+        encoder: whose features are wanted.
+        kept: what the run that goes on has chosen, which stays.
+        new: whether there is nothing to keep.
+    """
+    if not new:
+        return Choice(None if kept is None else sorted(kept), [], None)
+    if not has_choice(world) or config.model.fusion == EAGER or config.deterministic:
+        return Choice(None, [], None)
+    begin = time.perf_counter()
+    images = draw_images(config, ENCODED_ON_GPU, world)
+    unfit, fault = _tried(encoder, images)
+    told = gather_objects((unfit, fault), world)
+    plain = {name: reason for of_rank, _ in reversed(told) for name, reason in of_rank.items()}
+    fault = next((fault for _, fault in told if fault), "")
+    if not fault:
+        found = gather_objects(_difference(encoder, images, list(plain)), world)
+        fault = next((fault for fault in found if fault), "")
+    fused = [] if fault else fused_layers(fused_encoder(encoder, list(plain)))
+    seconds = round(time.perf_counter() - begin, 1)
+    why = f"no layer is fused: the encoder {fault}" if fault else f"{len(fused)} layers are fused"
+    row = {"fused": fused, "plain": plain, "fault": fault, "seconds": seconds}
+    return Choice(None if fault else sorted(plain), [f"in the feature pass {why} (found out in {seconds} s)"], row)
+
+
+def _tried(encoder: nn.Module, images: torch.Tensor) -> tuple[dict[str, str], str]:
+    try:
+        return unfit_layers(encoder, images), ""
+    except RuntimeError as error:
+        return {}, _in_words(error)
+
+
+def _difference(encoder: nn.Module, images: torch.Tensor, plain: list[str]) -> str:
+    try:
+        return find_difference(encoder, images, plain) or ""
+    except RuntimeError as error:
+        return _in_words(error)
+
+
+def _in_words(error: RuntimeError) -> str:
+    return f"cannot be fused ({str(error).strip().partition(chr(10))[0][:200]})"

@@ -1,0 +1,135 @@
+"""Which layers of the feature pass are fused: the same on all ranks, and kept. On a CPU, as if it had the choice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from faults.tiny import tiny
+from ranks import run_ranks
+from steps import small_config
+
+from pcl_fast.distributed import World
+from pcl_fast.methods import build
+from pcl_fast.nn.feature_pass import fused_encoder, fused_layers
+from pcl_fast.nn.fused_batch_norm import fuse_batch_norm
+from pcl_fast.run import feature_choice
+from pcl_fast.run.checkpoint import load_checkpoint
+from pcl_fast.run.feature_choice import choose_layers
+from pcl_fast.run.metrics import read_rows
+from pcl_fast.train import run
+
+ALONE = World(0, 1, torch.device("cpu"), None)
+
+
+@pytest.fixture(autouse=True)
+def _few_images(monkeypatch):
+    monkeypatch.setattr(feature_choice, "ENCODED_ON_GPU", 4)
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    monkeypatch.setattr(feature_choice, "has_choice", lambda world: True)
+
+
+def method_of(world: World = ALONE):
+    torch.manual_seed(0)
+    return build(small_config(), world, 60)
+
+
+def choose(method, world: World = ALONE, config=None, **given):
+    given = {"kept": None, "new": True, **given}
+    return choose_layers(config or small_config(), method.encoders()["momentum"], world, **given)
+
+
+def test_layers_that_fit_are_fused(chosen):
+    method = method_of()
+    choice = choose(method)
+    assert choice.plain == []
+    assert choice.row["fused"] == fused_layers(fused_encoder(method.momentum_encoder)) != []
+    assert choice.notes[0].startswith(f"in the feature pass {len(choice.row['fused'])} layers are fused")
+
+
+def test_layers_that_do_not_are_left_out(chosen, monkeypatch):
+    method = method_of()
+    name = fused_layers(fused_encoder(method.momentum_encoder))[1]
+    monkeypatch.setattr(feature_choice, "unfit_layers", lambda *given: {name: "is not faster"})
+    choice = choose(method)
+    assert choice.plain == [name]
+    assert name not in choice.row["fused"]
+    assert choice.row["plain"] == {name: "is not faster"}
+
+
+def fail(*_):
+    raise RuntimeError("no engine\nfor this")
+
+
+@pytest.mark.parametrize(
+    ("name", "fault", "said"),
+    [
+        ("find_difference", lambda *given: "is wrong: 3 of 8 features differ", "is wrong: 3 of 8 features differ"),
+        ("find_difference", fail, "cannot be fused (no engine)"),
+        ("unfit_layers", fail, "cannot be fused (no engine)"),
+    ],
+)
+def test_nothing_is_fused_if_the_whole_is_wrong(chosen, monkeypatch, name, fault, said):
+    monkeypatch.setattr(feature_choice, name, fault)
+    choice = choose(method_of())
+    assert choice.plain is None
+    assert (choice.row["fused"], choice.row["fault"]) == ([], said)
+    assert f"no layer is fused: the encoder {said}" in choice.notes[0]
+
+
+def test_where_there_is_no_choice(chosen, monkeypatch):
+    method = method_of()
+    assert choose(method, new=False, kept=["b", "a"]) == (["a", "b"], [], None)
+    assert choose(method, new=False, kept=None) == (None, [], None)
+    assert choose(method, config=small_config(deterministic=True)) == (None, [], None)
+    monkeypatch.setattr(feature_choice, "has_choice", lambda world: False)
+    assert choose(method) == (None, [], None)
+
+
+def choice_of_rank(world: World):
+    """Rank 1 cannot do with one layer, rank 0 with another."""
+    method = method_of(world)
+    names = fused_layers(fused_encoder(method.momentum_encoder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(feature_choice, "ENCODED_ON_GPU", 4)
+        patch.setattr(feature_choice, "has_choice", lambda world: True)
+        patch.setattr(feature_choice, "unfit_layers", lambda *given: {names[world.rank]: f"rank {world.rank}"})
+        choice = choose(method, world)
+    return choice.plain, choice.row["plain"], names
+
+
+def test_all_ranks_choose_together():
+    first, second = run_ranks(2, choice_of_rank)
+    assert first == second
+    plain, reasons, names = first
+    assert plain == sorted(names[:2])
+    assert reasons == {names[0]: "rank 0", names[1]: "rank 1"}
+
+
+@pytest.mark.parametrize("way", ["eager", "triton", "compile"])
+def test_features_are_the_same_whichever_way_the_encoder_trains_by(way):
+    method = method_of()
+    images = torch.randint(256, (4, 20, 20, 3), dtype=torch.uint8)
+    with torch.inference_mode():
+        plain = method.feature_encoder()(images)
+        method.unfused_layers = ()
+        if way == "triton":
+            fuse_batch_norm(method.momentum_encoder)
+        elif way == "compile":
+            method.momentum_encoder._compiled_call_impl = fail
+        found = method.feature_encoder()(images)
+    torch.testing.assert_close(found, plain)
+
+
+def test_a_run_records_its_choice_and_keeps_it(chosen, image_folder, tmp_path, alone, monkeypatch):
+    assert run(tiny(image_folder, tmp_path, epochs=1), alone)
+    (row,) = (row for row in read_rows(tmp_path) if row["kind"] == "feature_pass")
+    assert row["fused"]
+    assert load_checkpoint(tmp_path)["choices"]["unfused_layers"] == []
+    monkeypatch.setattr(feature_choice, "unfit_layers", fail)
+    assert run(tiny(image_folder, tmp_path, epochs=2), alone)
+    assert load_checkpoint(tmp_path)["choices"]["unfused_layers"] == []
+    assert run(tiny(image_folder, tmp_path / "other", epochs=3, resume_from=tmp_path / "checkpoint.pt"), alone)
+    assert load_checkpoint(tmp_path / "other")["choices"]["unfused_layers"] is None
