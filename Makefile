@@ -27,7 +27,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 
 bench: setup
-	$(BIN)/python -m pytest bench/loss.py bench/kmeans.py bench/estep.py bench/data.py bench/step.py bench/linear.py \
+	$(BIN)/python -m pytest bench/loss.py bench/kmeans.py bench/estep.py bench/data.py bench/features.py bench/step.py bench/linear.py \
 		bench/svm.py --benchmark-enable --benchmark-sort=name --benchmark-columns=min,median,max,rounds
 
 # All tests on the stack for Volta, kernels in Triton's interpreter, and what they take on every architecture, which is

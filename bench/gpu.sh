@@ -5,7 +5,7 @@
 #
 #     bench/gpu.sh [first-hour | PART ...] [--limit SECONDS] [options of pytest, for the benchmarks]
 #
-# Parts: gpu, self-check, tests, run, loss, kmeans, estep, data, step, profile, tiles, summary. Each takes ten minutes at
+# Parts: gpu, self-check, tests, run, loss, kmeans, estep, data, features, step, profile, tiles, summary. Each takes ten minutes at
 # most and can be repeated alone. Without a name it is first-hour: all but tiles.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)

@@ -8,6 +8,8 @@ at 64 px and what would suit 100,000 images. The providers are:
   backward from a constant gradient of the features, and key forward: no loss, no optimiser, no momentum update.
 - ours: Learner.step.
 - ours+graph: the same with Learner.compute as a CUDA graph, into which the inputs are copied; loader off only.
+- encoder-only and ours, triton and compile: with the encoders' passes by fused kernels or by torch.compile, see
+  pcl_fast.nn.fusion; loader off and on a GPU only.
 
 With the loader off, every provider gets one batch over and over, in the form in which its loader would deliver it:
 normalised floats in the host's memory (official), or bytes on the device (ours). Encoder-only gets normalised images on
@@ -40,12 +42,14 @@ import recipe
 import torch
 import torch.distributed as dist
 from agreement import check_agreement
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pcl_fast.config import Config, view_of
 from pcl_fast.data import Batch, normalise, training_loader
 from pcl_fast.data.loaders.loader import pick_loader
 from pcl_fast.data.loaders.resources import pick_resources
+from pcl_fast.nn import fusion
 from pcl_fast.nn.encoder import Encoder
 from pcl_fast.nn.precision import autocast, encoder_dtype
 
@@ -165,10 +169,20 @@ def official(case: Case) -> Runner:
     return Runner(lambda: learner.step(next(views), granularities), ahead)
 
 
-def encoder_only(case: Case) -> Runner:
+def use(way: str, *encoders: nn.Module) -> None:
+    """Let encoders compute in one of fusion's ways, or skip the provider."""
+    for encoder in encoders:
+        try:
+            fusion.use(way, encoder)
+        except ValueError as error:
+            pytest.skip(f"{way}: {error}")
+
+
+def encoder_only(case: Case, way: str = fusion.WAYS[0]) -> Runner:
     config, dtype = case.config, encoder_dtype(DEVICE)
     encoder = Encoder(config.model).to(DEVICE, memory_format=torch.channels_last)
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
+    use(way, encoder, key_encoder)
     upstream = torch.randn(case.batch, config.model.dim, device=DEVICE)
     batches, ahead = our_batches(case)
     if case.loader == "off":
@@ -188,9 +202,10 @@ def encoder_only(case: Case) -> Runner:
     return Runner(step, ahead)
 
 
-def ours(case: Case) -> Runner:
+def ours(case: Case, way: str = fusion.WAYS[0]) -> Runner:
     batches, ahead = our_batches(case)
     learner = recipe.ready_learner(case.config)
+    use(way, *learner.method.encoders().values())
     numbers = itertools.count()
     return Runner(lambda: learner.step(next(batches), next(numbers)), ahead)
 
@@ -217,11 +232,15 @@ PROVIDERS: dict[str, Callable[[Case], Runner]] = {
     REFERENCE: encoder_only,
     "ours": ours,
     GRAPH: captured,
+    **{f"encoder-only, {way}": functools.partial(encoder_only, way=way) for way in fusion.WAYS[1:]},
+    **{f"ours, {way}": functools.partial(ours, way=way) for way in fusion.WAYS[1:]},
 }
 CASES = [Case(batch, loader) for batch in BATCHES for loader in ("off", "on")]
-RUNS = [(case, provider) for case in CASES for provider in PROVIDERS if provider != GRAPH]
-if device.CUDA:  # last, because a failed capture may leave the GPU unusable
-    RUNS += [(case, GRAPH) for case in CASES if case.loader == "off"]
+OFF = [case for case in CASES if case.loader == "off"]
+RUNS = [(case, provider) for case in CASES for provider in PROVIDERS if provider != GRAPH and "," not in provider]
+if device.CUDA:  # the graph last, because a failed capture may leave the GPU unusable
+    RUNS += [(case, provider) for case in OFF for provider in PROVIDERS if "," in provider]
+    RUNS += [(case, GRAPH) for case in OFF]
 
 
 @pytest.fixture(scope="module", autouse=True)
