@@ -106,15 +106,18 @@ def profile(path: Path) -> dict[str, str]:
 
 @functools.cache
 def hours(preset: str, **changes: float) -> dict[str, str]:
-    """Return hours of a plan, ours and the official way's, and ours by phases. faster: by what factor the encoder would
-    have to be faster than planned for the goal to be met.
+    """Return hours of a plan, ours, ours with what fusion should bring (projected; fused: its encoder) and the official
+    way's, and ours by phases. faster: by what factor the encoder would have to be faster than planned for the goal to
+    be met.
     """
     found = planner.plan(replace(planner.CHOICES[preset][1], **changes))
     own, encoder = planner.hours(found.ours), found.ours[ENCODER].hours
     named = {name: found.ours[phase].hours for name, phase in (("features", FEATURES), ("clustering", CLUSTERING))}
     numbers = {
         "ours": own,
+        "projected": planner.hours(found.projected),
         "encoder": encoder,
+        "fused": found.projected[ENCODER].hours,
         **named,
         "rest": own - encoder - sum(named.values()),
         "faster": encoder / (GOAL - own + encoder),

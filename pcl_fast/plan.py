@@ -23,7 +23,7 @@ from pcl_fast.command_line import Integers, parse_preset
 from pcl_fast.config import PRESETS
 from pcl_fast.planning import official, ours
 from pcl_fast.planning.figures import DEFAULT, KINDS, Constant, Records
-from pcl_fast.planning.job import PHASES, Job, Phase
+from pcl_fast.planning.job import ENCODER, FEATURES, PHASES, Job, Phase
 from pcl_fast.planning.picture import draw
 from pcl_fast.planning.rates import Machine, constant, machine
 
@@ -71,16 +71,19 @@ class Options:
 CHOICES = {
     name: (description, Options(name, config.epochs, config.optim.batch_size, config.cluster.ks))
     for name, (description, config) in PRESETS.items()
-    if getattr(config, "method", "pcl") == "pcl" and config.model.arch == "resnet50" and not config.data.sizes
+    if getattr(config, "method", "pcl") == "pcl" and config.model.arch == "resnet50"
 }
 
 
 class Plan(NamedTuple):
-    """What the run is, where it runs, and its phases, ours and the official way's, by their names in job.PHASES."""
+    """What the run is, where it runs, and its phases by their names in job.PHASES: ours, as measured or published; ours
+    as projected; and the official way's.
+    """
 
     job: Job
     machine: Machine
     ours: dict[str, Phase]
+    projected: dict[str, Phase]
     official: dict[str, Phase]
 
 
@@ -117,7 +120,7 @@ def plan(options: Options) -> Plan:
     where = replace(machine(options.gpu, Records(options.results)), **given)
     cores = round(where.cores.value * options.gpus) if options.cores is None else options.cores
     job = Job(config, options.images, options.gpus, options.nodes, cores)
-    return Plan(job, where, ours.plan(job, where), official.plan(job, where))
+    return Plan(job, where, ours.plan(job, where), ours.projected(job, where), official.plan(job, where))
 
 
 def _check(options: Options) -> None:
@@ -160,7 +163,8 @@ def blame(phases: Mapping[str, Phase], goal: float) -> str:
 
 def report(options: Options, found: Plan, console: Console) -> None:
     """Print the table of phases, that of the constants, and what the two come to."""
-    used = [each for phases in (found.ours, found.official) for phase in phases.values() for each in phase.constants]
+    columns = (found.ours, found.official, found.projected)
+    used = [each for phases in columns for phase in phases.values() for each in phase.constants]
     # In the order of first use: m1, p2, a3, ...
     marks = {each: f"{each.kind[0]}{number}" for number, each in enumerate(dict.fromkeys(used), start=1)}
     console.print(_phase_table(options, found, marks))
@@ -196,7 +200,19 @@ def _phase_table(options: Options, found: Plan, marks: dict[Constant, str]) -> T
         table.add_row(*cells)
     table.add_section()
     table.add_row("sum", f"{hours(found.ours):.2f}", "", f"{hours(found.official):.2f}", "")
+    table.add_row("sum, projected", f"{hours(found.projected):.2f}", _projection(found, marks), "", "")
     return table
+
+
+def _projection(found: Plan, marks: dict[Constant, str]) -> str:
+    """What of the plan fusion should change, and on what that rests."""
+    lines, cited = [], []
+    for name, phase in found.projected.items():
+        if phase.seconds != found.ours[name].seconds:
+            lines.append(f"{name} {phase.hours:.2f}")
+        if name in (ENCODER, FEATURES):
+            cited += [marks[each] for each in phase.constants]
+    return f"not measured: with fused batch norm and convolutions {', '.join(lines)}\n{' '.join(dict.fromkeys(cited))}"
 
 
 def _constant_table(marks: dict[Constant, str]) -> Table:

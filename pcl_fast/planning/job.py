@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from pcl_fast.config import Config
+from pcl_fast.config import Config, DataConfig
 from pcl_fast.planning.encoder import EncoderCount, count
 from pcl_fast.planning.figures import Constant
 from pcl_fast.schedule import clusters_before, evaluates_before, rank_batch
@@ -63,6 +64,24 @@ class Job:
     @property
     def ks(self) -> tuple[int, ...]:
         return self.config.cluster.ks
+
+    def of_size(self, data: DataConfig) -> Job:
+        """The same with crops of one size, see DataConfig.at."""
+        return replace(self, config=replace(self.config, data=data))
+
+    def mean(self, numbers: Callable[[Job], list[float]]) -> list[float]:
+        """The means over all epochs of numbers that depend on the size of their crops."""
+        sizes = Counter(self.config.data.at(epoch) for epoch in range(self.config.epochs))
+        weighted = [[number * count for number in numbers(self.of_size(data))] for data, count in sizes.items()]
+        return [sum(column) / self.config.epochs for column in zip(*weighted, strict=True)]
+
+    @property
+    def passes(self) -> set[int]:
+        """Epochs with a pass of the encoder over all images before them, for clustering and evaluation together. Where
+        keys are clustered, the first clustering has one alone.
+        """
+        by_pass = sorted(self.clustered)[:1] if self.config.cluster.features == "keys" else self.clustered
+        return self.evaluated.union(by_pass)
 
     @property
     def clustered(self) -> set[int]:

@@ -41,12 +41,13 @@ _HOPPER = {
 }
 
 # Arguments of rates.Precision: *_training, images/s of all GPUs of a machine by their number, and images per GPU and
-# step; *_forward, images/s of one GPU by batch; *_peak, products in FLOP/s by NVIDIA's data sheet. Then constants of
-# rates.Machine: value and source.
+# step (fused: by code that fuses batch norm, shortcut and ReLU); *_forward, images/s of one GPU by batch; *_peak,
+# products in FLOP/s by NVIDIA's data sheet. Then constants of rates.Machine: value and source.
 MACHINES = {
     "v100": {
         "name": "V100 (SXM2 16 GB)",
         "half_training": ({1: 1200, 8: 8322}, 256, _PYTORCH),
+        "fused_training": ({4: 5357}, 192, _MXNET),
         "half_forward": ({8: 595, 16: 1178, 32: 2146, 64: 2984, 128: 3249, 256: 3382}, _PYTORCH),
         "half_peak": 125e12,
         "single_training": ({1: 367, 8: 2855}, 128, _PYTORCH),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 from pcl_fast.config import ModelConfig
 from pcl_fast.planning.encoder import Work, count
 from pcl_fast.planning.figures import Constant
@@ -13,6 +16,20 @@ from pcl_fast.schedule import ENCODED_ON_GPU
 UPDATE_BYTES = 4 * (5 + 3)
 DISK = Constant("writing a checkpoint", 1e9, "B/s", "assumed: a local SSD")
 _BUCKET = 25 * 2**20  # bytes of gradients that DistributedDataParallel sends together
+SAVED = Constant(
+    "bytes that fused batch norm saves an image and step, ResNet-50 at 224 px",
+    (476 - 353 + 138 - 79) * 1e6,
+    "B",
+    "assumed: counted in kernels/batch_norm.py's loads and stores, 353 MB with it and 476 without; 79 and 138 in the "
+    "key's forward pass",
+)
+REACHED = Constant("of the memory's bandwidth", 0.89, "", "assumed: 0.8 of a V100's 0.9 TB/s")
+FUSED_FORWARD = Constant(
+    "speed of a fused forward pass",
+    1.5,
+    "",
+    "assumed: of the 1.9 by which TensorRT, which fuses the same, is faster than PyTorch on a V100",
+)
 _LOSS_OVERHEAD = Constant(
     "loss by its reading the banks once",
     2.5,
@@ -22,16 +39,40 @@ _LOSS_OVERHEAD = Constant(
 
 
 def plan(job: Job, machine: Machine) -> dict[str, Phase]:
-    """The phases of a run by their names in job.PHASES, in that order."""
-    encoder = _encoder(job, machine)
+    """The phases of a run by their names in job.PHASES, in that order: as the code was measured, or as code of its kind
+    was published.
+    """
+    return _phases(job, machine, _encoder, 1.0)
+
+
+def projected(job: Job, machine: Machine) -> dict[str, Phase]:
+    """The same with what fused batch norm and convolutions should bring, which nobody has measured."""
+    return _phases(job, machine, _fused_encoder, FUSED_FORWARD.value)
+
+
+def _phases(
+    job: Job, machine: Machine, encode: Callable[[Job, Machine], Phase], forward_gain: float
+) -> dict[str, Phase]:
+    steps = _steps(job, machine, encode)
+    rest = (_features(job, machine, forward_gain), _clustering(job, machine), _rest(job, machine))
+    return dict(zip(PHASES, (*steps, *rest), strict=True))
+
+
+def _steps(job: Job, machine: Machine, encode: Callable[[Job, Machine], Phase]) -> list[Phase]:
+    """All steps' phases: the mean over the sizes that crops have, as if all epochs had each."""
     update = UPDATE_BYTES * job.encoder.parameters / machine.bandwidth.value
     optimiser = Phase(update, "steps x 32 B x parameters / bandwidth", (machine.bandwidth,))
-    exchange = _exchange(job, machine, encoder.seconds)
     loading = job.batch / (job.nodes * job.cores * machine.decoded.value)
     data = Phase(loading, "steps x max(0, batch / (cores x rate) - step)", (machine.decoded,))
-    steps = over_run(job, lambda prototypes: [encoder, _loss(job, machine, prototypes), optimiser, exchange], data)
-    rest = (_features(job, machine), _clustering(job, machine), _rest(job, machine))
-    return dict(zip(PHASES, (*steps, *rest), strict=True))
+
+    def at_size(sized: Job) -> list[Phase]:
+        encoder = encode(sized, machine)
+        exchange = _exchange(sized, machine, encoder.seconds)
+        return over_run(sized, lambda prototypes: [encoder, _loss(job, machine, prototypes), optimiser, exchange], data)
+
+    phases = at_size(job)
+    means = job.mean(lambda sized: [phase.seconds for phase in at_size(sized)])
+    return [phase._replace(seconds=seconds) for phase, seconds in zip(phases, means, strict=True)]
 
 
 def relative(job: Job, machine: Machine, precision: Precision, pass_name: str) -> float:
@@ -69,6 +110,21 @@ def _encoder(job: Job, machine: Machine) -> Phase:
     seconds = job.rows / rate * relative(job, machine, machine.half, "training")
     matters = {step: True, together: job.gpus > 1, share: share.value != 1}
     return Phase(seconds, formula, tuple(constant for constant, does in matters.items() if does))
+
+
+def _fused_encoder(job: Job, machine: Machine) -> Phase:
+    """`_encoder` less the bytes that fusion saves, by the memory's bandwidth; but not faster than such code was
+    published to train.
+    """
+    eager = _encoder(job, machine)
+    share = job.encoder.training.elements / count(ModelConfig(), 224).training.elements
+    saved = SAVED.value * share / (REACHED.value * machine.bandwidth.value)
+    seconds, constants = eager.seconds - job.rows * saved, (*eager.constants, SAVED, REACHED, machine.bandwidth)
+    if machine.fused is not None:
+        least, others = supervised(job, machine, machine.fused)
+        if least * job.encoder.step > seconds:
+            seconds, constants = least * job.encoder.step, others
+    return Phase(seconds, eager.formula, constants)
 
 
 def _loss(job: Job, machine: Machine, prototypes: bool) -> Phase:
@@ -118,37 +174,52 @@ def _exchange(job: Job, machine: Machine, encoder: float) -> Phase:
     return Phase(seconds if job.world > 1 else 0.0, formula, links(job, machine))
 
 
-def _features(job: Job, machine: Machine) -> Phase:
-    """Passes * images * max(forward pass over all GPUs, loading); with a cache all but the first read instead.
-
-    There is one pass before an epoch for its clustering and its evaluation together.
+def _features(job: Job, machine: Machine, gain: float) -> Phase:
+    """Passes * images * max(forward pass over all GPUs, loading), each at its epoch's size; with a cache all but the
+    first of a size read instead. gain: by which the forward pass is faster than published.
     """
-    passes = len(job.clustered | job.evaluated)
+    passes = Counter(job.config.data.at(epoch) for epoch in job.passes)
     rate = machine.half.forward(ENCODED_ON_GPU)
-    forward = relative(job, machine, machine.half, "forward") / (rate.value * job.world)
     loading = 1 / (job.nodes * job.cores * machine.decoded.value)
-    if machine.cache is None or not passes:
-        seconds, slower = passes * job.images * max(forward, loading), "cores" if loading > forward else "GPUs"
-        formula = f"{passes} x images x max(1 / (GPUs x rate), 1 / (cores x rate)), here {slower}"
-        return Phase(seconds, formula, (rate, machine.decoded))
-    reading = job.view_bytes / (job.nodes * machine.cache.value)
+    seconds, slower = 0.0, set()
+    for data, times in passes.items():
+        sized = job.of_size(data)
+        forward = relative(sized, machine, machine.half, "forward") / (gain * rate.value * job.world)
+        later = loading if machine.cache is None else sized.view_bytes / (job.nodes * machine.cache.value)
+        seconds += job.images * (max(forward, loading) + (times - 1) * max(forward, later))
+        name = "cores" if machine.cache is None else "cache"
+        slower.add(name if later > forward else "GPUs")
+    total = passes.total()
+    constants = (rate, machine.decoded) + (() if gain == 1 else (FUSED_FORWARD,))
+    here = " and ".join(sorted(slower))
+    if machine.cache is None or not total:
+        formula = f"{total} x images x max(1 / (GPUs x rate), 1 / (cores x rate)), here {here}"
+        return Phase(seconds, formula, constants)
     return Phase(
-        job.images * (max(forward, loading) + (passes - 1) * max(forward, reading)),
-        f"images x max(1 / (GPUs x rate), 1 / (cores x rate)) + {passes - 1} x images x max(1 / (GPUs x rate), "
-        f"view / (machines x cache)), here {'cache' if reading > forward else 'GPUs'}",
-        (rate, machine.decoded, machine.cache),
+        seconds,
+        f"images x max(1 / (GPUs x rate), 1 / (cores x rate)) + {total - len(passes)} x images x "
+        f"max(1 / (GPUs x rate), view / (machines x cache)), here {here}",
+        (*constants, machine.cache),
     )
 
 
 def _clustering(job: Job, machine: Machine) -> Phase:
-    """Clusterings * (products / rate of all GPUs), or the centroids' all-reduce where that is longer."""
+    """Clusterings * (products / rate of all GPUs), or the centroids' all-reduce where that is longer. Those that begin
+    with the last prototypes, all but the first, have fewer iterations and one start.
+    """
     times, options = len(job.clustered), job.config.cluster
     if not times:
         return Phase(0.0, "none")
-    search = job.search_flop(options.iterations, options.redo) / (machine.clustering.value * job.world)
-    sums = 4 * (job.config.model.dim + 1) * sum(job.ks) * options.iterations * options.redo
-    formula = f"{times} x 2 n d sum(K) x ({options.iterations} x {options.redo} + 1) / (GPUs x rate)"
-    return Phase(times * max(search, reduce_seconds(sums, job, machine)), formula, (machine.clustering,))
+    warm = times - 1 if options.init == "previous" else 0
+    kinds = ((times - warm, options.iterations, options.redo), (warm, options.warm_iterations, 1))
+    seconds, formulas = 0.0, []
+    for count_of, iterations, redo in kinds:
+        search = job.search_flop(iterations, redo) / (machine.clustering.value * job.world)
+        sums = 4 * (job.config.model.dim + 1) * sum(job.ks) * iterations * redo
+        seconds += count_of * max(search, reduce_seconds(sums, job, machine))
+        if count_of:
+            formulas.append(f"{count_of} x 2 n d sum(K) x ({iterations} x {redo} + 1)")
+    return Phase(seconds, f"({' + '.join(formulas)}) / (GPUs x rate)", (machine.clustering,))
 
 
 def _rest(job: Job, machine: Machine) -> Phase:
@@ -156,6 +227,8 @@ def _rest(job: Job, machine: Machine) -> Phase:
     config, times = job.config, len(job.evaluated)
     neighbours = 6 * config.evaluation.queries * job.images / (machine.bandwidth.value * job.world)
     banks = config.model.dim * (sum(job.ks) + config.model.queue_size)
+    if config.cluster.features == "keys":
+        banks += config.model.dim * job.images / 2  # of half precision
     held = 3 * job.encoder.parameters + banks + len(job.ks) * job.images
     seconds = times * neighbours + config.epochs * 4 * held / DISK.value
     formula = f"{times} x 6 B x queries x images / bandwidth + epochs x checkpoint / disk"

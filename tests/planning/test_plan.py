@@ -120,14 +120,14 @@ def run(monkeypatch, *arguments: str) -> None:
 
 
 def test_presets_of_methods_without_a_model_of_their_costs_are_not_offered():
-    assert set(plan.CHOICES) == {"pcl_v1", "pcl_v2", "moco_v1", "moco_v2"}
+    assert set(plan.CHOICES) == {"pcl_v1", "pcl_v2", "pcl_v2_fast", "moco_v1", "moco_v2"}
 
 
 @pytest.mark.parametrize("gpu", MACHINES)
 @pytest.mark.parametrize("preset", plan.CHOICES)
 def test_every_line_says_where_its_numbers_come_from(preset, gpu):
     found = plan.plan(options(preset, gpu=gpu, gpus=8))
-    for phases in (found.ours, found.official):
+    for phases in (found.ours, found.projected, found.official):
         assert tuple(phases) == PHASES
         for phase in phases.values():
             assert phase.seconds >= 0
