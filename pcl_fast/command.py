@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
 import os
 import re
@@ -13,6 +12,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 from pcl_fast.errors import UserError
+from pcl_fast.files import in_the_way
+from pcl_fast.interrupts import begin_command
 
 
 @contextlib.contextmanager
@@ -21,6 +22,7 @@ def command(name: str) -> Iterator[None]:
     trace would hide what to do; and whatever happens to its output ends nothing, see `unfailing_output`.
     """
     with unfailing_output():
+        begin_command()
         sys.unraisablehook = _quiet_about_loaders(sys.unraisablehook)
         try:
             yield
@@ -52,18 +54,10 @@ def _quiet_about_loaders(show: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 def _of_a_file(error: OSError) -> str:
-    """Say what to do where a file is in the way of a folder, or a folder in that of a file."""
-    if error.filename is None or error.errno not in _IN_THE_WAY:
+    """Name the file, and say what to do where it is in the way of another."""
+    if error.filename is None or not (advice := in_the_way(error)):
         return str(error)
-    what = _IN_THE_WAY[error.errno]
-    return f"{os.fsdecode(error.filename)}: {error.strerror}; {what}: move it away, or choose another place"
-
-
-_IN_THE_WAY = {
-    errno.EEXIST: "a file is where a folder is wanted",
-    errno.ENOTDIR: "a file is where a folder is wanted",
-    errno.EISDIR: "a folder is where a file is wanted",
-}
+    return f"{os.fsdecode(error.filename)}: {error.strerror}{advice}"
 
 
 def _in_words(error: RuntimeError) -> str | None:

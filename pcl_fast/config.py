@@ -322,6 +322,10 @@ _NOT_RECIPE = (
 _MOST_WORKERS = 1024
 
 
+# Of anything: beyond it numbers do not fit where PyTorch counts, and loops over them do not end.
+_TOO_MANY = 2**31
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as nested dicts of what JSON can hold (tuples become lists, paths strings), with values that
     are derived from others in their places.
@@ -422,8 +426,8 @@ def validate(config: Config) -> None:
         "--evaluation.queries": config.evaluation.queries,
     }
     for flag, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{flag} must be positive, got {value}")
+        if not 0 < value < _TOO_MANY:
+            raise ValueError(f"{flag} must be positive{f' and below {_TOO_MANY}' if value > 0 else ''}, got {value}")
     for flag, value in {"--data.prefetch": config.data.prefetch, "--data.decoder-mib": config.data.decoder_mib}.items():
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be positive, got {value}")

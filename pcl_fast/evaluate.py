@@ -26,6 +26,7 @@ from pcl_fast.command import command
 from pcl_fast.distributed import World, all_or_none, check_same, connect, disconnect
 from pcl_fast.errors import UserError
 from pcl_fast.evaluation.continuation import Continuation
+from pcl_fast.evaluation.labelled import TEST, TRAIN
 from pcl_fast.evaluation.results import as_table, write_results
 from pcl_fast.evaluation.tasks import Context, Options, Task
 from pcl_fast.pretrained import THE_ONLY_ONE, Pretrained, read_pretrained
@@ -110,6 +111,7 @@ def _run(task: Task, world: World, console: Console) -> None:
     pretrained = read(task.checkpoint, task.encoder or task.scores)
     check_same("the checkpoint", pretrained.checksum, world, advice="give all machines the same file")
     output = task.output or _beside(task.checkpoint)
+    _check_apart(output, task.data)
     with ExitStack() as stack:
         all_or_none(lambda: stack.enter_context(owned(output, task.name)) if world.is_main else None, world)
         all_or_none(lambda: output.mkdir(parents=True, exist_ok=True), world)
@@ -139,6 +141,18 @@ def _score(task: Task, context: Context, begin: float) -> None:
 
     all_or_none(lambda: write() if world.is_main else None, world)
     context.continuation.finish()  # not before the results are there
+
+
+def _check_apart(output: Path, data: Path) -> None:
+    """Refuse results among the images before there is anything of them. (Where a link leads to is seen when the images
+    are opened.)
+
+    Raises:
+        ValueError: the output lies in a folder of images.
+    """
+    parts = [data / part for part in (TRAIN, TEST) if (data / part).is_dir()] or [data]
+    if any(output.resolve().is_relative_to(part.resolve()) for part in parts):
+        raise ValueError(f"--output {output} lies inside --data {data}, among its images; choose another --output")
 
 
 def _beside(checkpoint: Path) -> Path:

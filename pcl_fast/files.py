@@ -46,7 +46,7 @@ def write_whole(
         except OSError as error:
             # A limit on a file's size, EFBIG, would be the same with more room.
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if before_as is None or not full or not path.exists() or not _frees_room(before_as):
+            if before_as is None or not full or not path.exists() or not frees_room(before_as):
                 raise
             ask_guard(path)
             before_as.unlink()
@@ -96,12 +96,28 @@ def ask_guard(path: Path) -> None:
 
 def fault_of(path: Path, error: OSError, size: int | None = None) -> OSError:
     """Say in a sentence that `path` could not be written, and what to do where there is no room for it."""
-    said = f"cannot write {path}: {error.strerror or error}"
+    # A rename or a link names its target second; what is written aside has a name of its own, which tells nobody much.
+    named = Path(os.fsdecode(error.filename2 or error.filename or path))
+    named = path if named.suffix == ".tmp" else named
+    said = f"cannot write {named}: {error.strerror or error}{in_the_way(error)}"
     if error.errno not in _NO_ROOM:
         return OSError(said)
     takes = "" if size is None else f"it takes {in_words(size)}, and "
     free = in_words(shutil.disk_usage(path.parent).free)
     return OSError(f"{said}; {takes}{free} are free there. What was saved before stands: make room, then go on")
+
+
+def in_the_way(error: OSError) -> str:
+    """Say what to do where a file is in the way of a folder, or a folder in that of a file; "" for other faults."""
+    what = _IN_THE_WAY.get(error.errno)
+    return f"; {what}: move it away, or choose another place" if what else ""
+
+
+_IN_THE_WAY = {
+    errno.EEXIST: "a file is where a folder is wanted",
+    errno.ENOTDIR: "a file is where a folder is wanted",
+    errno.EISDIR: "a folder is where a file is wanted",
+}
 
 
 def in_words(size: float) -> str:
@@ -162,7 +178,7 @@ def _duplicate(source: Path, target: Path) -> None:
         _remove(aside)
 
 
-def _frees_room(path: Path) -> bool:
+def frees_room(path: Path) -> bool:
     """Whether there is a file that would be gone from the disk without this name."""
     return path.exists() and path.stat().st_nlink == 1
 

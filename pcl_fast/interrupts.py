@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from typing import Any
 
 
 def end_quietly() -> None:
-    """If this process is one of our commands (`python -m pcl_fast.train`), let an interrupt end it with a line, where
-    Python would print the stack of whatever was being imported. Once the command runs, see `command`.
+    """If this process is one of our commands (`python -m pcl_fast.train`), let an interrupt end it with a line until
+    the command itself begins, see `begin_command`. Python would raise KeyboardInterrupt in whatever is being imported,
+    which prints a stack, or may catch it and go on.
     """
     name = _module(sys.orig_argv)
-    if not name.startswith("pcl_fast."):
-        return
-    show = sys.excepthook
+    if not name.startswith("pcl_fast.") or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return  # it is ignored, as in the background of a script
 
-    def hook(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if issubclass(kind, KeyboardInterrupt):
-            print(f"{name}: stopped", file=sys.stderr)
-        else:
-            show(kind, error, trace)
+    def end(number: int, frame: Any) -> None:
+        os.write(2, f"{name}: stopped\n".encode())
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
-    sys.excepthook = hook
+    end.is_ours = True
+    signal.signal(signal.SIGINT, end)
+
+
+def begin_command() -> None:
+    """From now on an interrupt raises KeyboardInterrupt again."""
+    if hasattr(signal.getsignal(signal.SIGINT), "is_ours"):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _module(words: list[str]) -> str:

@@ -64,8 +64,9 @@ def _spoiled_member(content: BinaryIO, size: int) -> str | None:
     """Return the first member of a zip whose bytes have another checksum than it names."""
     with zipfile.ZipFile(content) as opened:
         members = opened.infolist()
-        # PyTorch compresses nothing. A member that says it is longer than the file would be unpacked for hours.
-        if sum(member.file_size for member in members) > size:
+        # PyTorch compresses nothing. A member that says it is longer than the file would be unpacked for hours; and one
+        # that says it is a folder, by this bit of MS-DOS, PyTorch takes for empty memory.
+        if sum(member.file_size for member in members) > size or any(member.external_attr & 16 for member in members):
             return "its table of contents"
         # torch.serialization.set_crc32_options(False) leaves out all of them.
         return opened.testzip() if any(member.CRC for member in members) else None

@@ -40,6 +40,21 @@ def test_no_other_tensors_or_values_are_read_from_a_damaged_file(file, seed):
             same(read_torch(file), STATE, "state")
 
 
+def test_no_bit_of_the_table_of_contents_changes_what_is_read(file):
+    """Of the whole entry of one tensor."""
+    with zipfile.ZipFile(file) as opened:
+        names, begin = opened.namelist(), opened.start_dir
+    content = file.read_bytes()
+    entry = content.rindex(names[4].encode(), begin) - 46
+    for place in range(entry, entry + 46 + len(names[4])):
+        for bit in range(8):
+            changed = bytearray(content)
+            changed[place] ^= 1 << bit
+            file.write_bytes(changed)
+            with contextlib.suppress(DamagedError):
+                same(read_torch(file), STATE, f"bit {bit} of byte {place - entry}")
+
+
 def damaged(content: bytes, rng: random.Random) -> bytes:
     changed = bytearray(content)
     at, length = rng.randrange(len(changed)), rng.choice([1, 1, 16, 512])

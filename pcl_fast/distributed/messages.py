@@ -103,6 +103,8 @@ class _Reader:
 
     def _bytes(self, length: int) -> bytes:
         begin, self._position = self._position, self._position + length
+        if not begin <= self._position <= len(self._message):
+            raise ValueError(f"{length} bytes are not there")
         return self._message[begin : self._position]
 
     def _array(self, told: list[Any]) -> np.ndarray | np.generic:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pcl_fast.errors import DIVERGED, CheckpointError, DamagedError, NonFiniteError
-from pcl_fast.files import replace, write_whole
+from pcl_fast.files import frees_room, replace, write_whole
 from pcl_fast.run.rows import FILE
 from pcl_fast.torch_files import find_damage, read_torch
 
@@ -39,7 +39,7 @@ PARTS = (
     "config", "data", "epoch", "step", "global_step", "finished", "metrics_length", "epoch_metrics", "method",
     "encoders", "optimizer", "scaler", "ranks",
 )  # fmt: skip
-_WAY_OUT = f"move it away (and {PREVIOUS}) to start anew, or put a kept one in its place"
+_WAY_OUT = "choose another --output to start anew, or put a checkpoint that is whole in its place"
 
 
 def save_checkpoint(folder: Path, state: dict[str, Any], *, keep_as: str | None = None) -> None:
@@ -135,19 +135,20 @@ def load_last(folder: Path) -> Last:
         try:
             told = "the one before it" if file.name == PREVIOUS else "the latest that was kept and is whole"
             return Last(load_checkpoint(file), file, f"{fault}; going on from {file.name}, {told}")
-        except DamagedError as error:
-            damage = error
-    if damage is None:
+        except DamagedError:
+            continue
+    if damage is None and not _has_record(folder):
         return Last(None)
-    if others or not _is_at_its_beginning(folder):
-        raise damage
+    if others or _has_record(folder):
+        so = f", and so are {', '.join(file.name for file in others)}" if others else ""
+        raise DamagedError(f"{fault}{so}, but {folder} holds the record of a run; {_WAY_OUT}")
     return Last(None, None, f"{fault}; nothing had been learned yet, and the run begins anew")
 
 
-def _is_at_its_beginning(folder: Path) -> bool:
-    """Whether a run was stopped between its first two checkpoints, before there was anything to record."""
+def _has_record(folder: Path) -> bool:
+    """Whether there is anything in a run's record: none is written before its first two checkpoints."""
     record = folder / FILE
-    return record.exists() and not record.stat().st_size
+    return record.exists() and record.stat().st_size > 0
 
 
 def has_previous(folder: Path) -> bool:
@@ -159,6 +160,12 @@ def has_previous(folder: Path) -> bool:
         return find_damage(previous) is None and not (last.exists() and previous.samefile(last))
     except OSError:
         return False
+
+
+def bytes_to_give_up(folder: Path) -> int:
+    """How much room a save would make where three checkpoints do not fit, see `write_whole`."""
+    previous = folder / PREVIOUS
+    return previous.stat().st_size if frees_room(previous) else 0
 
 
 def put_back(folder: Path, file: Path) -> None:
@@ -194,7 +201,7 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     try:
         state = read_torch(file)
     except CheckpointError as error:
-        raise type(error)(f"{error}; {_WAY_OUT}") from error
+        raise type(error)(f"{error}; {_WAY_OUT}" if file.name == NAME else f"{error}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(
             f"{file} was not written by this version of pcl_fast: it holds {_contents(state)}. Go on with the version "

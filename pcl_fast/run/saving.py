@@ -15,6 +15,7 @@ from pcl_fast.learner import Learner
 from pcl_fast.run.checkpoint import (
     NAME,
     Last,
+    bytes_to_give_up,
     check_finite,
     check_whole,
     has_previous,
@@ -169,7 +170,9 @@ class Saver:
             folder.mkdir(parents=True, exist_ok=True)
             size = size_of(learner.state()) + self.world.size * size_of(learner.own_state())
             first = not (folder / NAME).exists()
-            return check_room(folder, size, kept=sum(map(self.is_kept, epochs)), first=first)
+            every = self.config.checkpoint.keep_every
+            kept = self.config.epochs // every - progress.epoch // every if every else 0
+            return check_room(folder, size, kept=kept, first=first, given_up=bytes_to_give_up(folder))
 
         self.notes += all_or_none(lambda: check() if self.world.is_main and epochs else [], self.world)
 

@@ -64,7 +64,8 @@ def test_nothing_else_is_sent(item, kind):
 
 @pytest.mark.parametrize(
     "told",
-    ['{"module": ["os"]}', '{"tensor": ["load", [3]]}', '{"array": ["O", [1]]}', "[", '{"a": 1, "b": 2}',
+    ['{"module": ["os"]}', '{"tensor": ["load", [3]]}', '{"array": ["O", [1]]}', "[", '{"bytes": -1}', '{"bytes": 5}',
+     '{"tensor": ["float32", [2]]}', '{"a": 1, "b": 2}',
      '{"tensor": ["float32", [9]]}', "[" * 5000 + "]" * 5000],
 )  # fmt: skip
 def test_what_no_rank_has_written_is_refused_in_a_sentence(told):

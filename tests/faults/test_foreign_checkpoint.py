@@ -44,7 +44,7 @@ def here(tmp_path, monkeypatch):
 def test_what_cannot_be_read(content, said):
     Path("checkpoint.pt").write_bytes(content())
     with pytest.raises(
-        CheckpointError, match=rf"checkpoint\.pt is no readable checkpoint: .*{said}.*; move it away"
+        CheckpointError, match=rf"checkpoint\.pt is no readable checkpoint: .*{said}.*; choose another --output"
     ) as found:
         load_checkpoint(Path("checkpoint.pt"))
     assert "\n" not in str(found.value)
@@ -75,7 +75,7 @@ def test_what_lacks_something(tmp_path, alone):
     config = small_config(output=tmp_path)
     save_checkpoint(tmp_path, {"config": {}, "epoch": 3})
     missing = ", ".join(part for part in PARTS if part not in ("config", "epoch"))
-    with pytest.raises(CheckpointError, match=f"has no {missing}; move it away"):
+    with pytest.raises(CheckpointError, match=f"has no {missing}; choose another --output"):
         Saver(config, "these images", alone).restore(learner_of(config, alone))
 
 

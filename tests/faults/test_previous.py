@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from pcl_fast.distributed import World
 from pcl_fast.errors import CheckpointError, UserError
 from pcl_fast.files import write_whole
 from pcl_fast.pretrained import read_pretrained
-from pcl_fast.run.checkpoint import has_previous, load_checkpoint, load_last, save_checkpoint
+from pcl_fast.run.checkpoint import bytes_to_give_up, has_previous, load_checkpoint, load_last, save_checkpoint
 from pcl_fast.run.ownership import OWNER, owned
+from pcl_fast.run.room import check_room
 from pcl_fast.train import run
 
 DAMAGE = {
@@ -131,7 +133,7 @@ def test_both_damaged_is_said(tmp_path):
     save_checkpoint(tmp_path, {"epoch": 2})
     for name in ("checkpoint.pt", "checkpoint.previous.pt"):
         os.truncate(tmp_path / name, 100)
-    with pytest.raises(CheckpointError, match=r"checkpoint.previous.pt is no readable checkpoint: its 100 bytes are"):
+    with pytest.raises(CheckpointError, match=r"checkpoint.pt is no readable checkpoint: its 100 bytes are"):
         load_last(tmp_path)
 
 
@@ -285,7 +287,10 @@ def test_where_both_are_damaged_the_run_goes_on_from_the_latest_that_was_kept(
     for name in ["checkpoint.pt", "checkpoint.previous.pt", *([] if left else ["checkpoint-0001.pt"])]:
         change_some_bytes(output / name)
     if not left:
-        with pytest.raises(CheckpointError, match=r"checkpoint-0001\.pt is no readable checkpoint"):
+        with pytest.raises(
+            CheckpointError,
+            match=r"checkpoint\.pt is no readable .*, and so are checkpoint\.previous\.pt, .*-0001\.pt, but",
+        ):
             run(tiny(image_folder, output, **config), alone)
         return
     before = (output / "checkpoint-0001.pt").read_bytes()
@@ -297,3 +302,38 @@ def test_where_both_are_damaged_the_run_goes_on_from_the_latest_that_was_kept(
     run(tiny(image_folder, whole, **config), alone)
     same_state(whole, output)
     same_rows(whole, output)
+
+
+def test_a_run_whose_checkpoints_are_gone_goes_on_from_a_kept_one_or_not_at_all(whole, tmp_path, image_folder, alone):
+    """To begin anew would write over its record."""
+    folder = shutil.copytree(whole, tmp_path / "copied")
+    before = (folder / "metrics.jsonl").read_bytes()
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match="holds the record of a run; choose another --output to start anew"):
+        run(tiny(image_folder, folder), alone)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_goes_on_where_there_is_room_for_two_alone(tmp_path, monkeypatch):
+    """Its next save makes room, as those before have done."""
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path, {"epoch": epoch, "weights": torch.zeros(1000)})
+    size = (tmp_path / "checkpoint.pt").stat().st_size
+    assert bytes_to_give_up(tmp_path) == size
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=size // 2))
+    check_room(tmp_path, size, kept=0, first=False, given_up=bytes_to_give_up(tmp_path))
+    os.link(tmp_path / "checkpoint.previous.pt", tmp_path / "kept.pt")
+    assert bytes_to_give_up(tmp_path) == 0
+    with pytest.raises(OSError, match="are needed; make room"):
+        check_room(tmp_path, size, kept=0, first=False, given_up=bytes_to_give_up(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["checkpoint.previous.pt", "checkpoint-0003.pt"])
+def test_a_folder_in_the_way_of_a_checkpoint_is_named(tmp_path, name):
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path, {"epoch": epoch})
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).mkdir()
+    with pytest.raises(OSError, match=f"cannot write {tmp_path / name}: Is a directory; a folder is where a file is"):
+        save_checkpoint(tmp_path, {"epoch": 3}, keep_as="checkpoint-0003.pt")

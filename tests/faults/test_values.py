@@ -86,7 +86,7 @@ def test_a_report_may_lie_anywhere(tmp_path, name):
 
 
 def test_too_large_a_queue_is_a_sentence(tmp_path, image_folder, monkeypatch):
-    flags = flags_of_tiny(image_folder, tmp_path, model__queue_size=999_999_999_999)
+    flags = flags_of_tiny(image_folder, tmp_path, model__queue_size=2_000_000_000)
     monkeypatch.setattr("sys.argv", ["pcl_fast.train", "demo", *flags])
     with pytest.raises(SystemExit, match=r"^pcl_fast\.train: there is no memory for .* GB more.*--model.queue"):
         main()
