@@ -14,8 +14,9 @@ from pcl_fast.distributed import World
 
 # One where tests run side by side: threads that wait for each other would take the cores from others.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
-# Under nohup it is ignored, here and in all that tests start.
+# Under nohup and in the background of a script these are ignored, here and in all that tests start.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is imported
 
