@@ -426,8 +426,10 @@ def validate(config: Config) -> None:
         "--evaluation.queries": config.evaluation.queries,
     }
     for flag, value in positive.items():
-        if not 0 < value < _TOO_MANY:
-            raise ValueError(f"{flag} must be positive{f' and below {_TOO_MANY}' if value > 0 else ''}, got {value}")
+        if not value > 0:
+            raise ValueError(f"{flag} must be positive, got {value}")
+        if isinstance(value, int) and value >= _TOO_MANY:
+            raise ValueError(f"{flag} must be below {_TOO_MANY}, got {value}")
     for flag, value in {"--data.prefetch": config.data.prefetch, "--data.decoder-mib": config.data.decoder_mib}.items():
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be positive, got {value}")

@@ -143,13 +143,15 @@ def _score(task: Task, context: Context, begin: float) -> None:
     context.continuation.finish()  # not before the results are there
 
 
-def _check_apart(output: Path, data: Path) -> None:
+def _check_apart(output: Path, data: Path | None) -> None:
     """Refuse results among the images before there is anything of them. (Where a link leads to is seen when the images
     are opened.)
 
     Raises:
         ValueError: the output lies in a folder of images.
     """
+    if data is None:  # a task that looks at two runs' clusters alone
+        return
     parts = [data / part for part in (TRAIN, TEST) if (data / part).is_dir()] or [data]
     if any(output.resolve().is_relative_to(part.resolve()) for part in parts):
         raise ValueError(f"--output {output} lies inside --data {data}, among its images; choose another --output")

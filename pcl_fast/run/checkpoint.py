@@ -137,18 +137,16 @@ def load_last(folder: Path) -> Last:
             return Last(load_checkpoint(file), file, f"{fault}; going on from {file.name}, {told}")
         except DamagedError:
             continue
-    if damage is None and not _has_record(folder):
-        return Last(None)
-    if others or _has_record(folder):
-        so = f", and so are {', '.join(file.name for file in others)}" if others else ""
-        raise DamagedError(f"{fault}{so}, but {folder} holds the record of a run; {_WAY_OUT}")
-    return Last(None, None, f"{fault}; nothing had been learned yet, and the run begins anew")
-
-
-def _has_record(folder: Path) -> bool:
-    """Whether there is anything in a run's record: none is written before its first two checkpoints."""
     record = folder / FILE
-    return record.exists() and record.stat().st_size > 0
+    recorded = record.exists() and record.stat().st_size > 0
+    if damage is None and not recorded:
+        return Last(None)
+    # Nothing is recorded before a run has its first two checkpoints.
+    if others or recorded or not record.exists():
+        so = f", and so are {', '.join(file.name for file in others)}" if others else ""
+        holds = f", but {folder} holds the record of a run" if recorded else ""
+        raise DamagedError(f"{fault}{so}{holds}; {_WAY_OUT}")
+    return Last(None, None, f"{fault}; nothing had been learned yet, and the run begins anew")
 
 
 def has_previous(folder: Path) -> bool:
