@@ -15,8 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from pcl_fast.command import command
@@ -27,6 +26,8 @@ from pcl_fast.errors import UserError
 _SECONDS_TO_NOTICE = 10.0
 _SECONDS_TO_END = 30.0
 _SECONDS_BETWEEN_LOOKS = 0.05
+# After a first signal, how long one that comes again may be impatience, or the terminal's and the launcher's both.
+_SECONDS_OF_PATIENCE = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -49,7 +50,8 @@ def main() -> None:
 
 def launch(program: Sequence[str], ranks: int) -> int:
     """Run a Python program as so many ranks, and wait until all have ended. Signals are passed on to them: they save
-    and end, however long that takes. When one fails the others are ended too.
+    and end, however long that takes; the third signal, some seconds after the first, kills them. When one fails the
+    others are ended too.
 
     Args:
         program: what follows `python` on a command line.
@@ -71,9 +73,9 @@ def launch(program: Sequence[str], ranks: int) -> int:
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # Not in the terminal's foreground group, or Ctrl-C would reach the loaders' processes as well.
             processes.append(subprocess.Popen([sys.executable, *program], env=own, start_new_session=True))
-        with _passing_on(processes):
+        with _Signals(processes) as signals:
             _store = _serve(listening)
-            return _wait(processes)
+            return _wait(processes, signals)
     finally:
         for process in processes:
             process.kill()
@@ -127,31 +129,72 @@ def _serve(listening: socket.socket) -> Any:
     return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
 
 
-@contextmanager
-def _passing_on(processes: Sequence[subprocess.Popen]) -> Iterator[None]:
-    """Pass signals on to the processes in this context; one that is ignored (SIGHUP, under nohup) stays so."""
+class _Signals:
+    """Passes signals on to the ranks while it is entered; one that is ignored (SIGHUP, under nohup) stays so.
 
-    def pass_on(number: int, frame: Any) -> None:
-        for process in processes:
-            process.send_signal(number)
+    They save and end, unless one hangs, for whom the others wait. So a signal that comes again after some seconds is
+    answered with what the next will do, and the next kills them all.
 
-    before = {number: signal.getsignal(number) for number in _SIGNALS}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, pass_on)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
+    killed_by: the number of the signal that has had them killed, or 0.
+    """
+
+    def __init__(self, ranks: Sequence[subprocess.Popen]) -> None:
+        self.killed_by = 0
+        self._ranks = ranks
+        self._first: float | None = None
+        self._warned = False
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        before = {number: signal.getsignal(number) for number in _SIGNALS}
+        self._handlers = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+        for number in self._handlers:
+            signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    def _receive(self, number: int, frame: Any) -> None:
+        if self._warned:
+            self.killed_by = number
+            self._kill()
+            return
+        for process in self._ranks:
+            process.send_signal(number)
+        if self._first is None:
+            self._first = time.monotonic()
+        elif time.monotonic() - self._first > _SECONDS_OF_PATIENCE:
+            self._warn("Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name)
 
-def _wait(processes: Sequence[subprocess.Popen]) -> int:
-    """Wait for all ranks; return 0, or the code of the first that failed."""
+    def _warn(self, name: str) -> None:
+        left = [f"{rank}, process {process.pid}" for rank, process in enumerate(self._ranks) if process.poll() is None]
+        if left:
+            self._warned = True
+            _say(
+                f"not ended yet: rank {'; rank '.join(left)}. They may be saving. Another {name} kills them, and what "
+                "was learned since the last checkpoint is lost"
+            )
+
+    def _kill(self) -> None:
+        """Their loaders' processes as well, which are in the group of their rank."""
+        for process in self._ranks:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def _say(text: str) -> None:
+    """Not by print, which cannot be used by what has interrupted a print."""
+    os.write(sys.stderr.fileno(), f"pcl_fast.launch: {text}\n".encode())
+
+
+def _wait(processes: Sequence[subprocess.Popen], signals: _Signals) -> int:
+    """Wait for all ranks; return 0, or the code of the first that failed, or that of a signal that had them killed."""
     code, failed_at = 0, 0.0
     terminated = False
     while any(process.poll() is None for process in processes):
-        if not code:
+        if not code and not signals.killed_by:
             code, failed_at = _failure(processes), time.monotonic()
         waited = time.monotonic() - failed_at if code else 0.0
         if waited > _SECONDS_TO_NOTICE + _SECONDS_TO_END:
@@ -161,6 +204,9 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int:
             for process in processes:
                 process.terminate()
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+    if signals.killed_by and not code:
+        _say("the ranks were killed")
+        return 128 + signals.killed_by
     return code or _failure(processes)
 
 
@@ -171,11 +217,7 @@ def _failure(processes: Sequence[subprocess.Popen]) -> int:
         if code < 0:
             name = signal.Signals(-code).name
             reason = ", as by a system that is short of memory" if name == "SIGKILL" else ""
-            print(
-                f"pcl_fast.launch: rank {rank}, process {process.pid}, was ended by {name}{reason}",
-                file=sys.stderr,
-                flush=True,
-            )
+            _say(f"rank {rank}, process {process.pid}, was ended by {name}{reason}")
             return 128 - code
         if code:
             return code

@@ -125,6 +125,46 @@ def test_signals_are_passed_on_and_the_end_is_waited_for(start, number):
     assert (said, faults, process.returncode) == (f"{number.name}\n" * 2, "", 0)
 
 
+# Rank 1 hangs, rank 0 asks the launcher to end, three times.
+ASKING = """
+if rank:
+    os.kill(os.getpid(), signal.SIGSTOP)
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for _ in range(3):
+    time.sleep(0.5)
+    os.kill(os.getppid(), signal.SIGTERM)
+time.sleep(60)
+"""
+
+
+def test_one_that_hangs_can_be_ended_by_the_third_signal(monkeypatch, capfd):
+    """Not by the second, which says so."""
+    monkeypatch.setattr(launcher, "_SECONDS_OF_PATIENCE", 0.1)
+    begin = time.monotonic()
+    assert launch(python(ASKING), 2) == 128 + signal.SIGTERM
+    assert time.monotonic() - begin < 30
+    warned, killed = capfd.readouterr().err.splitlines()
+    assert warned.startswith("pcl_fast.launch: not ended yet: rank 0, process ")
+    assert "; rank 1, process " in warned
+    assert warned.endswith("Another SIGTERM kills them, and what was learned since the last checkpoint is lost")
+    assert killed == "pcl_fast.launch: the ranks were killed"
+
+
+def test_signals_that_come_in_a_row_kill_nobody(capfd):
+    """A terminal sends one to its whole group, and a script in it may pass its own on."""
+    text = """
+signal.signal(signal.SIGTERM, lambda *_: None)
+time.sleep(1)  # until both are ready
+if rank == 0:
+    for _ in range(3):
+        os.kill(os.getppid(), signal.SIGTERM)
+        time.sleep(0.1)
+time.sleep(0.5)
+"""
+    assert launch(python(text), 2) == 0
+    assert capfd.readouterr().err == ""
+
+
 def test_under_nohup_a_hangup_ends_nothing(start):
     process = start("os.write(1, b'ready\\n')\ntime.sleep(1)\nos.write(1, b'done\\n')", "nohup")
     assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
