@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import signal
@@ -23,6 +24,7 @@ def command(name: str) -> Iterator[None]:
     """
     with unfailing_output():
         begin_command()
+        _refuse_empty(name)
         sys.unraisablehook = _quiet_about_loaders(sys.unraisablehook)
         try:
             yield
@@ -39,6 +41,14 @@ def command(name: str) -> Iterator[None]:
         finally:
             # When a loader's process ends with this one, PyTorch's handler raises an error, and Python prints a trace.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def _refuse_empty(name: str) -> None:
+    """As a path it would be the current folder, and no argument of ours is meant to be empty."""
+    for before, word in itertools.pairwise(sys.argv):
+        if not word or (word.startswith("--") and word.endswith("=")):
+            what = word.rstrip("=") or (before if before.startswith("--") else "an argument")
+            sys.exit(f"{name}: {what} is empty; is it a variable of a script that has no value?")
 
 
 def _quiet_about_loaders(show: Callable[[Any], None]) -> Callable[[Any], None]:

@@ -29,6 +29,7 @@ from pcl_fast.evaluation.continuation import Continuation
 from pcl_fast.evaluation.labelled import TEST, TRAIN
 from pcl_fast.evaluation.results import as_table, write_results
 from pcl_fast.evaluation.tasks import Context, Options, Task
+from pcl_fast.files import make_folder
 from pcl_fast.pretrained import THE_ONLY_ONE, Pretrained, read_pretrained
 from pcl_fast.run.launcher import end_with_launcher
 from pcl_fast.run.ownership import owned
@@ -114,7 +115,7 @@ def _run(task: Task, world: World, console: Console) -> None:
     _check_apart(output, task.data)
     with ExitStack() as stack:
         all_or_none(lambda: stack.enter_context(owned(output, task.name)) if world.is_main else None, world)
-        all_or_none(lambda: output.mkdir(parents=True, exist_ok=True), world)
+        all_or_none(lambda: make_folder(output), world)
         settings = {**task.settings(), "checkpoint": pretrained.checksum}
         continuation = Continuation(output / f"{task.name}.part.pt", settings, StopSignals(), world)
         _score(task, Context(world, pretrained, read, output, continuation, console), begin)

@@ -77,6 +77,19 @@ def replace(source: Path, target: Path) -> None:
         raise fault_of(target, error) from error
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those that it is to lie in, unless it is there.
+
+    Raises:
+        OSError: it cannot be made; a sentence with its path.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        advice = in_the_way(error) or "; choose another place"
+        raise OSError(f"the folder {folder} cannot be made: {error.strerror}{advice}") from error
+
+
 @contextlib.contextmanager
 def guarded(folder: Path, guard: Callable[[], None]) -> Iterator[None]:
     """In this context `guard` is called before `write_whole` gives a file of this folder its name, and may raise."""

@@ -21,6 +21,7 @@ from rich.progress import (
 from pcl_fast.data import ImageSet
 from pcl_fast.distributed import World, begin_all_reduce_sum, begin_to_read
 from pcl_fast.errors import DIVERGED, NonFiniteError
+from pcl_fast.files import make_folder
 from pcl_fast.learner import FINITE
 from pcl_fast.methods import Metric
 from pcl_fast.run.rows import FILE, GAP, RowFile, mend, read_rows
@@ -56,7 +57,7 @@ class Recorder:
             return
         from pcl_fast.run.board import Board  # TensorBoard takes a second to import
 
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         step, epoch, length = resume_at or (-1, 0, 0)
         keep, missing = mend(folder / FILE, length, step) if resume_at else (0, None)
         self._file = RowFile(folder / FILE, keep=keep)

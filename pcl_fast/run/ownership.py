@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pcl_fast.errors import UserError
-from pcl_fast.files import guarded, write_whole
+from pcl_fast.files import guarded, make_folder, write_whole
 
 OWNER, LOCK = "owner.json", ".lock"
 # Seconds that a new owner waits for the last one: ranks whose launcher was killed take some to notice it and to save.
@@ -38,7 +38,7 @@ def owned(folder: Path, task: str = "") -> Iterator[None]:
             taken it over. Says which process on which machine.
         OSError: the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     claim, lock = (folder / name for name in ((f"{task}.{OWNER}", f".{task}{LOCK}") if task else (OWNER, LOCK)))
     with _locked(lock, claim):
         now = datetime.now().isoformat(" ", "seconds")

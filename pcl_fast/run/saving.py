@@ -10,7 +10,7 @@ from typing import Any
 
 from pcl_fast.config import Config, to_dict
 from pcl_fast.distributed import World, all_or_none, check_same, gather_objects
-from pcl_fast.files import remove_unfinished
+from pcl_fast.files import make_folder, remove_unfinished
 from pcl_fast.learner import Learner
 from pcl_fast.run.checkpoint import (
     NAME,
@@ -167,7 +167,7 @@ class Saver:
         folder, epochs = self.config.output, range(progress.epoch + 1, self.config.epochs + 1)
 
         def check() -> list[str]:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             size = size_of(learner.state()) + self.world.size * size_of(learner.own_state())
             first = not (folder / NAME).exists()
             every = self.config.checkpoint.keep_every

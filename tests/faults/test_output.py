@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from faults.tiny import flags_of_tiny
@@ -14,11 +15,13 @@ from launches import interrupt, same_state, train
 from pcl_fast import train as trainer_command
 from pcl_fast.command import command
 from pcl_fast.run.checkpoint import load_checkpoint
+from pcl_fast.run.ownership import owned
 from pcl_fast.run.saving import Saver
 from pcl_fast.run.signals import StopSignals
 
 SPEAKING = """
 import sys
+from pathlib import Path
 from pcl_fast.command import command
 from rich.console import Console
 with command("speaking"):
@@ -41,6 +44,25 @@ def test_a_closed_pipe_and_an_ascii_terminal_end_nothing(encoding):
     done = speaking(writing, PYTHONIOENCODING=encoding)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"to the end\n")
+
+
+@pytest.mark.parametrize(
+    ("folder", "reason"), [("/proc/run", "No such file or directory"), ("/tmp/" + "a" * 300, "File name too long")]
+)
+def test_a_folder_that_cannot_be_made_is_named(folder, reason):
+    with pytest.raises(SystemExit) as ended, command("train"), owned(Path(folder)):
+        pass
+    assert ended.value.code == f"train: the folder {folder} cannot be made: {reason}; choose another place"
+
+
+@pytest.mark.parametrize(
+    ("words", "what"), [(["demo", "--output", ""], "--output"), (["--data="], "--data"), ([""], "an argument")]
+)
+def test_an_empty_argument_is_refused(words, what, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train", *words])
+    with pytest.raises(SystemExit) as ended, command("train"):
+        pass
+    assert ended.value.code == f"train: {what} is empty; is it a variable of a script that has no value?"
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from pathlib import Path
 from pcl_fast.data.sources.images import ImageSet, open_image, reason_of
 from pcl_fast.distributed import World, all_or_none, gather_objects, shard_bounds
 from pcl_fast.errors import ImageError
-from pcl_fast.files import write_whole
+from pcl_fast.files import make_folder, write_whole
 
 # Opening a file's header costs about 0.1 ms on a local disk and some milliseconds on a network one, so that nobody
 # notices when so many are checked before training.
@@ -131,7 +131,7 @@ def usable(images: ImageSet, record: Path, world: World, *, threads: int) -> tup
 
 def _write_record(record: Path, images: ImageSet, broken: dict[str, str]) -> None:
     text = json.dumps({"data": images.fingerprint(), "broken": broken}, indent=2) + "\n"
-    record.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(record.parent)
     write_whole(record, lambda file: file.write(text.encode()))
 
 
