@@ -47,7 +47,8 @@ def torch_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
 
 
 def triton_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:
-    return with_means(*pick_backend("triton", features.device, features.dtype, features.shape[1]), features, centroids)
+    backend = pick_backend("triton", features.device, features.dtype, features.shape[1])
+    return with_means(backend.nearest, backend.sums, features, centroids)
 
 
 def faiss_lloyd(features: torch.Tensor, centroids: torch.Tensor) -> Lloyd:

@@ -73,9 +73,9 @@ def _descend(
     # and beyond that as exact as the sums.
     totals = centroids.new_empty(k * d + k + 1)
     sums, counts, changes = totals[: k * d].view(k, d), totals[k * d : -1], totals[-1:]
-    assignment = None
+    assignment, nearest = None, backend.begin_search(features, k)
     for iteration in range(iterations):
-        before, assignment = assignment, backend.nearest(features, centroids)
+        before, assignment = assignment, nearest(centroids)
         counts.copy_(backend.sums(features, assignment, k, sums)[1])
         changes.fill_(1) if before is None else changes.copy_((assignment != before).sum())
         wait = begin_all_reduce_sum(totals, shards.group)
@@ -89,7 +89,7 @@ def _descend(
         if any_empty:
             _split_large(centroids, counts, mix_seeds(seed, iteration))
     else:
-        assignment = backend.nearest(features, centroids)
+        assignment = nearest(centroids)
     return (yield from _label(shards, centroids, assignment))
 
 
