@@ -56,6 +56,8 @@ class PrunedSearch:
         self._rounding = (d + 8) * _ULP
         self._rows = max(1, min(n, _CHUNK // d))
         self._squares = torch.cat([rows.float().square().sum(1) for rows in features.split(self._rows)])
+        # What the rounding of a score and of a squared norm depend on the point: see `_take`.
+        self._error = self._rounding * self._squares
         self._lower, self._upper = torch.empty(self._groups, n), torch.empty(n)
         self._assignment = torch.zeros(n, dtype=torch.int64)
         self._before: torch.Tensor | None = None
@@ -86,12 +88,14 @@ class PrunedSearch:
         """Lay the centroids out in groups, and return their squared norms. What a group lacks is a centroid that is
         never the nearest.
         """
-        squares = centroids.square().sum(1)
-        self._table = torch.cat([centroids, centroids.new_zeros(self._unused, centroids.shape[1])])
-        self._offset = torch.cat([-0.5 * squares, centroids.new_full((self._unused,), -torch.inf)])
         # A score is x.c - |c|^2 / 2. A sum of d products, rounded at every step, is off by at most d ulp |x| |c|, and
-        # so by d ulp (|x|^2 + |c|^2) / 2, the offset by d ulp |c|^2 / 2, their sum by some ulp more.
-        self._error = self._rounding * (self._squares + squares.max())
+        # so by d ulp (|x|^2 + |c|^2) / 2, the offset by d ulp |c|^2 / 2, their sum by some ulp more. The centroid's
+        # part is added here, so that a score is too low by the point's part at most, and a centroid that is far away does
+        # not blur the scores of the others.
+        squares = centroids.square().sum(1)
+        self._blur = self._rounding * squares
+        self._table = torch.cat([centroids, centroids.new_zeros(self._unused, centroids.shape[1])])
+        self._offset = torch.cat([self._blur - 0.5 * squares, centroids.new_full((self._unused,), -torch.inf)])
         return squares
 
     def _move(self, steps: torch.Tensor) -> None:
@@ -137,6 +141,7 @@ class PrunedSearch:
             largest[row, group] = of_best.scatter_(1, place[:, None], -torch.inf).amax(1)
             torch.add(group, place, alpha=groups, out=self._assignment[window])
             squares, error = self._squares[window], self._error[window]
+            best -= 2 * self._blur.index_select(0, self._assignment[window])
             self._upper[window] = (squares - 2 * best + 2 * error).clamp_(min=0).sqrt_().mul_(_UP)
             self._lower[:, window] = _least_distance(squares[:, None], error[:, None], largest).T
 
@@ -185,8 +190,12 @@ class PrunedSearch:
         self._lower[group, point] = _least_distance(squares, error, best)
         least = 0.5 * (squares - upper.square()) - 2 * error
         near = (best >= least).nonzero().view(-1)
-        which, place = (scores[near] >= least[near, None]).nonzero().unbind(1)
-        which = near[which]
+        group, point, scores = group[near], point[near], scores[near]
+        # What is surely farther than the best of its group is no rival.
+        best, place = scores.max(1)
+        blur = self._blur[place * self._groups + group]
+        least = torch.maximum(least[near], best - 2 * (error[near] + blur))
+        which, place = (scores >= least[:, None]).nonzero().unbind(1)
         return point[which], place * self._groups + group[which]
 
     def _decide(self, point: torch.Tensor, centroid: torch.Tensor) -> None:
