@@ -28,6 +28,11 @@ def nearly_equal(n: int, d: int, generator: torch.Generator) -> torch.Tensor:
     return 30 * F.normalize(torch.ones(d), dim=0) + 1e-4 * torch.randn(n, d, generator=generator)
 
 
+def far_from_the_origin(n: int, d: int, generator: torch.Generator) -> torch.Tensor:
+    """Points of which float32's products tell something, but less than bounds without their rounding would claim."""
+    return 30 * F.normalize(torch.ones(d), dim=0) + 0.3 * torch.randn(n, d, generator=generator)
+
+
 def duplicates(n: int, d: int, generator: torch.Generator) -> torch.Tensor:
     return spread(-(-n // 2), d, generator).repeat(2, 1)[:n].contiguous()
 
@@ -56,7 +61,7 @@ def moves(features: torch.Tensor, k: int, generator: torch.Generator):
         yield centroids
 
 
-@pytest.mark.parametrize("data", [spread, nearly_equal, duplicates, halves])
+@pytest.mark.parametrize("data", [spread, nearly_equal, far_from_the_origin, duplicates, halves])
 @pytest.mark.parametrize(("n", "k", "d"), [(300, 60, 16), (130, 90, 130), (333, 33, 2), (300, 7, 20)])
 def test_finds_what_float64_finds(data, n, k, d, monkeypatch):
     """In pieces of a few rows, too."""
@@ -74,6 +79,20 @@ def test_finds_what_float64_finds(data, n, k, d, monkeypatch):
         assert (exact.gather(1, found[:, None])[:, 0] <= least * (1 + 1e-14)).all(), (step, generator.initial_seed())
         bounds_hold(search, exact)
     assert data is nearly_equal or not given_up, given_up
+
+
+def test_long_centroids_and_short_points():
+    """The rounding of the centroids' norms hides what the points say."""
+    generator = torch.Generator().manual_seed(torch.seed())
+    features = 3e-3 * torch.randn(400, 20, generator=generator)
+    search = PrunedSearch(features, 60)
+    for _ in range(4):
+        centroids = 30 * F.normalize(torch.randn(60, 20, generator=generator), dim=1)
+        exact = distances(features, centroids)
+        found = search(centroids)
+        assert search._before is not None
+        assert (exact.gather(1, found[:, None]) <= exact.min(1, keepdim=True).values * (1 + 1e-14)).all()
+        bounds_hold(search, exact)
 
 
 def bounds_hold(search: PrunedSearch, exact: torch.Tensor) -> None:
@@ -119,8 +138,13 @@ def test_nothing_is_compared_that_is_known(monkeypatch):
     compared.clear()
     search(centroids)
     assert sum(compared) < 20  # ties and what is left of the start
-    search(centroids + 1e-3 * torch.randn(centroids.shape, generator=generator))
-    assert 0 < sum(compared) < 0.1 * search._lower.numel()
+    for _ in range(2):
+        centroids = centroids + 1e-3 * torch.randn(centroids.shape, generator=generator)
+        search(centroids)
+        assert 0 < sum(compared) < 0.1 * search._lower.numel()
+    compared.clear()
+    search(centroids)
+    assert sum(compared) < 20
     assert len(whole) == 1
     search(features[100:124].clone())
     assert len(whole) == 2  # all is compared where all has changed
