@@ -36,10 +36,9 @@ def kmeans(
         k: number of clusters, at most the number of points on all ranks. If fewer points are distinct, some clusters
             stay empty or share a centroid.
         iterations: how often the centroids are updated at most; the updates end early when no assignment changes. A
-            cluster that has become empty takes half of a large one, as in faiss.
+            cluster that has become empty takes half of the one with the largest sum of squared distances.
         redo: number of starts, of which the result with the lowest objective is kept. Start r draws with seed + r.
-        seed: decides the initial centroids (k distinct points) and how clusters are split. It must be the same on every
-            rank.
+        seed: decides the initial centroids (k distinct points). It must be the same on every rank.
         init: [k, d] float32, initial centroids instead of random points; redo must be 1.
         group: the ranks that hold the shards; None for this process alone.
         backend: what searches for the nearest centroid. "triton": the fused kernels (d up to 256; up to 128 on Volta,

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from pcl_fast.clustering.backends import Backend
 from pcl_fast.clustering.types import KMeansResult
 from pcl_fast.distributed import all_reduce_sum, begin_all_reduce_sum, begin_to_read
-from pcl_fast.seeds import mix_seeds
 
 # A cluster is split by moving its two halves apart by this factor, as faiss does.
 _SPLIT = 1 / 1024
@@ -58,14 +57,14 @@ def lloyd(
             centroids = draw_points(shards, k, seed + start)
         else:
             centroids = init.to(shards.features.device).clone(memory_format=torch.contiguous_format)
-        result = yield from _descend(shards, centroids, backend, iterations, seed + start)
+        result = yield from _descend(shards, centroids, backend, iterations)
         if best is None or result.objective < best.objective:
             best = result
     return best
 
 
 def _descend(
-    shards: Shards, centroids: torch.Tensor, backend: Backend, iterations: int, seed: int
+    shards: Shards, centroids: torch.Tensor, backend: Backend, iterations: int
 ) -> Generator[None, None, KMeansResult]:
     """Run Lloyd's iterations from these centroids, which are overwritten."""
     (k, d), features = centroids.shape, shards.features
@@ -73,8 +72,8 @@ def _descend(
     # and beyond that as exact as the sums.
     totals = centroids.new_empty(k * d + k + 1)
     sums, counts, changes = totals[: k * d].view(k, d), totals[k * d : -1], totals[-1:]
-    assignment, nearest = None, backend.begin_search(features, k)
-    for iteration in range(iterations):
+    assignment, nearest, splits = None, backend.begin_search(features, k), counts.int().zero_()
+    for _ in range(iterations):
         before, assignment = assignment, nearest(centroids)
         counts.copy_(backend.sums(features, assignment, k, sums)[1])
         changes.fill_(1) if before is None else changes.copy_((assignment != before).sum())
@@ -87,7 +86,11 @@ def _descend(
         empty = counts == 0
         torch.where(empty[:, None], centroids, sums / counts[:, None].clamp(min=1), out=centroids)
         if any_empty:
-            _split_large(centroids, counts, mix_seeds(seed, iteration))
+            spread = backend.sums(squared_distance(features, centroids, assignment)[:, None], assignment, k)[0].view(-1)
+            wait = begin_all_reduce_sum(spread, shards.group)
+            yield
+            wait()
+            _split_wide(centroids, empty, spread, splits)
     else:
         assignment = nearest(centroids)
     return (yield from _label(shards, centroids, assignment))
@@ -116,20 +119,23 @@ def draw_points(shards: Shards, k: int, seed: int) -> torch.Tensor:
     return all_reduce_sum(centroids, group)
 
 
-def _split_large(centroids: torch.Tensor, counts: torch.Tensor, seed: int) -> None:
-    """Split large clusters, in place: for every empty cluster a large one is drawn, and both get its centroid, shifted
-    to either side.
+def _split_wide(centroids: torch.Tensor, empty: torch.Tensor, spread: torch.Tensor, splits: torch.Tensor) -> None:
+    """Split as many clusters as are empty, in place: the empty one and the split one both get the latter's centroid,
+    shifted to either side.
 
-    As in faiss, the chance to be split is proportional to the number of points beyond the first. Each cluster is split
-    at most once an iteration; if there are more empty clusters than can be split, the rest stay empty.
+    Those are split that have the largest sums of squared distances to their centroids, `spread` [k]. That counts half
+    for every time that a cluster was split before (`splits` [k], which is brought up to date), as a split can fail: of
+    equal points, or along coordinates that are 0. Each is split at most once an iteration; if there are more empty
+    clusters than can be split, the rest stay empty.
+
+    To split clusters that are drawn by their size (as faiss does) ends with a larger objective, and so does moving the
+    centroid to the point that is farthest from its own (as scikit-learn does); by how much is in bench/results/NOTES.md.
     """
-    empty = (counts == 0).nonzero().view(-1)
-    weight = (counts - 1).clamp(min=0).double().cpu()
-    splits = min(len(empty), int((weight > 0).sum()))
-    if splits == 0:
-        return
-    donors = torch.multinomial(weight, splits, generator=torch.Generator().manual_seed(seed)).to(centroids.device)
-    empty = empty[:splits]
+    empty = empty.nonzero().view(-1)
+    weight = spread * 0.5**splits
+    donors = weight.sort(descending=True, stable=True).indices[: min(len(empty), int((weight > 0).sum()))]
+    splits[donors] += 1
+    empty = empty[: len(donors)]
     shift = torch.full((centroids.shape[1],), 1 + _SPLIT, device=centroids.device)
     shift[1::2] = 1 - _SPLIT
     centroids[empty] = centroids[donors] * shift

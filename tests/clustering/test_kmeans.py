@@ -15,7 +15,7 @@ from ranks import run_ranks
 from sklearn.cluster import KMeans
 
 from pcl_fast.clustering import cluster, kmeans, pick_backend
-from pcl_fast.clustering.lloyd import Shards, _split_large, draw_points, take_turns
+from pcl_fast.clustering.lloyd import Shards, _split_wide, draw_points, take_turns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
@@ -220,32 +220,69 @@ def test_as_many_clusters_as_points(backend):
     assert result.objective < 1e-8
 
 
-def test_empty_clusters_take_from_large_ones():
-    """Half of the initial centroids are far from all points; after a few iterations no cluster is empty."""
-    features = blobs(600)
+def half_far_away(features: torch.Tensor) -> torch.Tensor:
+    """Return 16 centroids, half of them far from all points."""
     far = 100 + torch.rand(8, 16, generator=torch.Generator().manual_seed(0))
-    init = torch.cat([features[:8], far.to(DEVICE)])
-    result = kmeans(features, 16, iterations=10, init=init, seed=2**63 - 1)
+    return torch.cat([features[:8], far.to(features.device)])
+
+
+def test_empty_clusters_take_from_wide_ones():
+    """After a few iterations no cluster is empty."""
+    features = blobs(600)
+    init = half_far_away(features)
+    result = kmeans(features, 16, iterations=10, init=init)
     counts = torch.bincount(result.assignment, minlength=16)
     assert counts.min() > 0
     assert result.objective < 0.9 * kmeans(features, 8, iterations=10, init=init[:8]).objective
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_goes_on_while_a_cluster_is_empty(seed):
-    """To split a cluster of equal points changes no assignment, so k-means must go on until it draws another cluster to
-    split.
+def descend_with_empty_clusters(world, features, bounds):
+    shard = features[bounds[world.rank] : bounds[world.rank + 1]]
+    return kmeans(shard, 16, iterations=4, init=half_far_away(features), group=world.group)
+
+
+def test_ranks_split_the_same_clusters():
+    features = blobs(600).cpu()
+    whole = kmeans(features, 16, iterations=4, init=half_far_away(features))
+    ranks = run_ranks(2, descend_with_empty_clusters, features, (0, 380, 600))
+    assert torch.equal(torch.cat([result.assignment for result in ranks]), whole.assignment)
+    for result in ranks:
+        torch.testing.assert_close(result.centroids, whole.centroids, atol=1e-5, rtol=0)
+
+
+def test_the_widest_cluster_is_split_and_not_the_largest():
+    generator = torch.Generator().manual_seed(0)
+    tight, left, right = (
+        centre + 0.01 * torch.randn(n, 4, generator=generator)
+        for n, centre in (
+            (300, torch.tensor([5.0, 5, 5, 5])),
+            (20, torch.tensor([1.0, 2, 1, 2])),
+            (20, torch.tensor([2.0, 1, 2, 1])),
+        )
+    )
+    features = torch.cat([tight, left, right]).to(DEVICE)
+    init = torch.stack([features[0], features[300:].mean(0), torch.full((4,), -90.0, device=DEVICE)])
+    result = kmeans(features, 3, iterations=10, init=init)
+    assert sorted(torch.bincount(result.assignment, minlength=3).tolist()) == [20, 20, 300]
+
+
+def test_goes_on_until_a_split_succeeds():
+    """The widest cluster lies around 0, so that its halves are the same point. To split it changes no assignment, but
+    k-means must go on, and split another one.
     """
-    features = torch.cat([blobs(1).expand(40, -1), blobs(8, centres=1, seed=1)]).contiguous()
-    init = torch.stack([features[0], features[40:].mean(0), torch.full((16,), 50.0, device=DEVICE)])
-    result = kmeans(features, 3, iterations=60, init=init, seed=seed)
+    ends = torch.tensor([[0.0, 0, 3], [0, 0, -3]])
+    features = torch.cat([ends, torch.tensor([4.0, 4, 4]) + blobs(8, d=3, centres=1).cpu()]).to(DEVICE)
+    init = torch.stack([features[:2].mean(0), features[2:].mean(0), torch.full((3,), 50.0, device=DEVICE)])
+    result = kmeans(features, 3, iterations=60, init=init)
     assert torch.bincount(result.assignment, minlength=3).min() > 0
 
 
 def test_a_split_moves_two_centroids_apart_around_the_large_one():
     centroids = torch.tensor([[1.0, 2.0], [9.0, 9.0], [5.0, 6.0]])
     split = centroids.clone()
-    _split_large(split, torch.tensor([10, 0, 1]), 0)
+    splits = torch.zeros(3, dtype=torch.int32)
+    _split_wide(split, torch.tensor([False, True, False]), torch.tensor([0.3, 0, 0.1]), splits)
+    assert splits.tolist() == [1, 0, 0]
     torch.testing.assert_close((split[0] + split[1]) / 2, centroids[0])
     assert not torch.equal(split[0], split[1])
     assert torch.equal(split[2], centroids[2])
