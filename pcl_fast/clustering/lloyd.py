@@ -128,8 +128,8 @@ def _split_wide(centroids: torch.Tensor, empty: torch.Tensor, spread: torch.Tens
     equal points, or along coordinates that are 0. Each is split at most once an iteration; if there are more empty
     clusters than can be split, the rest stay empty.
 
-    To split clusters that are drawn by their size (as faiss does) ends with a larger objective, and so does moving the
-    centroid to the point that is farthest from its own (as scikit-learn does); by how much is in bench/results/NOTES.md.
+    To split clusters that are drawn by their size (as faiss does) ends with a larger objective, and so does moving
+    centroids to the points that are farthest from their own (as scikit-learn does): see bench/results/NOTES.md.
     """
     empty = empty.nonzero().view(-1)
     weight = spread * 0.5**splits
