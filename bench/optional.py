@@ -9,7 +9,7 @@ import pytest
 
 PACKAGES = (
     "faiss-gpu", "faiss-gpu-cu12", "flash-kmeans", "flashlib", "nvidia-cutlass-dsl",
-    "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pillow", "torchvision",
+    "nvidia-dali-cuda130", "nvidia-dali-cuda120", "pillow", "superkmeans", "torchvision",
 )  # fmt: skip
 
 

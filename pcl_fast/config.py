@@ -147,6 +147,9 @@ class ClusterConfig:
     """Lloyd iterations of a start from the last E-step's prototypes, of which there is one (no redo)."""
     backend: Literal["auto", "triton", "faiss", "torch"] = "auto"
     """Implementation of the nearest-centroid search; auto is triton on GPUs that it supports, else torch."""
+    split_by: Literal["spread", "size"] = "spread"
+    """Which cluster gives half of itself to one that has become empty. spread: that with the largest sum of squared
+    distances to its centroid; size: one drawn by its number of images, as faiss does."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from pcl_fast.clustering.backends import pick_backend
 from pcl_fast.clustering.concentration import concentration
 from pcl_fast.clustering.kmeans import check_clusters, check_options, check_shards
 from pcl_fast.clustering.lloyd import lloyd, take_turns
+from pcl_fast.clustering.splits import Split
 from pcl_fast.clustering.types import PrototypeSet
 from pcl_fast.distributed import all_gather_shards
 
@@ -33,6 +34,7 @@ def cluster(
     init: Sequence[torch.Tensor] | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    split_by: Split = "spread",
 ) -> list[PrototypeSet]:
     """Cluster the features of all ranks once for every k in `ks`.
 
@@ -44,7 +46,7 @@ def cluster(
         ks: numbers of clusters, one per granularity.
         temperature: tau, the mean concentration.
         fixed_concentration: give every prototype the concentration tau, instead of an estimate.
-        iterations, redo, seed, group, backend: see `kmeans`; granularity m draws with seed + m * redo.
+        iterations, redo, seed, group, backend, split_by: see `kmeans`; granularity m draws with seed + m * redo.
         init: initial centroids [k, d] of every granularity, see `kmeans`.
         alpha, clip: see `concentration`.
 
@@ -56,13 +58,13 @@ def cluster(
     """
     if init is not None and len(init) != len(ks):
         raise ValueError(f"init must be one [k, d] for each of the {len(ks)} ks, got {len(init)}")
-    check_options(iterations, redo)
+    check_options(iterations, redo, split_by)
     shards = check_shards(features, group)
     starts = [None] * len(ks) if init is None else init
     ks = [check_clusters(shards, k, start, redo) for k, start in zip(ks, starts, strict=True)]
     features = shards.features
     picked = pick_backend(backend, features.device, features.dtype, features.shape[1])
-    options = {"iterations": iterations, "redo": redo}
+    options = {"iterations": iterations, "redo": redo, "split_by": split_by}
     results = take_turns(
         [
             lloyd(shards, k, picked, seed=seed + m * redo, init=start, **options)

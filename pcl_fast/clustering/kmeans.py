@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from pcl_fast.clustering.backends import pick_backend
 from pcl_fast.clustering.lloyd import Shards, lloyd, take_turns
+from pcl_fast.clustering.splits import Split
 from pcl_fast.clustering.types import KMeansResult
 from pcl_fast.distributed import all_gather_rows
 
@@ -26,6 +27,7 @@ def kmeans(
     init: torch.Tensor | None = None,
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
+    split_by: Split = "spread",
 ) -> KMeansResult:
     """Minimise sum_i min_j |x_i - c_j|^2 by Lloyd's algorithm (Euclidean; centroids are not normalised).
 
@@ -36,37 +38,42 @@ def kmeans(
         k: number of clusters, at most the number of points on all ranks. If fewer points are distinct, some clusters
             stay empty or share a centroid.
         iterations: how often the centroids are updated at most; the updates end early when no assignment changes. A
-            cluster that has become empty takes half of the one with the largest sum of squared distances.
+            cluster that has become empty takes half of another, see `split_by`.
         redo: number of starts, of which the result with the lowest objective is kept. Start r draws with seed + r.
-        seed: decides the initial centroids (k distinct points). It must be the same on every rank.
+        seed: decides the initial centroids (k distinct points), and draws by size. It must be the same on every rank.
         init: [k, d] float32, initial centroids instead of random points; redo must be 1.
         group: the ranks that hold the shards; None for this process alone.
         backend: what searches for the nearest centroid. "triton": the fused kernels (d up to 256; up to 128 on Volta,
             and for float32 on compute capability 10.x); "torch": chunked matrix products in float32; "faiss"; "auto":
             triton for CUDA tensors that it takes, torch elsewhere.
+        split_by: which cluster gives half of itself to an empty one. "spread": the one with the largest sum of squared
+            distances to its centroid; "size": one that is drawn, as in faiss, by its number of points.
 
     Returns:
         KMeansResult, on the device of `features`. Equal seeds and shards give equal bits (on a GPU, if Triton is
         installed); the same points in other shards give the same result up to rounding.
 
     Raises:
-        ValueError: wrong shape, dtype, k, init (or NaN in it) or backend, or (on every rank) NaN or infinite features
-            on some rank.
+        ValueError: wrong shape, dtype, k, init (or NaN in it), backend or split_by, or (on every rank) NaN or infinite
+            features on some rank.
         TypeError: features are no array, or a number is no integer.
         MissingPackageError: the backend is not installed.
     """
-    check_options(iterations, redo)
+    check_options(iterations, redo, split_by)
     shards = check_shards(features, group)
     k = check_clusters(shards, k, init, redo)
     features = shards.features
     picked = pick_backend(backend, features.device, features.dtype, features.shape[1])
-    return take_turns([lloyd(shards, k, picked, iterations=iterations, redo=redo, seed=seed, init=init)])[0]
+    options = {"iterations": iterations, "redo": redo, "split_by": split_by}
+    return take_turns([lloyd(shards, k, picked, seed=seed, init=init, **options)])[0]
 
 
-def check_options(iterations: int, redo: int) -> None:
+def check_options(iterations: int, redo: int, split_by: str) -> None:
     iterations, redo = _integer("iterations", iterations), _integer("redo", redo)
     if iterations < 1 or redo < 1:
         raise ValueError(f"iterations and redo must be at least 1, got {iterations} and {redo}")
+    if split_by not in get_args(Split):
+        raise ValueError(f'split_by must be "spread" or "size", got {split_by!r}')
 
 
 def _integer(name: str, value: Any) -> int:

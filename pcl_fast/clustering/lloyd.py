@@ -17,11 +17,10 @@ import torch
 import torch.distributed as dist
 
 from pcl_fast.clustering.backends import Backend
+from pcl_fast.clustering.splits import Split, drawn_by_size, split, widest
 from pcl_fast.clustering.types import KMeansResult
 from pcl_fast.distributed import all_reduce_sum, begin_all_reduce_sum, begin_to_read
-
-# A cluster is split by moving its two halves apart by this factor, as faiss does.
-_SPLIT = 1 / 1024
+from pcl_fast.seeds import mix_seeds
 
 Result = TypeVar("Result")
 
@@ -48,7 +47,15 @@ def take_turns(tasks: Sequence[Generator[None, None, Result]]) -> list[Result]:
 
 
 def lloyd(
-    shards: Shards, k: int, backend: Backend, *, iterations: int, redo: int, seed: int, init: torch.Tensor | None
+    shards: Shards,
+    k: int,
+    backend: Backend,
+    *,
+    iterations: int,
+    redo: int,
+    seed: int,
+    init: torch.Tensor | None,
+    split_by: Split,
 ) -> Generator[None, None, KMeansResult]:
     """Yield between the steps of `kmeans`, and return its result. The arguments are those of `kmeans`, checked."""
     best: KMeansResult | None = None
@@ -57,14 +64,14 @@ def lloyd(
             centroids = draw_points(shards, k, seed + start)
         else:
             centroids = init.to(shards.features.device).clone(memory_format=torch.contiguous_format)
-        result = yield from _descend(shards, centroids, backend, iterations)
+        result = yield from _descend(shards, centroids, backend, iterations, seed + start, split_by)
         if best is None or result.objective < best.objective:
             best = result
     return best
 
 
 def _descend(
-    shards: Shards, centroids: torch.Tensor, backend: Backend, iterations: int
+    shards: Shards, centroids: torch.Tensor, backend: Backend, iterations: int, seed: int, split_by: Split
 ) -> Generator[None, None, KMeansResult]:
     """Run Lloyd's iterations from these centroids, which are overwritten."""
     (k, d), features = centroids.shape, shards.features
@@ -73,7 +80,7 @@ def _descend(
     totals = centroids.new_empty(k * d + k + 1)
     sums, counts, changes = totals[: k * d].view(k, d), totals[k * d : -1], totals[-1:]
     assignment, nearest, splits = None, backend.begin_search(features, k), counts.int().zero_()
-    for _ in range(iterations):
+    for iteration in range(iterations):
         before, assignment = assignment, nearest(centroids)
         counts.copy_(backend.sums(features, assignment, k, sums)[1])
         changes.fill_(1) if before is None else changes.copy_((assignment != before).sum())
@@ -86,14 +93,27 @@ def _descend(
         empty = counts == 0
         torch.where(empty[:, None], centroids, sums / counts[:, None].clamp(min=1), out=centroids)
         if any_empty:
-            spread = backend.sums(squared_distance(features, centroids, assignment)[:, None], assignment, k)[0].view(-1)
-            wait = begin_all_reduce_sum(spread, shards.group)
-            yield
-            wait()
-            _split_wide(centroids, empty, spread, splits)
+            if split_by == "spread":
+                spread = yield from _spread(shards, centroids, assignment, backend)
+                donors = widest(spread, splits, int(empty.sum()))
+            else:
+                donors = drawn_by_size(counts, int(empty.sum()), mix_seeds(seed, iteration))
+            split(centroids, empty, donors)
     else:
         assignment = nearest(centroids)
     return (yield from _label(shards, centroids, assignment))
+
+
+def _spread(
+    shards: Shards, centroids: torch.Tensor, assignment: torch.Tensor, backend: Backend
+) -> Generator[None, None, torch.Tensor]:
+    """Return the sums of squared distances to the centroids over the clusters' points of all ranks, [k]."""
+    distance = squared_distance(shards.features, centroids, assignment)
+    spread = backend.sums(distance[:, None], assignment, len(centroids))[0].view(-1)
+    wait = begin_all_reduce_sum(spread, shards.group)
+    yield
+    wait()
+    return spread
 
 
 def _label(shards: Shards, centroids: torch.Tensor, assignment: torch.Tensor) -> Generator[None, None, KMeansResult]:
@@ -117,29 +137,6 @@ def draw_points(shards: Shards, k: int, seed: int) -> torch.Tensor:
     centroids = torch.zeros(k, features.shape[1], device=features.device)
     centroids[mine.to(features.device)] = features[(chosen[mine] - first).to(features.device)].float()
     return all_reduce_sum(centroids, group)
-
-
-def _split_wide(centroids: torch.Tensor, empty: torch.Tensor, spread: torch.Tensor, splits: torch.Tensor) -> None:
-    """Split as many clusters as are empty, in place: the empty one and the split one both get the latter's centroid,
-    shifted to either side.
-
-    Those are split that have the largest sums of squared distances to their centroids, `spread` [k]. That counts half
-    for every time that a cluster was split before (`splits` [k], which is brought up to date), as a split can fail: of
-    equal points, or along coordinates that are 0. Each is split at most once an iteration; if there are more empty
-    clusters than can be split, the rest stay empty.
-
-    To split clusters that are drawn by their size (as faiss does) ends with a larger objective, and so does moving
-    centroids to the points that are farthest from their own (as scikit-learn does): see bench/results/NOTES.md.
-    """
-    empty = empty.nonzero().view(-1)
-    weight = spread * 0.5**splits
-    donors = weight.sort(descending=True, stable=True).indices[: min(len(empty), int((weight > 0).sum()))]
-    splits[donors] += 1
-    empty = empty[: len(donors)]
-    shift = torch.full((centroids.shape[1],), 1 + _SPLIT, device=centroids.device)
-    shift[1::2] = 1 - _SPLIT
-    centroids[empty] = centroids[donors] * shift
-    centroids[donors] = centroids[donors] * (2 - shift)
 
 
 def squared_distance(features: torch.Tensor, centroids: torch.Tensor, assignment: torch.Tensor) -> torch.Tensor:

@@ -91,8 +91,8 @@ class PrunedSearch:
         """
         # A score is x.c - |c|^2 / 2. A sum of d products, rounded at every step, is off by at most d ulp |x| |c|, and
         # so by d ulp (|x|^2 + |c|^2) / 2, the offset by d ulp |c|^2 / 2, their sum by some ulp more. The centroid's
-        # part is added here, so that a score is too low by the point's part at most, and a centroid that is far away does
-        # not blur the scores of the others.
+        # part is added here, so that a score is too low by the point's part at most, and a centroid that is far away
+        # does not blur the scores of the others.
         squares = centroids.square().sum(1)
         self._blur = self._rounding * squares
         self._table = torch.cat([centroids, centroids.new_zeros(self._unused, centroids.shape[1])])

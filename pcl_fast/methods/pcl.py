@@ -218,6 +218,7 @@ class PCL(Method, name="pcl"):
             init=[granularity.centroids for granularity in before] if warm else None,
             group=self.world.group,
             backend=options.backend,
+            split_by=options.split_by,
         )
         self.prototypes.replace(sets)
         return [cluster_row(k, found.assignment) for k, found in zip(options.ks, sets, strict=True)]

@@ -15,7 +15,7 @@ from ranks import run_ranks
 from sklearn.cluster import KMeans
 
 from pcl_fast.clustering import cluster, kmeans, pick_backend
-from pcl_fast.clustering.lloyd import Shards, _split_wide, draw_points, take_turns
+from pcl_fast.clustering.lloyd import Shards, draw_points, take_turns
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
@@ -226,31 +226,33 @@ def half_far_away(features: torch.Tensor) -> torch.Tensor:
     return torch.cat([features[:8], far.to(features.device)])
 
 
-def test_empty_clusters_take_from_wide_ones():
+@pytest.mark.parametrize("split_by", ["spread", "size"])
+def test_empty_clusters_take_from_others(split_by):
     """After a few iterations no cluster is empty."""
     features = blobs(600)
     init = half_far_away(features)
-    result = kmeans(features, 16, iterations=10, init=init)
+    result = kmeans(features, 16, iterations=10, init=init, seed=2**63 - 1, split_by=split_by)
     counts = torch.bincount(result.assignment, minlength=16)
     assert counts.min() > 0
     assert result.objective < 0.9 * kmeans(features, 8, iterations=10, init=init[:8]).objective
 
 
-def descend_with_empty_clusters(world, features, bounds):
+def descend_with_empty_clusters(world, features, bounds, split_by):
     shard = features[bounds[world.rank] : bounds[world.rank + 1]]
-    return kmeans(shard, 16, iterations=4, init=half_far_away(features), group=world.group)
+    return kmeans(shard, 16, iterations=4, init=half_far_away(features), group=world.group, split_by=split_by)
 
 
-def test_ranks_split_the_same_clusters():
+@pytest.mark.parametrize("split_by", ["spread", "size"])
+def test_ranks_split_the_same_clusters(split_by):
     features = blobs(600).cpu()
-    whole = kmeans(features, 16, iterations=4, init=half_far_away(features))
-    ranks = run_ranks(2, descend_with_empty_clusters, features, (0, 380, 600))
+    whole = kmeans(features, 16, iterations=4, init=half_far_away(features), split_by=split_by)
+    ranks = run_ranks(2, descend_with_empty_clusters, features, (0, 380, 600), split_by)
     assert torch.equal(torch.cat([result.assignment for result in ranks]), whole.assignment)
     for result in ranks:
         torch.testing.assert_close(result.centroids, whole.centroids, atol=1e-5, rtol=0)
 
 
-def test_the_widest_cluster_is_split_and_not_the_largest():
+def test_the_widest_cluster_is_split_or_the_largest():
     generator = torch.Generator().manual_seed(0)
     tight, left, right = (
         centre + 0.01 * torch.randn(n, 4, generator=generator)
@@ -264,6 +266,9 @@ def test_the_widest_cluster_is_split_and_not_the_largest():
     init = torch.stack([features[0], features[300:].mean(0), torch.full((4,), -90.0, device=DEVICE)])
     result = kmeans(features, 3, iterations=10, init=init)
     assert sorted(torch.bincount(result.assignment, minlength=3).tolist()) == [20, 20, 300]
+    # The draw is for the large one with a chance of 299 in 338.
+    by_size = [kmeans(features, 3, iterations=10, init=init, seed=seed, split_by="size") for seed in range(5)]
+    assert any(sorted(torch.bincount(found.assignment, minlength=3))[1] > 40 for found in by_size)
 
 
 def test_goes_on_until_a_split_succeeds():
@@ -275,17 +280,6 @@ def test_goes_on_until_a_split_succeeds():
     init = torch.stack([features[:2].mean(0), features[2:].mean(0), torch.full((3,), 50.0, device=DEVICE)])
     result = kmeans(features, 3, iterations=60, init=init)
     assert torch.bincount(result.assignment, minlength=3).min() > 0
-
-
-def test_a_split_moves_two_centroids_apart_around_the_large_one():
-    centroids = torch.tensor([[1.0, 2.0], [9.0, 9.0], [5.0, 6.0]])
-    split = centroids.clone()
-    splits = torch.zeros(3, dtype=torch.int32)
-    _split_wide(split, torch.tensor([False, True, False]), torch.tensor([0.3, 0, 0.1]), splits)
-    assert splits.tolist() == [1, 0, 0]
-    torch.testing.assert_close((split[0] + split[1]) / 2, centroids[0])
-    assert not torch.equal(split[0], split[1])
-    assert torch.equal(split[2], centroids[2])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
