@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from pcl_fast.clustering.pruned import WORTHWHILE, PrunedSearch
+from pcl_fast.clustering.bounds import WORTHWHILE, BoundedSearch
 from pcl_fast.errors import MissingPackageError
 from pcl_fast.kernels import assign_plain, segment_plain, switches
 
@@ -26,19 +26,19 @@ class Backend(NamedTuple):
     nearest: (features [n, d], centroids [k, d]) -> integers [n], the index of each point's nearest centroid.
     sums: (values [n, d], assignment [n], k, out [k, d] or None) -> (sums [k, d] float32, counts [k] int64) of every
         cluster.
-    prunes: whether bounds may save the search comparisons whose outcome is known (see `begin_search`).
+    keeps_bounds: whether bounds may save the search comparisons whose outcome is known (see `begin_search`).
     """
 
     nearest: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     sums: Callable[..., tuple[torch.Tensor, torch.Tensor]]
-    prunes: bool = False
+    keeps_bounds: bool = False
 
     def begin_search(self, features: torch.Tensor, k: int) -> Callable[[torch.Tensor], torch.Tensor]:
         """Return a function (centroids [k, d]) -> integers [n], to be called while these centroids move: the nearest
         centroids of the same points. Where that is worth while it remembers what need not be compared again.
         """
-        if self.prunes and len(features) * k >= WORTHWHILE:
-            return PrunedSearch(features, k)
+        if self.keeps_bounds and len(features) * k >= WORTHWHILE:
+            return BoundedSearch(features, k)
         return functools.partial(self.nearest, features)
 
 
@@ -63,7 +63,7 @@ def pick_backend(name: str, device: torch.device, dtype: torch.dtype, dim: int) 
             return Backend(_assign.nearest, (segment_plain if switches.is_off("segment") else _segment).segment_sums)
         if name == "triton":
             raise ValueError(f'k-means backend "triton" {reason}; use backend "torch"')
-    return Backend(assign_plain.nearest, pick_sums(device), prunes=device.type == "cpu")
+    return Backend(assign_plain.nearest, pick_sums(device), keeps_bounds=device.type == "cpu")
 
 
 def pick_sums(device: torch.device) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from pcl_fast.kernels import assign_plain
 
-from pcl_fast.clustering import backends, kmeans, pruned
+from pcl_fast.clustering import backends, bounds, kmeans
 from pcl_fast.clustering.backends import Backend, pick_backend
-from pcl_fast.clustering.pruned import PrunedSearch
+from pcl_fast.clustering.bounds import BoundedSearch
+from pcl_fast.kernels import assign_plain
 
 
 def distances(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
@@ -65,10 +65,10 @@ def moves(features: torch.Tensor, k: int, generator: torch.Generator):
 @pytest.mark.parametrize(("n", "k", "d"), [(300, 60, 16), (130, 90, 130), (333, 33, 2), (300, 7, 20)])
 def test_finds_what_float64_finds(data, n, k, d, monkeypatch):
     """In pieces of a few rows, too."""
-    monkeypatch.setattr(pruned, "_CHUNK", 1 << 12)
+    monkeypatch.setattr(bounds, "_CHUNK", 1 << 12)
     generator = torch.Generator().manual_seed(torch.seed())
     features = data(n, d, generator)
-    search, given_up = PrunedSearch(features, k), []
+    search, given_up = BoundedSearch(features, k), []
     for step, centroids in enumerate(moves(features, k, generator)):
         exact = distances(features, centroids)
         found = search(centroids)
@@ -85,7 +85,7 @@ def test_long_centroids_and_short_points():
     """The rounding of the centroids' norms hides what the points say."""
     generator = torch.Generator().manual_seed(torch.seed())
     features = 3e-3 * torch.randn(400, 20, generator=generator)
-    search = PrunedSearch(features, 60)
+    search = BoundedSearch(features, 60)
     for _ in range(4):
         centroids = 30 * F.normalize(torch.randn(60, 20, generator=generator), dim=1)
         exact = distances(features, centroids)
@@ -95,7 +95,7 @@ def test_long_centroids_and_short_points():
         bounds_hold(search, exact)
 
 
-def bounds_hold(search: PrunedSearch, exact: torch.Tensor) -> None:
+def bounds_hold(search: BoundedSearch, exact: torch.Tensor) -> None:
     """No bound is wrong, by however little."""
     nearest = search._assignment
     own = exact.gather(1, nearest[:, None])
@@ -108,7 +108,7 @@ def bounds_hold(search: PrunedSearch, exact: torch.Tensor) -> None:
 
 def test_of_equal_centroids_the_first_is_found():
     features = spread(400, 16, torch.Generator().manual_seed(3))
-    search = PrunedSearch(features, 44)
+    search = BoundedSearch(features, 44)
     first = assign_plain.nearest(features, features[:40])
     for order in (torch.cat([torch.arange(40), torch.arange(4)]), torch.tensor([*range(40), 7, 7, 7, 9])):
         assert torch.equal(search(features[order]), first)
@@ -117,7 +117,7 @@ def test_of_equal_centroids_the_first_is_found():
 def test_nearly_equal_points_end_as_the_plain_search_has_them():
     features = torch.ones(200, 8)
     centroids = torch.ones(40, 8)
-    search = PrunedSearch(features, 40)
+    search = BoundedSearch(features, 40)
     for _ in range(2):
         assert torch.equal(search(centroids), assign_plain.nearest(features, centroids))
 
@@ -126,12 +126,12 @@ def test_nothing_is_compared_that_is_known(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     features = spread(2000, 32, generator)
     compared, whole = [], []
-    compare, search_all = PrunedSearch._compare, PrunedSearch._search_all
+    compare, search_all = BoundedSearch._compare, BoundedSearch._search_all
     monkeypatch.setattr(
-        PrunedSearch, "_compare", lambda self, group, point: compared.append(len(point)) or compare(self, group, point)
+        BoundedSearch, "_compare", lambda self, group, point: compared.append(len(point)) or compare(self, group, point)
     )
-    monkeypatch.setattr(PrunedSearch, "_search_all", lambda self: whole.append(1) or search_all(self))
-    search = PrunedSearch(features, 24)
+    monkeypatch.setattr(BoundedSearch, "_search_all", lambda self: whole.append(1) or search_all(self))
+    search = BoundedSearch(features, 24)
     centroids = features[:24].clone()
     search(centroids)
     assert len(whole) == 1
@@ -157,7 +157,7 @@ def test_threads_change_no_bit():
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            search, centroids = PrunedSearch(features, 400), features[:400].clone()
+            search, centroids = BoundedSearch(features, 400), features[:400].clone()
             for _ in range(5):
                 found = search(centroids)
                 centroids = backends.segment_plain.segment_sums(features, found, 400)[0] / 8
@@ -175,7 +175,7 @@ def test_kmeans_ends_where_the_plain_search_ends(dtype, monkeypatch):
     plain = kmeans(features, 80, init=init, iterations=12)
     searches = []
     monkeypatch.setattr(backends, "WORTHWHILE", 1)
-    monkeypatch.setattr(backends, "PrunedSearch", lambda *arguments: searches.append(1) or PrunedSearch(*arguments))
+    monkeypatch.setattr(backends, "BoundedSearch", lambda *arguments: searches.append(1) or BoundedSearch(*arguments))
     ours, again = (kmeans(features, 80, init=init, iterations=12) for _ in range(2))
     assert len(searches) == 2
     assert torch.equal(ours.assignment, plain.assignment)
@@ -187,7 +187,7 @@ def test_kmeans_ends_where_the_plain_search_ends(dtype, monkeypatch):
 def test_bounds_are_for_large_problems_on_a_cpu():
     features = torch.zeros(3000, 4)
     cpu = pick_backend("auto", features.device, features.dtype, 4)
-    assert isinstance(cpu.begin_search(features, 350), PrunedSearch)
-    assert not isinstance(cpu.begin_search(features, 300), PrunedSearch)
+    assert isinstance(cpu.begin_search(features, 350), BoundedSearch)
+    assert not isinstance(cpu.begin_search(features, 300), BoundedSearch)
     for other in (pick_backend("torch", torch.device("cuda"), features.dtype, 4), Backend(*cpu[:2])):
-        assert not isinstance(other.begin_search(features, 350), PrunedSearch)
+        assert not isinstance(other.begin_search(features, 350), BoundedSearch)

@@ -31,7 +31,7 @@ _FETCH = 50
 WORTHWHILE = 1 << 20
 
 
-class PrunedSearch:
+class BoundedSearch:
     """The search for the nearest centroids of these points, which remembers bounds from call to call.
 
     Where more pairs of a point and a centroid are nearly tied than there are points (as where all points are equal),
