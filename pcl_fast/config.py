@@ -19,6 +19,8 @@ from pcl_fast.command_line import AUTO, Integers, IntegersOrAuto
 from pcl_fast.crop_sizes import Stage, Stages, check_stages, size_at
 from pcl_fast.seeds import check_seed
 
+# Iterations of k-means after which `prune_starts` lets only the best start go on.
+PRUNED_AFTER = 5
 # A string, of which the command line takes and lists these.
 _Augmentation = tyro.extras.literal_type_from_choices(AUGMENTATIONS)
 
@@ -135,6 +137,8 @@ class ClusterConfig:
     """Lloyd iterations per k-means."""
     redo: int = 5
     """k-means restarts; the one with the least objective is kept."""
+    prune_starts: bool = False
+    """After 5 iterations let only the start with the least objective go on."""
     alpha: float = 10.0
     """Smoothing of the concentration of small clusters."""
     fixed_concentration: bool = False
@@ -467,6 +471,12 @@ def validate(config: Config) -> None:
     if config.data.shorter_side < config.data.size:
         raise ValueError(f"--data.resize {config.data.resize} is smaller than the crop, --data.size {config.data.size}")
     check_stages(config.data.sizes, config.data.size)
+    if config.cluster.prune_starts and (config.cluster.redo < 2 or config.cluster.iterations <= PRUNED_AFTER):
+        raise ValueError(
+            f"--cluster.prune-starts ends all starts of k-means but the best after {PRUNED_AFTER} iterations: it needs "
+            f"--cluster.redo of 2 or more and more --cluster.iterations, got {config.cluster.redo} and "
+            f"{config.cluster.iterations}"
+        )
     for flag, ks in {"--cluster.ks": config.cluster.ks, "--evaluation.ks": config.evaluation.ks}.items():
         if ks != AUTO and any(k < 1 for k in ks):
             raise ValueError(f"{flag} must be positive numbers of clusters, got {ks}")

@@ -97,6 +97,14 @@ def test_an_augmentation_is_one_entry(monkeypatch, capsys):
     assert to_dict(config)["data"]["views"] == "v9"
 
 
+@pytest.mark.parametrize("options", [{"redo": 1}, {"iterations": 5}])
+def test_starts_are_left_early_only_where_there_are_others_and_time(options):
+    config = preset("pcl_v2")
+    validate(replace(config, cluster=replace(config.cluster, prune_starts=True)))
+    with pytest.raises(ValueError, match=r"--cluster\.prune-starts .* after 5 iterations: it needs --cluster\.redo"):
+        validate(replace(config, cluster=replace(config.cluster, prune_starts=True, **options)))
+
+
 def test_more_workers_than_any_machine_has_cores_are_refused():
     config = preset("pcl_v1")
     validate(replace(config, data=replace(config.data, workers=1024)))

@@ -35,6 +35,7 @@ def cluster(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     split_by: Split = "spread",
+    prune_after: int | None = None,
 ) -> list[PrototypeSet]:
     """Cluster the features of all ranks once for every k in `ks`.
 
@@ -46,7 +47,8 @@ def cluster(
         ks: numbers of clusters, one per granularity.
         temperature: tau, the mean concentration.
         fixed_concentration: give every prototype the concentration tau, instead of an estimate.
-        iterations, redo, seed, group, backend, split_by: see `kmeans`; granularity m draws with seed + m * redo.
+        iterations, redo, seed, group, backend, split_by, prune_after: see `kmeans`; granularity m draws with seed + m *
+            redo.
         init: initial centroids [k, d] of every granularity, see `kmeans`.
         alpha, clip: see `concentration`.
 
@@ -58,16 +60,15 @@ def cluster(
     """
     if init is not None and len(init) != len(ks):
         raise ValueError(f"init must be one [k, d] for each of the {len(ks)} ks, got {len(init)}")
-    check_options(iterations, redo, split_by)
+    options = check_options(iterations, redo, split_by, prune_after)
     shards = check_shards(features, group)
     starts = [None] * len(ks) if init is None else init
     ks = [check_clusters(shards, k, start, redo) for k, start in zip(ks, starts, strict=True)]
     features = shards.features
     picked = pick_backend(backend, features.device, features.dtype, features.shape[1])
-    options = {"iterations": iterations, "redo": redo, "split_by": split_by}
     results = take_turns(
         [
-            lloyd(shards, k, picked, seed=seed + m * redo, init=start, **options)
+            lloyd(shards, k, picked, seed=seed + m * redo, init=start, options=options)
             for m, (k, start) in enumerate(zip(ks, starts, strict=True))
         ]
     )

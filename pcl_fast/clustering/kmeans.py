@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from pcl_fast.clustering.backends import pick_backend
-from pcl_fast.clustering.lloyd import Shards, lloyd, take_turns
+from pcl_fast.clustering.lloyd import Options, Shards, lloyd, take_turns
 from pcl_fast.clustering.splits import Split
 from pcl_fast.clustering.types import KMeansResult
 from pcl_fast.distributed import all_gather_rows
@@ -28,6 +28,7 @@ def kmeans(
     group: dist.ProcessGroup | None = None,
     backend: str = "auto",
     split_by: Split = "spread",
+    prune_after: int | None = None,
 ) -> KMeansResult:
     """Minimise sum_i min_j |x_i - c_j|^2 by Lloyd's algorithm (Euclidean; centroids are not normalised).
 
@@ -48,6 +49,7 @@ def kmeans(
             triton for CUDA tensors that it takes, torch elsewhere.
         split_by: which cluster gives half of itself to an empty one. "spread": the one with the largest sum of squared
             distances to its centroid; "size": one that is drawn, as in faiss, by its number of points.
+        prune_after: after so many iterations only the start with the lowest objective goes on; None: all do.
 
     Returns:
         KMeansResult, on the device of `features`. Equal seeds and shards give equal bits (on a GPU, if Triton is
@@ -59,21 +61,27 @@ def kmeans(
         TypeError: features are no array, or a number is no integer.
         MissingPackageError: the backend is not installed.
     """
-    check_options(iterations, redo, split_by)
+    options = check_options(iterations, redo, split_by, prune_after)
     shards = check_shards(features, group)
     k = check_clusters(shards, k, init, redo)
     features = shards.features
     picked = pick_backend(backend, features.device, features.dtype, features.shape[1])
-    options = {"iterations": iterations, "redo": redo, "split_by": split_by}
-    return take_turns([lloyd(shards, k, picked, seed=seed, init=init, **options)])[0]
+    return take_turns([lloyd(shards, k, picked, seed=seed, init=init, options=options)])[0]
 
 
-def check_options(iterations: int, redo: int, split_by: str) -> None:
+def check_options(iterations: int, redo: int, split_by: str, prune_after: int | None) -> Options:
+    """
+    Raises:
+        ValueError, TypeError: see `kmeans`.
+    """
     iterations, redo = _integer("iterations", iterations), _integer("redo", redo)
     if iterations < 1 or redo < 1:
         raise ValueError(f"iterations and redo must be at least 1, got {iterations} and {redo}")
     if split_by not in get_args(Split):
         raise ValueError(f'split_by must be "spread" or "size", got {split_by!r}')
+    if prune_after is not None and _integer("prune_after", prune_after) < 1:
+        raise ValueError(f"prune_after must be at least 1, or None, got {prune_after}")
+    return Options(iterations, redo, split_by, prune_after)
 
 
 def _integer(name: str, value: Any) -> int:

@@ -46,83 +46,112 @@ def take_turns(tasks: Sequence[Generator[None, None, Result]]) -> list[Result]:
     return [results[number] for number in range(len(tasks))]
 
 
+class Options(NamedTuple):
+    """What a user chooses of k-means, see `kmeans`."""
+
+    iterations: int
+    redo: int
+    split_by: Split
+    prune_after: int | None
+
+
 def lloyd(
-    shards: Shards,
-    k: int,
-    backend: Backend,
-    *,
-    iterations: int,
-    redo: int,
-    seed: int,
-    init: torch.Tensor | None,
-    split_by: Split,
+    shards: Shards, k: int, backend: Backend, *, seed: int, init: torch.Tensor | None, options: Options
 ) -> Generator[None, None, KMeansResult]:
     """Yield between the steps of `kmeans`, and return its result. The arguments are those of `kmeans`, checked."""
-    best: KMeansResult | None = None
-    for start in range(redo):
+    first = options.prune_after or options.iterations
+    best: _Descent | None = None
+    for start in range(options.redo):
         if init is None:
             centroids = draw_points(shards, k, seed + start)
         else:
             centroids = init.to(shards.features.device).clone(memory_format=torch.contiguous_format)
-        result = yield from _descend(shards, centroids, backend, iterations, seed + start, split_by)
-        if best is None or result.objective < best.objective:
-            best = result
-    return best
+        descent = _Descent(shards, centroids, backend, seed + start, options)
+        yield from descent.go_on(first)
+        if best is None or descent.objective < best.objective:
+            best = descent
+    yield from best.go_on(options.iterations)
+    return best.result()
 
 
-def _descend(
-    shards: Shards, centroids: torch.Tensor, backend: Backend, iterations: int, seed: int, split_by: Split
-) -> Generator[None, None, KMeansResult]:
-    """Run Lloyd's iterations from these centroids, which are overwritten."""
-    (k, d), features = centroids.shape, shards.features
-    # Sums, counts and changes are one message between the ranks. float32 counts are exact up to 2^24 points a cluster,
-    # and beyond that as exact as the sums.
-    totals = centroids.new_empty(k * d + k + 1)
-    sums, counts, changes = totals[: k * d].view(k, d), totals[k * d : -1], totals[-1:]
-    assignment, nearest, splits = None, backend.begin_search(features, k), counts.int().zero_()
-    for iteration in range(iterations):
-        before, assignment = assignment, nearest(centroids)
-        counts.copy_(backend.sums(features, assignment, k, sums)[1])
-        changes.fill_(1) if before is None else changes.copy_((assignment != before).sum())
-        wait = begin_all_reduce_sum(totals, shards.group)
-        read = begin_to_read(lambda: torch.cat([changes > 0, (counts == 0).any()[None]]), wait, totals.device)
+class _Descent:
+    """Lloyd's iterations from one start. It can be interrupted after some of them, and goes on to the same bits.
+
+    objective: of the clusters as they are, once `go_on` has returned.
+    """
+
+    def __init__(self, shards: Shards, centroids: torch.Tensor, backend: Backend, seed: int, options: Options):
+        """centroids: those to start from, which are overwritten."""
+        self._shards, self._centroids, self._backend, self._options = shards, centroids, backend, options
+        self._seed = seed
+        k, d = centroids.shape
+        # Sums, counts and changes are one message between the ranks. float32 counts are exact up to 2^24 points a
+        # cluster, and beyond that as exact as the sums.
+        self._totals = centroids.new_empty(k * d + k + 1)
+        self._splits = centroids.new_zeros(k, dtype=torch.int32)
+        self._nearest = backend.begin_search(shards.features, k)
+        self._assignment: torch.Tensor | None = None
+        self._done, self._has_ended = 0, False
+
+    def go_on(self, iterations: int) -> Generator[None, None, None]:
+        """Yield between the steps, until so many iterations are done, fewer if no assignment changes any more."""
+        if self._has_ended:
+            return
+        while self._done < min(iterations, self._options.iterations) and not self._has_ended:
+            yield from self._iterate()
+            self._done += 1
+        if self._done == self._options.iterations and not self._has_ended:
+            self._assignment, self._has_ended = self._nearest(self._centroids), True
+        if self._has_ended:
+            self._nearest = None  # which holds memory
+        yield from self._measure()
+
+    def _iterate(self) -> Generator[None, None, None]:
+        (k, d), features = self._centroids.shape, self._shards.features
+        sums, counts, changes = self._totals[: k * d].view(k, d), self._totals[k * d : -1], self._totals[-1:]
+        before, self._assignment = self._assignment, self._nearest(self._centroids)
+        counts.copy_(self._backend.sums(features, self._assignment, k, sums)[1])
+        changes.fill_(1) if before is None else changes.copy_((self._assignment != before).sum())
+        wait = begin_all_reduce_sum(self._totals, self._shards.group)
+        read = begin_to_read(lambda: torch.cat([changes > 0, (counts == 0).any()[None]]), wait, self._totals.device)
         yield
         changed, any_empty = read()
         if not (changed or any_empty):
-            break  # these centroids are the means of their clusters already
+            self._has_ended = True  # these centroids are the means of their clusters already
+            return
         empty = counts == 0
-        torch.where(empty[:, None], centroids, sums / counts[:, None].clamp(min=1), out=centroids)
+        torch.where(empty[:, None], self._centroids, sums / counts[:, None].clamp(min=1), out=self._centroids)
         if any_empty:
-            if split_by == "spread":
-                spread = yield from _spread(shards, centroids, assignment, backend)
-                donors = widest(spread, splits, int(empty.sum()))
-            else:
-                donors = drawn_by_size(counts, int(empty.sum()), mix_seeds(seed, iteration))
-            split(centroids, empty, donors)
-    else:
-        assignment = nearest(centroids)
-    return (yield from _label(shards, centroids, assignment))
+            yield from self._fill(empty, counts)
 
+    def _fill(self, empty: torch.Tensor, counts: torch.Tensor) -> Generator[None, None, None]:
+        """Give empty clusters a half of others."""
+        wanted = int(empty.sum())
+        if self._options.split_by == "spread":
+            distance = self._squared_distance()[:, None]
+            spread = self._backend.sums(distance, self._assignment, len(counts))[0].view(-1)
+            wait = begin_all_reduce_sum(spread, self._shards.group)
+            yield
+            wait()
+            donors = widest(spread, self._splits, wanted)
+        else:
+            donors = drawn_by_size(counts, wanted, mix_seeds(self._seed, self._done))
+        split(self._centroids, empty, donors)
 
-def _spread(
-    shards: Shards, centroids: torch.Tensor, assignment: torch.Tensor, backend: Backend
-) -> Generator[None, None, torch.Tensor]:
-    """Return the sums of squared distances to the centroids over the clusters' points of all ranks, [k]."""
-    distance = squared_distance(shards.features, centroids, assignment)
-    spread = backend.sums(distance[:, None], assignment, len(centroids))[0].view(-1)
-    wait = begin_all_reduce_sum(spread, shards.group)
-    yield
-    wait()
-    return spread
+    def _squared_distance(self) -> torch.Tensor:
+        return squared_distance(self._shards.features, self._centroids, self._assignment)
 
+    def _measure(self) -> Generator[None, None, None]:
+        """Find the distances to the assigned centroids, and their sum over all ranks."""
+        self._distance = self._squared_distance()
+        objective = self._distance.sum(dtype=torch.float64)
+        wait = begin_all_reduce_sum(objective, self._shards.group)
+        read = begin_to_read(lambda: objective, wait, objective.device)
+        yield
+        self.objective = read()
 
-def _label(shards: Shards, centroids: torch.Tensor, assignment: torch.Tensor) -> Generator[None, None, KMeansResult]:
-    """Return the result: distances to the assigned centroids, and their sum over all ranks."""
-    distance = squared_distance(shards.features, centroids, assignment)
-    objective = distance.sum(dtype=torch.float64)
-    read = begin_to_read(lambda: objective, begin_all_reduce_sum(objective, shards.group), objective.device)
-    yield
-    return KMeansResult(centroids, assignment.int(), distance, read())
+    def result(self) -> KMeansResult:
+        return KMeansResult(self._centroids, self._assignment.int(), self._distance, self.objective)
 
 
 def draw_points(shards: Shards, k: int, seed: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 
 from pcl_fast.clustering import cluster, cluster_row, obstacle, pick_backend
 from pcl_fast.clustering.prototypes import Prototypes
-from pcl_fast.config import PRESETS, Config, setting
+from pcl_fast.config import PRESETS, PRUNED_AFTER, Config, setting
 from pcl_fast.data import Batch
 from pcl_fast.distributed import World, all_gather_rows
 from pcl_fast.fitting import automatic_ks
@@ -219,6 +219,7 @@ class PCL(Method, name="pcl"):
             group=self.world.group,
             backend=options.backend,
             split_by=options.split_by,
+            prune_after=PRUNED_AFTER if options.prune_starts else None,
         )
         self.prototypes.replace(sets)
         return [cluster_row(k, found.assignment) for k, found in zip(options.ks, sets, strict=True)]

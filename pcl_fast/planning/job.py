@@ -118,9 +118,9 @@ class Job:
         drawn = sum(k if negatives is None else min(negatives, k) for k in self.ks)
         return self.config.model.queue_size + prototypes * drawn
 
-    def search_flop(self, iterations: int, redo: int) -> float:
-        """2 n d sum(K) for each of k-means' iterations and starts, and once for the labels."""
-        return 2.0 * self.images * self.config.model.dim * sum(self.ks) * (iterations * redo + 1)
+    def search_flop(self, searches: int) -> float:
+        """2 n d sum(K) for each of k-means' searches: those of its iterations, and those for the labels."""
+        return 2.0 * self.images * self.config.model.dim * sum(self.ks) * searches
 
 
 def over_run(job: Job, step: Callable[[bool], list[Phase]], data: Phase) -> list[Phase]:

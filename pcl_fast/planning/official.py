@@ -79,7 +79,7 @@ def _clustering(job: Job, machine: Machine) -> Phase:
     """E-steps * (products / rate of one GPU + features to the GPU in every iteration + loops in Python); or as
     estimated from measured parts for the paper's E-step, by its products.
     """
-    esteps, flop = job.prototype_epochs, job.search_flop(_ITERATIONS, _REDO)
+    esteps, flop = job.prototype_epochs, job.search_flop(_ITERATIONS * _REDO + 1)
     if not esteps:
         return Phase(0.0, "none")
     if machine.official_estep is not None:

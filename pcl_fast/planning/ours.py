@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from pcl_fast.config import ModelConfig
+from pcl_fast.config import PRUNED_AFTER, ClusterConfig, ModelConfig
 from pcl_fast.planning.encoder import Work, count
 from pcl_fast.planning.figures import Constant
 from pcl_fast.planning.job import PHASES, Job, Phase, over_run
@@ -211,15 +211,22 @@ def _clustering(job: Job, machine: Machine) -> Phase:
     if not times:
         return Phase(0.0, "none")
     warm = times - 1 if options.init == "previous" else 0
-    kinds = ((times - warm, options.iterations, options.redo), (warm, options.warm_iterations, 1))
+    kinds = ((times - warm, *_iterations(options)), (warm, options.warm_iterations, 1))
     seconds, formulas = 0.0, []
-    for count_of, iterations, redo in kinds:
-        search = job.search_flop(iterations, redo) / (machine.clustering.value * job.world)
-        sums = 4 * (job.config.model.dim + 1) * sum(job.ks) * iterations * redo
+    for count_of, iterations, ends in kinds:
+        search = job.search_flop(iterations + ends) / (machine.clustering.value * job.world)
+        sums = 4 * (job.config.model.dim + 1) * sum(job.ks) * iterations
         seconds += count_of * max(search, reduce_seconds(sums, job, machine))
         if count_of:
-            formulas.append(f"{count_of} x 2 n d sum(K) x ({iterations} x {redo} + 1)")
+            formulas.append(f"{count_of} x 2 n d sum(K) x ({iterations} + {ends})")
     return Phase(seconds, f"({' + '.join(formulas)}) / (GPUs x rate)", (machine.clustering,))
+
+
+def _iterations(options: ClusterConfig) -> tuple[int, int]:
+    """Return k-means' iterations in all its starts, and how many of these come to an end, with a search for labels."""
+    if not options.prune_starts:
+        return options.iterations * options.redo, options.redo
+    return PRUNED_AFTER * (options.redo - 1) + options.iterations, 1
 
 
 def _rest(job: Job, machine: Machine) -> Phase:

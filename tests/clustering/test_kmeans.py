@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from pcl_fast.kernels import assign, assign_plain, segment
 from ranks import run_ranks
 from sklearn.cluster import KMeans
 
 from pcl_fast.clustering import cluster, kmeans, pick_backend
 from pcl_fast.clustering.lloyd import Shards, draw_points, take_turns
+from pcl_fast.kernels import assign, assign_plain, segment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
@@ -73,7 +73,7 @@ def test_labels_and_distances_belong_to_the_centroids_returned(backend):
 
 def kmeans_of_shard(world, features, bounds, backend):
     shard = features[bounds[world.rank] : bounds[world.rank + 1]]
-    return kmeans(shard, 15, iterations=6, redo=2, seed=3, group=world.group, backend=backend)
+    return kmeans(shard, 15, iterations=6, redo=3, seed=3, group=world.group, backend=backend, prune_after=3)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_ranks_with_unequal_shards_equal_one_rank(backend, dtype, bounds):
     if backend == "triton" and DEVICE == "cuda":
         pytest.skip("the interpreter is off where there is a GPU")
     features = blobs(900).cpu().to(dtype)
-    whole = kmeans(features, 15, iterations=6, redo=2, seed=3, backend=backend)
+    whole = kmeans(features, 15, iterations=6, redo=3, seed=3, backend=backend, prune_after=3)
     ranks = run_ranks(len(bounds) - 1, kmeans_of_shard, features, bounds, backend)
     for result in ranks:
         torch.testing.assert_close(result.centroids, whole.centroids, atol=1e-5, rtol=0)
@@ -202,6 +202,36 @@ def test_take_turns_returns_in_order():
         return steps
 
     assert take_turns([task(3), task(0), task(1)]) == [3, 0, 1]
+
+
+def objective_of_clusters(features: torch.Tensor, seed: int, iterations: int) -> float:
+    """Return the objective of the clusters that a start has after so many iterations, before the next search."""
+    clusters = kmeans(features, 12, iterations=iterations - 1, seed=seed).assignment.long()
+    means = kmeans(features, 12, iterations=iterations, seed=seed).centroids
+    return (features - means[clusters]).square().sum().item()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_only_the_start_that_leads_goes_on(seed, monkeypatch):
+    """It ends with the bits that it has without the others."""
+    features = blobs(900, centres=900)
+    leader = min(range(seed, seed + 5), key=lambda start: objective_of_clusters(features, start, 3))
+    alone = kmeans(features, 12, iterations=9, seed=leader)
+    nearest, searches = assign_plain.nearest, []
+    monkeypatch.setattr(assign_plain, "nearest", lambda *args: searches.append(1) or nearest(*args))
+    pruned = kmeans(features, 12, iterations=9, redo=5, seed=seed, prune_after=3, backend="torch")
+    assert len(searches) == 5 * 3 + 6 + 1
+    assert pruned.objective == alone.objective
+    assert torch.equal(pruned.centroids, alone.centroids)
+    assert torch.equal(pruned.assignment, alone.assignment)
+
+
+def test_a_start_that_has_ended_before_the_others_are_left_is_kept():
+    """Four points in four places: nothing moves after the first iteration."""
+    features = torch.eye(4, device=DEVICE).repeat(5, 1)
+    whole, pruned = (kmeans(features, 4, iterations=9, redo=6, prune_after=after) for after in (None, 5))
+    assert pruned.objective == whole.objective
+    assert torch.equal(pruned.centroids, whole.centroids)
 
 
 def test_redo_keeps_the_best_start():
@@ -354,6 +384,8 @@ def test_errors_name_the_numbers():
         (lambda: kmeans(features / (features > 0), 2), "features of rank 0 are not finite: 30 of 30 rows"),
         (lambda: kmeans(features.double(), 2), "float64"),
         (lambda: kmeans(features, 2, iterations=0), "iterations and redo.*0 and 1"),
+        (lambda: kmeans(features, 2, split_by="faiss"), 'split_by must be "spread" or "size", got \'faiss\''),
+        (lambda: kmeans(features, 2, prune_after=0), "prune_after must be at least 1, or None, got 0"),
         (lambda: kmeans(features, 2, init=features[:3]), r"init must be \[2, 16\].*\[3, 16\]"),
         (lambda: kmeans(features, 2, init=features[:2], redo=2), "redo must be 1, got 2"),
         (lambda: kmeans(features, 2, backend="cuml"), "backends .*'cuml'"),

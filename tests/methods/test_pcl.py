@@ -156,7 +156,7 @@ def test_features_are_the_momentum_encoder_s_in_eval_mode(alone):
 # --- the E-step -------------------------------------------------------------------------------------------------------
 
 
-def clusterings(alone, init: str, monkeypatch) -> list[dict]:
+def clusterings(alone, init: str, monkeypatch, prune_starts: bool = False) -> list[dict]:
     """Arguments of the k-means of three E-steps in a row."""
     calls = []
 
@@ -166,9 +166,9 @@ def clusterings(alone, init: str, monkeypatch) -> list[dict]:
 
     monkeypatch.setattr(module, "cluster", recorded)
     config = small_config()
-    config = replace(
-        config, cluster=replace(config.cluster, ks=(3, 5), redo=2, init=init, warm_iterations=4, alpha=7.0)
-    )
+    changes = {"ks": (3, 5), "redo": 2, "init": init, "warm_iterations": 4, "alpha": 7.0, "split_by": "size"}
+    changes["prune_starts"] = prune_starts
+    config = replace(config, cluster=replace(config.cluster, **changes))
     method = build(config, alone, 60)
     features = F.normalize(torch.randn(60, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     for epoch in (4, 5, 6):
@@ -176,8 +176,9 @@ def clusterings(alone, init: str, monkeypatch) -> list[dict]:
         rows = method.expect(features, epoch)
         assert [row["k"] for row in rows] == [3, 5]
         assert (calls[-1]["alpha"], calls[-1]["temperature"]) == (7.0, config.loss.temperature)
+        assert (calls[-1]["split_by"], calls[-1]["prune_after"]) == ("size", 5 if prune_starts else None)
         if calls[-1]["init"] is not None:
-            expected = kmeans(features, 5, iterations=4, init=before[1], seed=calls[-1]["seed"] + 1)
+            expected = kmeans(features, 5, iterations=4, init=before[1], seed=calls[-1]["seed"] + 1, split_by="size")
             assert torch.equal(method.clusterings()["5"], expected.assignment)
             calls[-1]["init"] = before
     return calls
@@ -187,6 +188,10 @@ def test_kmeans_starts_at_random_by_default(alone, monkeypatch):
     assert [name for name, (_, config) in PRESETS.items() if config.cluster.init != "random"] == ["pcl_v2_fast"]
     for call in clusterings(alone, "random", monkeypatch):
         assert (call["init"], call["redo"], call["iterations"]) == (None, 2, PRESETS["demo"][1].cluster.iterations)
+
+
+def test_starts_of_kmeans_can_be_left_early(alone, monkeypatch):
+    clusterings(alone, "random", monkeypatch, prune_starts=True)
 
 
 def test_kmeans_can_start_from_the_last_prototypes(alone, monkeypatch):
