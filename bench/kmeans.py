@@ -24,10 +24,10 @@ import pytest
 import torch
 from clustered import TOLERANCE, mean_distance, some_points, unit_features
 from lloyd_providers import STAGES, step
+from pcl_fast.kernels import assign_plain
 
 from pcl_fast.clustering import concentration, kmeans
 from pcl_fast.clustering.lloyd import squared_distance
-from pcl_fast.kernels import assign_plain
 
 D, IMAGES, TEMPERATURE = 128, 1_281_167, 0.2
 SIZES = {"d": D}

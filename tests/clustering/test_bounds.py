@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from pcl_fast.kernels import assign_plain
 
 from pcl_fast.clustering import backends, bounds, kmeans
 from pcl_fast.clustering.backends import Backend, pick_backend
 from pcl_fast.clustering.bounds import BoundedSearch
-from pcl_fast.kernels import assign_plain
 
 
 def distances(features: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from pcl_fast.kernels import assign, assign_plain, segment
 from ranks import run_ranks
 from sklearn.cluster import KMeans
 
 from pcl_fast.clustering import cluster, kmeans, pick_backend
 from pcl_fast.clustering.lloyd import Shards, draw_points, take_turns
-from pcl_fast.kernels import assign, assign_plain, segment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
