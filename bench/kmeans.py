@@ -187,7 +187,7 @@ def test_kmeans(benchmark, case, provider):
     features, init = problem(case)
     found, expected = objective_of(case, provider), objective_of(case, "ours")
     # Not more alike: starts, ends and what becomes of empty clusters are each one's own.
-    assert found == pytest.approx(expected, rel=0.03)
+    assert found == pytest.approx(expected, rel=0.1 if provider.endswith("defaults") else 0.03)
     benchmark.group = f"{case}, {ITERATIONS} iterations"
     benchmark.extra_info.update(
         provider=provider, sizes=SIZES, versions=optional.versions(), case=case.describe(iterations=ITERATIONS)

@@ -54,6 +54,8 @@ def page(results: Path = RESULTS) -> str:
     }  # fmt: skip
     text = environment.get_template(TEMPLATE).render(
         cpu=figures_of(results / CPU),
+        starts=read(results / CPU / "starts.json")["cases"],
+        splits_seeds=read(results / CPU / "splits.json")["sizes"]["seeds"],
         profile=profile(results / CPU / "step-profile.txt"),
         bounds={record["target"]: record for record in map(read, sorted(results.glob("bounds-sm_*.json")))},
         gpus=gpus(results),
