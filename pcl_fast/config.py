@@ -94,6 +94,8 @@ class ModelConfig:
     """Share of itself that the momentum encoder keeps at each step."""
     queue_size: int = 16384
     """Number of momentum keys kept as negatives for InfoNCE."""
+    bank_momentum: float = 0.5
+    """Share of itself that the feature of an image in InstDisc's bank keeps each time the image is seen."""
     shuffle_bn: bool = True
     """Compute keys on batches shuffled across ranks, so that batch statistics cannot leak the positive. One rank alone
     has nobody to shuffle with, unless bn_splits makes several of it."""
@@ -115,7 +117,7 @@ class LossConfig:
     temperature: float = 0.1
     """tau: InfoNCE's temperature and the mean concentration of the prototypes."""
     num_negatives: int | None = 16384
-    """r: negative prototypes drawn per batch and granularity; None takes all."""
+    """r: negative prototypes drawn per batch and granularity, for InstDisc images of the bank; None takes all."""
     backend: Literal["auto", "triton", "torch"] = "auto"
     """Implementation of the loss; auto takes the fastest that runs on the device."""
 
@@ -286,6 +288,13 @@ _SIMCLR = _derive(
     optim={"optimizer": "lars", "lr": 0.3, "weight_decay": 1e-6, "warmup_epochs": 10, "schedule": "cosine"},
     evaluation={"ks": (25000,)},
 )
+_INSTDISC = _derive(
+    _PCL_V1,
+    "instdisc",
+    method="instdisc",
+    cluster={"ks": ()},
+    loss={"temperature": 0.07, "num_negatives": 4096},
+)
 _DEMO = _derive(
     _PCL_V1,
     "demo",
@@ -305,6 +314,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "moco_v1": ("MoCo v1: PCL v1's encoder without prototypes.", _MOCO_V1),
     "moco_v2": ("MoCo v2: PCL v2's encoder without prototypes.", _MOCO_V2),
     "simclr": ("SimCLR with a batch of 256: two views against all others, LARS, no momentum encoder.", _SIMCLR),
+    "instdisc": ("InstDisc: one view against a memory bank of all images, NCE, no momentum encoder.", _INSTDISC),
     "pcl_v2_fast": ("PCL v2 in less time, not quite the paper: small crops at first, clusters of keys.", _PCL_V2_FAST),
     "imagenet100": ("PCL v2 with a ResNet-18, for some 100,000 photographs.", _IMAGENET100),
     "cifar": ("PCL on 32 px: MoCo's recipe for CIFAR-10, ResNet-18 with a small stem.", _CIFAR),

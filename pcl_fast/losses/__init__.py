@@ -9,12 +9,15 @@ from pcl_fast.losses.contrast import (
     protonce,
     sample_negatives,
 )
+from pcl_fast.losses.nce import estimate_log_partition, nce
 from pcl_fast.losses.nt_xent import nt_xent
 
 __all__ = [
     "ContrastResult",
     "ProtoNCEResult",
+    "estimate_log_partition",
     "info_nce",
+    "nce",
     "nt_xent",
     "pcl_loss",
     "proto_nce",
