@@ -23,6 +23,7 @@ from pcl_fast.methods import build, method_class
 from pcl_fast.nn.sync_batch_norm import sync_batch_norm
 
 IMAGES, ROWS = 40, 6
+pytestmark = pytest.mark.usefixtures("one_thread")
 InstDisc = method_class("instdisc")
 
 
@@ -114,12 +115,11 @@ def test_z_is_not_estimated_anew_where_a_run_goes_on(alone):
 def test_noise_is_uniform_distinct_and_other_in_every_step_and_on_every_rank(alone):
     """The images of the batch are among it, as often as others."""
     method, counts = build(tiny(), alone, IMAGES), torch.zeros(IMAGES)
-    index = torch.arange(ROWS)
+    learner, nothing = Learner(method, method.config, alone), Batch((), torch.arange(ROWS))
 
     def noise(number: int, rank: int = 0) -> torch.Tensor:
         method.world = replace(alone, rank=rank)
-        inputs = Learner(method, method.config, alone).inputs(Batch((), index), number)
-        return method._noise(inputs)
+        return method._noise(learner.inputs(nothing, number))
 
     for number in range(400):
         drawn = noise(number)
@@ -139,17 +139,19 @@ def test_all_images_can_be_noise(alone):
 
 
 def test_images_are_told_from_each_other(alone):
-    """Each ends near its own place, far from the others'. Without a repulsion they would all end in one."""
-    learner = learner_of(tiny(optim__lr=0.06, loss__num_negatives=None), alone, ROWS)
-    values = [learner.step(one_view(), number) for number in range(60)]
-    assert values[-1]["loss"] < 0.5 * values[0]["loss"]
-    bank = learner.method.bank.keys
-    cosines = (bank @ bank.T)[~torch.eye(ROWS, dtype=torch.bool)]
-    assert cosines.mean() < 0.5
-    assert values[-1]["similarity"] > 0.9
+    """At first a new encoder makes the same of all, and so does the bank; noise drives them apart."""
+    learner = learner_of(tiny(optim__lr=0.1, loss__num_negatives=None), alone, ROWS)
+    cosines = []
+    for number in range(40):
+        similarity = learner.step(one_view(), number)["similarity"]
+        bank = learner.method.bank.keys
+        cosines.append((bank @ bank.T)[~torch.eye(ROWS, dtype=torch.bool)].mean().item())
+    assert max(cosines) > 0.9
+    assert cosines[-1] < 0.6
+    assert similarity > 0.9
 
 
-# --- two ranks against one ------------------------------------------------------------------------------------------
+# --- two ranks against one --------------------------------------------------------------------------------------------
 
 
 class Exactly(InstDisc, name="instdisc in float64"):

@@ -1,16 +1,15 @@
-"""SimCLR: what it has and has not, two ranks against one, and whole runs."""
+"""SimCLR: what it has and has not, two ranks against one, and a whole run. test_all.py has what goes for all methods."""
 
 from __future__ import annotations
 
 import shlex
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import command, execute, interrupt, same_rows, same_state, train
+from launches import command, execute, train
 from ranks import run_ranks
 from steps import batch, part, same
 
@@ -162,16 +161,6 @@ def test_end_to_end(whole):
     assert [sorted(row["ami"]) for row in evaluations] == [["4"]] * 4
     assert set(load_checkpoint(whole)["encoders"]) == {"query"}
     assert (whole / "report.png").stat().st_size > 0
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_continues_bit_for_bit(whole, image_folder, tmp_path):
-    done = interrupt(5, signal.SIGTERM, tmp_path, image_folder, tmp_path / "run", **OPTIONS)
-    assert "stopped by a signal" in done.stdout, done.stdout + done.stderr
-    assert 5 <= load_checkpoint(tmp_path / "run")["global_step"] < 12
-    train(image_folder, tmp_path / "run", **OPTIONS)
-    same_state(whole, tmp_path / "run")
-    same_rows(whole, tmp_path / "run")
 
 
 def test_another_method_s_run_is_not_gone_on_with(whole, image_folder):
