@@ -1,4 +1,4 @@
-"""SimCLR: what it has and has not, two ranks against one, and a whole run. test_all.py has what goes for all methods."""
+"""SimCLR: what it has and has not, two ranks against one, and a whole run; test_all.py has what all methods promise."""
 
 from __future__ import annotations
 

@@ -15,20 +15,17 @@ import torch
 from building import run_pretended
 from gpu import Collective, Recorder
 from launches import FLAGS
+from methods.every import METHODS, tiny
 from pcl_fast.kernels.tiles import OLD_TRITON
 from ranks import run_ranks
 from steps import batch
 
-from pcl_fast.config import PRESETS, with_settings
-from pcl_fast.demo import small
 from pcl_fast.distributed import World
 from pcl_fast.learner import Learner
 from pcl_fast.methods import build
 from pcl_fast.run.checkpoint import load_checkpoint
 from pcl_fast.run.metrics import read_rows
 
-# Other tests make methods of their own, which no preset has.
-METHODS = {config.method for _, config in PRESETS.values()}
 # For which there are Triton's kernels.
 NEWEST = 70 if OLD_TRITON else 90
 CASES = [(NEWEST, 1), (NEWEST, 4)] if OLD_TRITON else [(75, 4), (NEWEST, 1), (NEWEST, 4)]
@@ -58,9 +55,9 @@ STEPS = "steps", "steps after it"
 
 def test_every_method_is_there(seen):
     cases = seen[2]
-    assert {name.partition(",")[0] for name in cases} == METHODS
-    assert "pcl, bn_splits 4" in cases
-    assert cases["pcl, bn_splits 4"]["E-step"]["clusters"] == [5, 9]
+    assert {name.partition(",")[0] for name in cases} == set(METHODS)
+    assert {"pcl, bn_splits 4", "pcl, bn_splits 1, keys as features"} <= set(cases)
+    assert cases["pcl, bn_splits 4"]["E-step"]["clusters"] == [3, 5, 7]
     assert "prototype_loss" in cases["pcl, bn_splits 4"]["steps after it"]["metrics"]
 
 
@@ -86,7 +83,7 @@ def test_products_are_in_the_gpu_s_half_precision(seen):
 
 
 def test_nccl_takes_every_collective(seen):
-    for name, part, found in parts(seen[2], *STEPS, "E-step", "between epochs"):
+    for name, part, found in parts(seen[2], *STEPS, "E-step", "second E-step", "between epochs"):
         assert found["misfits"] == [], (name, part)
         assert bool(found["collectives"]) == (seen[1] > 1), (name, part)
 
@@ -199,28 +196,24 @@ def test_an_autocast_that_is_forgotten_is_noticed(broken):
 
 
 def collectives_of(world: World, name: str) -> list[Collective]:
-    """Of two steps, an E-step if the method has one, two more steps and an epoch's end. Shards differ in length."""
-    preset = next(preset for preset, (_, config) in PRESETS.items() if config.method == name)
-    settings = {"model.dim": 8, "optim.batch_size": 12, "data.size": 12}
-    config = small(preset)
-    if config.cluster.ks:
-        settings |= {"cluster.ks": (3, 5), "cluster.iterations": 4, "loss.num_negatives": 2}
-    config = with_settings(config, settings)
+    """Of two epochs of two steps, with E-steps if the method has any. Shards differ in length."""
+    config = tiny(name)
     method = build(config, world, 41)
     learner = Learner(method, config, world)
-    generator = torch.Generator().manual_seed(world.rank)
-    features = torch.nn.functional.normalize(torch.randn(20 + world.rank, 8, generator=generator), dim=1)
+    generator, width = torch.Generator().manual_seed(world.rank), method.features().width
+    features = torch.nn.functional.normalize(torch.randn(20 + world.rank, width, generator=generator), dim=1)
     with Recorder() as recorder:
         for number in range(4):
-            if number == 2 and config.cluster.ks:
-                method.expect(None if method.features().from_bank else features, config.cluster.warmup_epochs)
+            # Epochs of two steps; the first E-step of some comes before the first of all.
+            if number % 2 == 0 and method.expects(number // 2):
+                method.expect(None if method.features().from_bank else features, number // 2)
             whole = batch(seed=world.rank + 2 * number)
             learner.step(whole._replace(views=tuple(whole.views[0] for _ in method.views)), number)
         learner.end_epoch()
     return recorder.collectives
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", METHODS)
 def test_all_ranks_call_the_same_collectives(name):
     one, other = run_ranks(2, collectives_of, name)
     assert one
