@@ -23,6 +23,8 @@ from pcl_fast.methods import build
 
 WORLD = World(0, 1, torch.device("cuda", 0) if device.CUDA else torch.device("cpu"), None)
 IMAGES = 4096 if device.CUDA else 512
+# For the other methods' clusters, banks and negatives, of which their presets have thousands.
+CLUSTERED = 20_000
 
 
 @functools.cache
@@ -54,6 +56,15 @@ def step_recipe(batch: int, loader: str = "auto") -> Config:
     )
 
 
+def method_recipe(method: str, batch: int) -> Config:
+    """Return the recipe of another method's preset with this batch size; on a CPU for images of 64 px."""
+    config = next(config for _, config in PRESETS.values() if config.method == method)
+    config = replace(config, optim=replace(config.optim, batch_size=batch))
+    if device.CUDA:
+        return config
+    return replace(config, data=replace(config.data, size=64, resize=73), model=replace(config.model, arch="resnet18"))
+
+
 def random_prototypes(config: Config) -> list[PrototypeSet]:
     """Return prototypes of the photographs. They are random, which does not change how long a step takes."""
     options = {"generator": torch.Generator(WORLD.device).manual_seed(0), "device": WORLD.device}
@@ -71,5 +82,20 @@ def ready_learner(config: Config) -> Learner:
     """Return a learner with prototypes, as it is in the first epoch after an E-step."""
     learner = Learner(build(config, WORLD, IMAGES), config, WORLD)
     learner.method.prototypes.replace(random_prototypes(config))
+    learner.set_rate(0)
+    return learner
+
+
+def ready_method(config: Config) -> Learner:
+    """Return a learner of any method, after an E-step of one iteration, of random features, if there is any."""
+    short = replace(config, cluster=replace(config.cluster, iterations=1, redo=1))
+    learner = Learner(build(short, WORLD, CLUSTERED), short, WORLD)
+    method = learner.method
+    epoch = next((epoch for epoch in range(config.epochs) if method.expects(epoch)), None)
+    if epoch is not None:
+        generator = torch.Generator(WORLD.device).manual_seed(0)
+        width = method.features().width
+        features = torch.randn(CLUSTERED, width, generator=generator, device=WORLD.device)
+        method.expect(F.normalize(features, dim=1), epoch)
     learner.set_rate(0)
     return learner

@@ -16,6 +16,9 @@ normalised floats in the host's memory (official), or bytes on the device (ours)
 the device. With the loader on, photographs come from the official code's transforms in worker processes (official), or
 from our loader (ours and encoder-only).
 
+The other methods, each by its preset, have a case with the loader off, and the providers encoder-only and ours.
+Encoder-only is there a pass of all views of a batch and its backward pass, for none of them has a momentum encoder.
+
 Every round of a provider follows one of encoder-only, so that both see the machine in the same state. A provider's
 share of encoder-only's speed is the median of the rounds' ratios, and times_official is the ratio of two shares.
 (Encoder-only's share of its own speed says how exact this is.) While one provider works, the other's loader makes
@@ -49,6 +52,7 @@ from pcl_fast.config import Config, view_of
 from pcl_fast.data import Batch, normalise, training_loader
 from pcl_fast.data.loaders.loader import pick_loader
 from pcl_fast.data.loaders.resources import pick_resources
+from pcl_fast.methods import Method, build
 from pcl_fast.nn import fusion
 from pcl_fast.nn.encoder import Encoder
 from pcl_fast.nn.precision import autocast, encoder_dtype
@@ -69,13 +73,20 @@ pytestmark = pytest.mark.benchmark(timer=device.clock)
 class Case(NamedTuple):
     batch: int
     loader: str  # "off" or "on"
+    method: str = "pcl"
 
     def __str__(self) -> str:
-        return f"{self.config.model.arch}, {self.config.data.size} px, batch {self.batch}, loader {self.loader}"
+        config, name = self.config, "" if self.has_twin else f"{self.method}, "
+        return f"{name}{config.model.arch}, {config.data.size} px, batch {self.batch}, loader {self.loader}"
 
     @property
     def config(self) -> Config:
-        return recipe.step_recipe(self.batch)
+        return recipe.step_recipe(self.batch) if self.has_twin else recipe.method_recipe(self.method, self.batch)
+
+    @property
+    def has_twin(self) -> bool:
+        """Return whether there is a momentum encoder, which makes keys of the other view: in PCL alone."""
+        return self.method == "pcl"
 
     @property
     def steps(self) -> int:
@@ -91,14 +102,15 @@ class Case(NamedTuple):
     def describe(self) -> dict:
         """Return what the record says about the case."""
         config = self.config
-        flop, parameters = count_work(self.batch)
+        flop, parameters = count_work(self)
         return {
+            "method": self.method,
             "arch": config.model.arch,
             "size": config.data.size,
             "batch": self.batch,
             "loader": self.loader,
             "ranks": 1,
-            "queue": config.model.queue_size,
+            **({"queue": config.model.queue_size} if self.has_twin else {}),
             "ks": list(config.cluster.ks),
             "negatives": config.loss.num_negatives,
             "parameters": parameters,
@@ -110,15 +122,23 @@ class Case(NamedTuple):
 
 
 @functools.cache
-def count_work(batch: int) -> tuple[int, int]:
+def views_of(case: Case) -> int:
+    """Return how many views of an image a step has."""
+    return 2 if case.has_twin else len(build(case.config, recipe.WORLD, recipe.CLUSTERED).views)
+
+
+@functools.cache
+def count_work(case: Case) -> tuple[int, int]:
     """Return (floating point operations of encoder-only's step, parameters of one encoder)."""
-    config = recipe.step_recipe(batch)
+    config = case.config
+    rows = case.batch * (1 if case.has_twin else views_of(case))
     with torch.device("meta"):
-        encoder, views = Encoder(config.model), torch.empty(batch, 3, config.data.size, config.data.size)
+        encoder, views = Encoder(config.model), torch.empty(rows, 3, config.data.size, config.data.size)
     with FlopCounterMode(display=False) as counter:
         encoder(views).sum().backward()
-        with torch.no_grad():
-            encoder(views)
+        if case.has_twin:
+            with torch.no_grad():
+                encoder(views)
     return counter.get_total_flops(), sum(parameter.numel() for parameter in encoder.parameters())
 
 
@@ -133,7 +153,9 @@ class Runner(NamedTuple):
 def batch_at_hand(case: Case) -> Batch:
     generator = torch.Generator(DEVICE).manual_seed(0)
     shape = (case.batch, case.config.data.size, case.config.data.size, 3)
-    views = tuple(torch.randint(256, shape, dtype=torch.uint8, generator=generator, device=DEVICE) for _ in range(2))
+    views = tuple(
+        torch.randint(256, shape, dtype=torch.uint8, generator=generator, device=DEVICE) for _ in range(views_of(case))
+    )
     return Batch(views, torch.arange(case.batch))
 
 
@@ -183,17 +205,21 @@ def encoder_only(case: Case, way: str = fusion.WAYS[0]) -> Runner:
     encoder = Encoder(config.model).to(DEVICE, memory_format=torch.channels_last)
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
     use(way, encoder, key_encoder)
-    upstream = torch.randn(case.batch, config.model.dim, device=DEVICE)
     batches, ahead = our_batches(case)
-    if case.loader == "off":
-        views = itertools.repeat([normalise(view, dtype) for view in next(batches).views])
-    else:
-        views = ([normalise(view, dtype) for view in batch.views] for batch in batches)
+
+    def prepared(batch: Batch) -> list[torch.Tensor]:
+        views = batch.views if case.has_twin else [torch.cat(batch.views)]
+        return [normalise(view, dtype) for view in views]
+
+    views = itertools.repeat(prepared(next(batches))) if case.loader == "off" else map(prepared, batches)
+    rows = case.batch * (1 if case.has_twin else views_of(case))
+    upstream = torch.randn(rows, config.model.dim, device=DEVICE)
 
     def step() -> None:
-        query_view, key_view = next(views)
-        with torch.no_grad(), autocast(DEVICE):
-            key_encoder(key_view)
+        query_view, *others = next(views)
+        for key_view in others:
+            with torch.no_grad(), autocast(DEVICE):
+                key_encoder(key_view)
         with autocast(DEVICE):
             query = encoder(query_view)
         query.backward(upstream)
@@ -204,7 +230,7 @@ def encoder_only(case: Case, way: str = fusion.WAYS[0]) -> Runner:
 
 def ours(case: Case, way: str = fusion.WAYS[0]) -> Runner:
     batches, ahead = our_batches(case)
-    learner = recipe.ready_learner(case.config)
+    learner = recipe.ready_learner(case.config) if case.has_twin else recipe.ready_method(case.config)
     use(way, *learner.method.encoders().values())
     numbers = itertools.count()
     return Runner(lambda: learner.step(next(batches), next(numbers)), ahead)
@@ -238,6 +264,8 @@ PROVIDERS: dict[str, Callable[[Case], Runner]] = {
 CASES = [Case(batch, loader) for batch in BATCHES for loader in ("off", "on")]
 OFF = [case for case in CASES if case.loader == "off"]
 RUNS = [(case, provider) for case in CASES for provider in PROVIDERS if provider != GRAPH and "," not in provider]
+OTHERS = [Case(BATCHES[0], "off", name) for name in sorted(Method.named) if name != "pcl"]
+RUNS += [(case, provider) for case in OTHERS for provider in (REFERENCE, "ours")]
 if device.CUDA:  # the graph last, because a failed capture may leave the GPU unusable
     RUNS += [(case, provider) for case in OFF for provider in PROVIDERS if "," in provider]
     RUNS += [(case, GRAPH) for case in OFF]
@@ -314,7 +342,7 @@ def figures(case: Case, provider: str, seconds: float) -> dict[str, float]:
     if (case, "official") in shares:
         result["times_official"] = round(share / shares[case, "official"], 3)
     if peak := next((peak for name, peak in PEAKS.items() if name in name_of_gpu()), None):
-        result["mfu"] = round(count_work(case.batch)[0] / seconds / peak / 1e12, 4)
+        result["mfu"] = round(count_work(case)[0] / seconds / peak / 1e12, 4)
     return result
 
 

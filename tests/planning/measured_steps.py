@@ -75,7 +75,7 @@ def _whole_steps(record: Record, machine: dict[str, Record]) -> Iterator[Measure
     """
     for group, case in record.cases.items():
         providers = case["providers"]
-        if "encoder-only" not in providers or "ours" not in providers:
+        if "encoder-only" not in providers or "ours" not in providers or case.get("method", "pcl") != "pcl":
             continue
         encoder = 1 / providers["encoder-only"]["images_per_s"]
         added = _added(case, record, machine)
@@ -98,11 +98,11 @@ def _beside_a_loader(added: float, case: dict[str, Any], record: Record, encoder
     """On a CPU all of it; on a GPU what does not fit into the time that the encoder alone waits for the loader."""
     if _on_cpu(record):
         return added
-    same = ("arch", "size", "batch")
+    same = ("method", "arch", "size", "batch")
     alone = next(
         other["providers"]["encoder-only"]["images_per_s"]
         for other in record.cases.values()
-        if other["loader"] == "off" and all(other[key] == case[key] for key in same)
+        if other["loader"] == "off" and all(other.get(key) == case.get(key) for key in same)
     )
     return max(0.0, 1 / alone + added - encoder_with_loader)
 
