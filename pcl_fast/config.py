@@ -275,6 +275,13 @@ _CIFAR = _derive(
 _IMAGENET100 = _derive(_PCL_V2, "imagenet100", model={"arch": "resnet18"}, cluster={"ks": AUTO})
 _MOCO_V1 = _derive(_PCL_V1, "moco_v1", cluster={"ks": ()}, model={"queue_size": 65536}, loss={"temperature": 0.07})
 _MOCO_V2 = _derive(_PCL_V2, "moco_v2", cluster={"ks": ()}, model={"queue_size": 65536})
+_INSTDISC = _derive(
+    _PCL_V1,
+    "instdisc",
+    method="instdisc",
+    cluster={"ks": ()},
+    loss={"temperature": 0.07, "num_negatives": 4096},
+)
 
 
 _SIMCLR = _derive(
@@ -287,13 +294,6 @@ _SIMCLR = _derive(
     cluster={"ks": ()},
     optim={"optimizer": "lars", "lr": 0.3, "weight_decay": 1e-6, "warmup_epochs": 10, "schedule": "cosine"},
     evaluation={"ks": (25000,)},
-)
-_INSTDISC = _derive(
-    _PCL_V1,
-    "instdisc",
-    method="instdisc",
-    cluster={"ks": ()},
-    loss={"temperature": 0.07, "num_negatives": 4096},
 )
 _DEMO = _derive(
     _PCL_V1,
@@ -313,8 +313,8 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "pcl_v2": ("PCL v2: adds an MLP head, blur, tau 0.2 and a cosine schedule.", _PCL_V2),
     "moco_v1": ("MoCo v1: PCL v1's encoder without prototypes.", _MOCO_V1),
     "moco_v2": ("MoCo v2: PCL v2's encoder without prototypes.", _MOCO_V2),
-    "simclr": ("SimCLR with a batch of 256: two views against all others, LARS, no momentum encoder.", _SIMCLR),
     "instdisc": ("InstDisc: one view against a memory bank of all images, NCE, no momentum encoder.", _INSTDISC),
+    "simclr": ("SimCLR with a batch of 256: two views against all others, LARS, no momentum encoder.", _SIMCLR),
     "pcl_v2_fast": ("PCL v2 in less time, not quite the paper: small crops at first, clusters of keys.", _PCL_V2_FAST),
     "imagenet100": ("PCL v2 with a ResNet-18, for some 100,000 photographs.", _IMAGENET100),
     "cifar": ("PCL on 32 px: MoCo's recipe for CIFAR-10, ResNet-18 with a small stem.", _CIFAR),
