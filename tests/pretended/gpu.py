@@ -2,9 +2,9 @@
 
 Every operation on the GPU's tensors is done twice. PyTorch does it as on a GPU, with all its checks of devices, types
 and strides, its copies, streams and waits, but kernels do nothing (runtime.c). Then it is done on the CPU, on the same
-memory, so that values are there too. Only what cuBLAS and cuDNN do is left out of the first part, for these libraries
-do not start: PyTorch's own description of the results takes their place. Triton's kernels leave their results as
-they were allocated, zeros; of them the arguments are looked at.
+memory, so that values are there too. Only what cuBLAS, cuSOLVER and cuDNN do is left out of the first part, for these
+libraries do not start: PyTorch's own description of the results takes their place. Triton's kernels leave their results
+as they were allocated, zeros; of them the arguments are looked at.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from pcl_fast.nn import fused_convolution, sync_batch_norm_plain
 aten = torch.ops.aten
 _PYTORCH = str(Path(torch.__file__).parent)
 DEVICE = torch.device("cuda", 0)
-# cuBLAS's and cuDNN's.
+# cuBLAS's, cuSOLVER's and cuDNN's.
 _FOREIGN = {
     aten.convolution, aten.convolution_backward, aten.mm, aten.addmm, aten.bmm, aten.baddbmm, aten.mv, aten.dot,
-    aten.cudnn_batch_norm, aten.cudnn_batch_norm_backward, fused_convolution.OPERATOR,
+    aten._linalg_eigh, aten.cudnn_batch_norm, aten.cudnn_batch_norm_backward, fused_convolution.OPERATOR,
 }  # fmt: skip
 # Where a tensor lies, but not what is in it.
 _PLACES = {
@@ -137,7 +137,10 @@ class PretendedGPU(Recorder):
             args = (args[0], self._numbered(args[1]), *args[2:])
         if func.overloadpacket is aten._fused_sgd_:
             self.updates.append((len(args[0]), _faults(*args[:3], kwargs)))
-        if func.overloadpacket in _FOREIGN:
+        if func.overloadpacket is aten.addmm_:
+            self.products |= {value.dtype for value in args[1:] if _on_gpu(value)}
+            results = args[0]
+        elif func.overloadpacket in _FOREIGN:
             self.products |= {value.dtype for value in args if _on_gpu(value) and value.ndim > 1}
             results = self._shaped(func, args, kwargs)
         else:
