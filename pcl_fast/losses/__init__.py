@@ -11,10 +11,12 @@ from pcl_fast.losses.contrast import (
 )
 from pcl_fast.losses.nce import estimate_log_partition, nce
 from pcl_fast.losses.nt_xent import nt_xent
+from pcl_fast.losses.siamese import SiameseResult, siamese
 
 __all__ = [
     "ContrastResult",
     "ProtoNCEResult",
+    "SiameseResult",
     "estimate_log_partition",
     "info_nce",
     "nce",
@@ -23,4 +25,5 @@ __all__ = [
     "proto_nce",
     "protonce",
     "sample_negatives",
+    "siamese",
 ]
