@@ -99,6 +99,11 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         return finite, fault
 
+    def renew(self) -> None:
+        """Let the momentum of what the E-step has drawn anew begin at zero: in place, where a captured step has it."""
+        for parameter in self.method.renewed():
+            self.optimizer.state[parameter]["momentum_buffer"].zero_()
+
     def end_epoch(self) -> None:
         """Give all ranks the same batch-norm statistics."""
         average_statistics(self.method, self.world.group)

@@ -171,6 +171,7 @@ class Trainer:
     def _expect(self, features: torch.Tensor | None) -> None:
         with self.watch.phase("clustering"):
             rows = self.method.expect(features, self.progress.epoch)
+            self.learner.renew()
         for row in rows:
             self._row("clustering", **row)
 

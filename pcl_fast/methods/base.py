@@ -19,6 +19,7 @@ from pcl_fast.config import Config, view_of
 from pcl_fast.data import Batch, normalise
 from pcl_fast.distributed import World
 from pcl_fast.nn.batch_norm import batch_norm_buffers, fold_batch_norm
+from pcl_fast.nn.encoder import Pooled
 from pcl_fast.nn.feature_pass import fused_encoder
 from pcl_fast.nn.precision import autocast, encoder_dtype
 from pcl_fast.optim import Group, one_group
@@ -82,11 +83,13 @@ class FeatureSpec(NamedTuple):
     width: their length.
     from_bank: whether the next E-step reads them from a bank that the method has filled while it trained. Else they
         come from a pass of that encoder over the clustering view of all images.
+    pooled: whether they are the backbone's pooled features, made unit features, instead of what the head makes of them.
     """
 
     encoder: str
     width: int
     from_bank: bool = False
+    pooled: bool = False
 
 
 class Method(nn.Module):
@@ -221,8 +224,10 @@ class Method(nn.Module):
 
         Its batch norm is folded into the convolutions, and it computes in the device's precision; see `unfused_layers`.
         """
-        dtype = encoder_dtype(self.world.device)
-        encoder, plain = self.encoders()[self.features().encoder], self.unfused_layers
+        dtype, spec, plain = encoder_dtype(self.world.device), self.features(), self.unfused_layers
+        encoder = self.encoders()[spec.encoder]
+        if spec.pooled:
+            encoder = Pooled(encoder.backbone)
         folded = (fold_batch_norm(encoder) if plain is None else fused_encoder(encoder, plain)).to(dtype)
         return lambda images: folded(normalise(images, dtype))
 
@@ -240,6 +245,10 @@ class Method(nn.Module):
             Rows for the record, one per clustering, as clustering.cluster_row makes them.
         """
         return []
+
+    def renewed(self) -> Sequence[nn.Parameter]:
+        """The parameters that every E-step draws anew, in place. Their momentum begins anew with them."""
+        return ()
 
     def clusterings(self) -> dict[str, torch.Tensor]:
         """The assignments of the last E-step, int [n] of the whole data set, by a name for each; for evaluation."""
@@ -270,7 +279,9 @@ class Method(nn.Module):
 
     # --- for methods ----------------------------------------------------------------------------------------------
 
-    def encode(self, encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """The encoder's output for uint8 [N, H, W, 3], computed in the device's precision."""
+    def encode(self, encoder: Callable[[torch.Tensor], Any], images: torch.Tensor) -> Any:
+        """The encoder's output (or that of one of its functions) for uint8 [N, H, W, 3], computed in the device's
+        precision.
+        """
         with autocast(images.device):
             return encoder(normalise(images, encoder_dtype(images.device)))

@@ -15,11 +15,15 @@ from pcl_fast.nn.batch_norm import split_batch_norm
 
 
 class Encoder(nn.Module):
-    """A ResNet with a projection head, which maps images [N, 3, H, W] to unit features [N, dim] float32."""
+    """A ResNet with a projection head, which maps images [N, 3, H, W] to unit features [N, dim] float32.
+
+    width: of the backbone's pooled features, before the head.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.backbone, width = build_backbone(config)
+        self.width = width
         if config.head == "mlp":
             self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.dim))
         elif config.head == "mlp_bn":
@@ -32,8 +36,29 @@ class Encoder(nn.Module):
             split_batch_norm(self, config.bn_splits)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.both(images)[1]
+
+    def both(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The backbone's pooled features [N, width], as they are, and the unit features of `forward`, in one pass.
+
+        What torch.compile has made of `forward` is not used here.
+        """
+        pooled = self.backbone(images)
         # In float32 even under autocast: half precision would leave |q| off by 1e-3, times 1/tau in every logit.
-        return F.normalize(self.head(self.backbone(images)).float(), dim=1)
+        return pooled, F.normalize(self.head(pooled).float(), dim=1)
+
+
+class Pooled(nn.Module):
+    """A backbone that maps images [N, 3, H, W] to its pooled features as unit features [N, width] float32. Its layers
+    have the names that they have in the encoder.
+    """
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self.backbone(images).float(), dim=1)
 
 
 def resnet_names() -> list[str]:
