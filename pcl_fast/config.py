@@ -159,6 +159,15 @@ class ClusterConfig:
 
 
 @dataclass(frozen=True)
+class SiameseConfig:
+    """Siamese PCL: what its E-step clusters."""
+
+    components: int = 256
+    """Principal components of the backbone's features that are whitened and clustered; at most as many as there are
+    features, and images."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The optimiser and its schedule."""
 
@@ -233,6 +242,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    siamese: SiameseConfig = field(default_factory=SiameseConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -295,6 +305,17 @@ _SIMCLR = _derive(
     optim={"optimizer": "lars", "lr": 0.3, "weight_decay": 1e-6, "warmup_epochs": 10, "schedule": "cosine"},
     evaluation={"ks": (25000,)},
 )
+# The release's recipe is for CIFAR: a batch of 512 pairs, which are 1024 images, and a learning rate of 1.0. For 256
+# images that is 1.0 * 256 / 1024. See docs/methods.md.
+_SIAMESE_PCL = _derive(
+    _SIMCLR,
+    "siamese_pcl",
+    method="siamese_pcl",
+    loss={"temperature": 0.5},
+    cluster={"ks": (512,), "redo": 1},
+    optim={"lr": 0.25},
+    evaluation={"ks": ()},
+)
 _DEMO = _derive(
     _PCL_V1,
     "demo",
@@ -315,6 +336,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "moco_v2": ("MoCo v2: PCL v2's encoder without prototypes.", _MOCO_V2),
     "instdisc": ("InstDisc: one view against a memory bank of all images, NCE, no momentum encoder.", _INSTDISC),
     "simclr": ("SimCLR with a batch of 256: two views against all others, LARS, no momentum encoder.", _SIMCLR),
+    "siamese_pcl": ("Siamese PCL: SimCLR, and pairs of images within and across clusters.", _SIAMESE_PCL),
     "pcl_v2_fast": ("PCL v2 in less time, not quite the paper: small crops at first, clusters of keys.", _PCL_V2_FAST),
     "imagenet100": ("PCL v2 with a ResNet-18, for some 100,000 photographs.", _IMAGENET100),
     "cifar": ("PCL on 32 px: MoCo's recipe for CIFAR-10, ResNet-18 with a small stem.", _CIFAR),
@@ -439,6 +461,7 @@ def validate(config: Config) -> None:
         "--cluster.redo": config.cluster.redo,
         "--cluster.warm-iterations": config.cluster.warm_iterations,
         "--cluster.alpha": config.cluster.alpha,
+        "--siamese.components": config.siamese.components,
         "--evaluation.neighbours": config.evaluation.neighbours,
         "--evaluation.queries": config.evaluation.queries,
     }
