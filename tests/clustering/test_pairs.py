@@ -28,7 +28,7 @@ def test_clusters_and_their_images_are_drawn_uniformly():
     for rows, clusters in ((found[within], (1, 3, 4)), (found[~within], (0, 1, 3, 4))):
         for side in range(2):
             for cluster in (0, 1, 3, 4):
-                members = np.flatnonzero(CLUSTERS == cluster)
+                members = np.flatnonzero(cluster == CLUSTERS)
                 share = 1 / len(clusters) / len(members) if cluster in clusters else 0
                 seen = np.bincount(rows[:, side], minlength=20)[members] / len(rows)
                 assert np.abs(seen - share).max() < 0.02

@@ -123,9 +123,12 @@ def test_a_single_image_is_refused():
 
 
 OF_PCL = (
-    r"is a setting of pcl, and this run's method is simclr, whose own settings are --loss\.temperature, --model\.sync"
+    r"is a setting of [\w, ]*\bpcl\b[\w, ]*, and this run's method is simclr, whose own settings are "
+    r"--loss\.temperature, --model\.sync"
 )
-OF_SIMCLR = r"is a setting of simclr, and this run's method is pcl, whose own settings are --cluster\.\*"
+OF_SIMCLR = (
+    r"is a setting of [\w, ]*\bsimclr\b[\w, ]*, and this run's method is pcl, whose own settings are --cluster\.\*"
+)
 
 
 @pytest.mark.parametrize(
