@@ -29,8 +29,10 @@ def kmeans(
     backend: str = "auto",
     split_by: Split = "spread",
     prune_after: int | None = None,
+    spherical: bool = False,
 ) -> KMeansResult:
-    """Minimise sum_i min_j |x_i - c_j|^2 by Lloyd's algorithm (Euclidean; centroids are not normalised).
+    """Minimise sum_i min_j |x_i - c_j|^2 by Lloyd's algorithm (Euclidean; centroids are not normalised unless
+    `spherical` says so).
 
     Args:
         features: [n_local, d] float32 or float16, contiguous, this rank's shard, a NumPy array perhaps; shards may
@@ -50,20 +52,25 @@ def kmeans(
         split_by: which cluster gives half of itself to an empty one. "spread": the one with the largest sum of squared
             distances to its centroid; "size": one that is drawn, as in faiss, by its number of points.
         prune_after: after so many iterations only the start with the lowest objective goes on; None: all do.
+        spherical: centroids are of unit length, those to start from too: every update scales the means to it (Dhillon
+            and Modha 2001). It is meant for unit features, of which the objective is the sum of 2 - 2 cos; of others a
+            unit centroid has the least sum of squared distances all the same.
 
     Returns:
         KMeansResult, on the device of `features`. Equal seeds and shards give equal bits (on a GPU, if Triton is
         installed); the same points in other shards give the same result up to rounding.
 
     Raises:
-        ValueError: wrong shape, dtype, k, init (or NaN in it), backend or split_by, or (on every rank) NaN or infinite
-            features on some rank.
+        ValueError: wrong shape, dtype, k, init (or NaN in it, or for spherical a row of length 0), backend or split_by,
+            or (on every rank) NaN or infinite features on some rank.
         TypeError: features are no array, or a number is no integer.
         MissingPackageError: the backend is not installed.
     """
-    options = check_options(iterations, redo, split_by, prune_after)
+    options = check_options(iterations, redo, split_by, prune_after)._replace(spherical=spherical)
     shards = check_shards(features, group)
     k = check_clusters(shards, k, init, redo)
+    if spherical and init is not None and not init.any(1).all():
+        raise ValueError(f"init cannot be scaled to unit length: {int((~init.any(1)).sum())} of {k} rows are 0")
     features = shards.features
     picked = pick_backend(backend, features.device, features.dtype, features.shape[1])
     return take_turns([lloyd(shards, k, picked, seed=seed, init=init, options=options)])[0]

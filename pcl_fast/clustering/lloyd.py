@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from pcl_fast.clustering.backends import Backend
 from pcl_fast.clustering.splits import Split, drawn_by_size, split, widest
@@ -53,6 +54,7 @@ class Options(NamedTuple):
     redo: int
     split_by: Split
     prune_after: int | None
+    spherical: bool = False
 
 
 def lloyd(
@@ -84,6 +86,8 @@ class _Descent:
         """centroids: those to start from, which are overwritten."""
         self._shards, self._centroids, self._backend, self._options = shards, centroids, backend, options
         self._seed = seed
+        if options.spherical:
+            self._to_unit_length(centroids)
         k, d = centroids.shape
         # Sums, counts and changes are one message between the ranks. float32 counts are exact up to 2^24 points a
         # cluster, and beyond that as exact as the sums.
@@ -120,9 +124,21 @@ class _Descent:
             self._has_ended = True  # these centroids are the means of their clusters already
             return
         empty = counts == 0
-        torch.where(empty[:, None], self._centroids, sums / counts[:, None].clamp(min=1), out=self._centroids)
+        means = sums / counts[:, None].clamp(min=1)
+        if self._options.spherical:
+            means = self._to_unit_length(means)
+        torch.where(empty[:, None], self._centroids, means, out=self._centroids)
         if any_empty:
             yield from self._fill(empty, counts)
+            if self._options.spherical:
+                self._to_unit_length(self._centroids)
+
+    def _to_unit_length(self, rows: torch.Tensor) -> torch.Tensor:
+        """Scale [k, d] to unit length, in place. Where points cancel to 0 all unit vectors are equally good: the
+        centroid stays.
+        """
+        zero = ~rows.any(1, keepdim=True)
+        return torch.where(zero, self._centroids, F.normalize(rows, dim=1), out=rows)
 
     def _fill(self, empty: torch.Tensor, counts: torch.Tensor) -> Generator[None, None, None]:
         """Give empty clusters a half of others."""

@@ -24,7 +24,7 @@ class PrototypeSet(NamedTuple):
 class KMeansResult(NamedTuple):
     """The result of k-means; the assignment belongs to exactly these centroids.
 
-    centroids: [k, d] float32, not normalised.
+    centroids: [k, d] float32, of unit length if k-means was spherical, else not normalised.
     assignment: [n_local] int32, the centroid of each of this rank's points. On a GPU, float16 points may get a centroid
         up to a thousandth farther than the nearest, because the search rounds centroids.
     distance: [n_local] float32, squared L2 distance of each of this rank's points to its centroid.
