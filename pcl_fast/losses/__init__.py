@@ -12,6 +12,7 @@ from pcl_fast.losses.contrast import (
 from pcl_fast.losses.nce import estimate_log_partition, nce
 from pcl_fast.losses.nt_xent import nt_xent
 from pcl_fast.losses.siamese import SiameseResult, siamese
+from pcl_fast.losses.pseudo_labels import pseudo_label_loss
 
 __all__ = [
     "ContrastResult",
@@ -24,6 +25,7 @@ __all__ = [
     "pcl_loss",
     "proto_nce",
     "protonce",
+    "pseudo_label_loss",
     "sample_negatives",
     "siamese",
 ]
