@@ -86,8 +86,9 @@ class ModelConfig:
     """Any torchvision ResNet (resnet18, resnet50, wide_resnet50_2, ...) or a CIFAR ResNet (cifar_resnet8, ...)."""
     small_stem: bool = False
     """3x3 stem without pooling, for images of 64 px and less (torchvision ResNets only)."""
-    head: Literal["linear", "mlp", "mlp_bn"] = "linear"
-    """Projection to the features: one linear layer; two with a ReLU between; or these with batch norm after each."""
+    head: Literal["linear", "mlp", "mlp_bn", "mlp_inner_bn"] = "linear"
+    """Projection to the features: one linear layer; two with a ReLU between; or these with batch norm after each; or
+    after the first alone."""
     dim: int = 128
     """Length of the unit features."""
     momentum: float = 0.999
@@ -316,6 +317,16 @@ _SIAMESE_PCL = _derive(
     optim={"lr": 0.25},
     evaluation={"ks": ()},
 )
+# Published for a batch of 4096 with the learning rate 4.8; here lr x batch / 4096.
+_DEEPCLUSTER_V2 = _derive(
+    _SIMCLR,
+    "deepcluster_v2",
+    method="deepcluster_v2",
+    epochs=400,
+    model={"head": "mlp_inner_bn"},
+    cluster={"ks": (3000, 3000, 3000), "iterations": 10, "redo": 1, "warmup_epochs": 0},
+    optim={"lr": 4.8 * 256 / 4096},
+)
 _DEMO = _derive(
     _PCL_V1,
     "demo",
@@ -337,6 +348,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "instdisc": ("InstDisc: one view against a memory bank of all images, NCE, no momentum encoder.", _INSTDISC),
     "simclr": ("SimCLR with a batch of 256: two views against all others, LARS, no momentum encoder.", _SIMCLR),
     "siamese_pcl": ("Siamese PCL: SimCLR, and pairs of images within and across clusters.", _SIAMESE_PCL),
+    "deepcluster_v2": ("DeepCluster-v2: pseudo-labels by spherical k-means of the last epoch.", _DEEPCLUSTER_V2),
     "pcl_v2_fast": ("PCL v2 in less time, not quite the paper: small crops at first, clusters of keys.", _PCL_V2_FAST),
     "imagenet100": ("PCL v2 with a ResNet-18, for some 100,000 photographs.", _IMAGENET100),
     "cifar": ("PCL on 32 px: MoCo's recipe for CIFAR-10, ResNet-18 with a small stem.", _CIFAR),

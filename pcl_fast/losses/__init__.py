@@ -11,8 +11,8 @@ from pcl_fast.losses.contrast import (
 )
 from pcl_fast.losses.nce import estimate_log_partition, nce
 from pcl_fast.losses.nt_xent import nt_xent
-from pcl_fast.losses.siamese import SiameseResult, siamese
 from pcl_fast.losses.pseudo_labels import pseudo_label_loss
+from pcl_fast.losses.siamese import SiameseResult, siamese
 
 __all__ = [
     "ContrastResult",

@@ -87,8 +87,10 @@ class PCL(Method, name="pcl"):
                 f"--model.bn-splits {splits} does not divide a rank's batch of {rows}; use a divisor of it, or an "
                 f"--optim.batch-size that is a multiple of {ranks * splits}"
             )
-        if splits > 1 and config.model.head == "mlp_bn":
-            raise ValueError("--model.bn-splits does not split the batch norm of --model.head mlp_bn; use another head")
+        if splits > 1 and config.model.head.endswith("bn"):
+            raise ValueError(
+                f"--model.bn-splits does not split the batch norm of --model.head {config.model.head}; use another head"
+            )
         if config.cluster.ks and max(config.cluster.ks) > images:
             raise ValueError(
                 f"cannot make {max(config.cluster.ks)} clusters of {images} images; set --cluster.ks to smaller "

@@ -1,4 +1,4 @@
-"""The bank: of every image the last momentum key, which the E-step can cluster instead of features made for it."""
+"""The bank: of every image the last key or embedding, which the E-step clusters instead of features made for it."""
 
 from __future__ import annotations
 

@@ -30,6 +30,9 @@ class Encoder(nn.Module):
             # No biases before batch norm, which would take them away.
             layers = nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()
             self.head = nn.Sequential(*layers, nn.Linear(width, config.dim, bias=False), nn.BatchNorm1d(config.dim))
+        elif config.head == "mlp_inner_bn":
+            layers = nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()
+            self.head = nn.Sequential(*layers, nn.Linear(width, config.dim))
         else:
             self.head = nn.Linear(width, config.dim)
         if config.bn_splits > 1:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from gpu import DEVICE, PretendedGPU
 from methods.every import METHODS, reads, tiny
+from pcl_fast.kernels import switches
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -26,7 +27,6 @@ from pcl_fast.config import Config
 from pcl_fast.data import Batch
 from pcl_fast.distributed import World
 from pcl_fast.learner import Learner
-from pcl_fast.kernels import switches
 from pcl_fast.methods import Method, build, check_method, method_class
 from pcl_fast.schedule import rank_batch
 
