@@ -26,6 +26,7 @@ COLUMNS = (
     ("share of the encoder's speed", "share_of_encoder_only", "{:.2f}"),
     ("times the official", "times_official", "{:.2f}"),
     ("share of the data sheet's FLOP/s", "mfu", "{:.0%}"),
+    ("objective, % above the first's", "percent_above_size", "{:+.2f}"),
     ("host waits", "host_waits_share", "{:.0%}"),
     ("the paper's E-step, estimated, ms", "estimated_paper_ms", "{:,.0f}"),
     ("memory, MB", "peak_extra_bytes", "{:,.1f}"),
