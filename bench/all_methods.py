@@ -1,10 +1,10 @@
 """All methods on the digits: what they learn in equally many epochs, and how long that takes.
 
-    python bench/methods.py [--seeds 3] [--presets P ...] [--runs runs/methods] [--out bench/results]
+    python bench/all_methods.py [--seeds 3] [--presets P ...] [--runs runs/methods] [--out bench/results]
 
 Every preset is trained as `python -m pcl_fast.demo PRESET` does it, in two processes, with each seed. Presets take
 turns, each seed in another order, so that all see the machine alike. A measurement that was cut short goes on with the
-same command, and more seeds are added by a larger --seeds. The record is <out>/<machine>/methods.json: of every preset
+same command, and more seeds are added by a larger --seeds. The record is <out>/<machine>/all_methods.json: of every preset
 the median over the seeds of the run's time (median_ms), means of the scores, and the seeds one by one. Presets that
 are not asked for keep what the record has of them.
 
@@ -134,7 +134,7 @@ def main() -> None:
         for name in names[turn:] + names[:turn]:
             seeds[name].append(measure(name, seed, arguments.runs, data))
     found, slug = machine.describe()
-    path = arguments.out / slug / "methods.json"
+    path = arguments.out / slug / "all_methods.json"
     before = json.loads(path.read_text())["cases"][CASE]["providers"] if path.is_file() else {}
     providers = before | {name: figures(of_preset) for name, of_preset in seeds.items()}
     record = {
