@@ -4,9 +4,9 @@
 
 Every preset is trained as `python -m pcl_fast.demo PRESET` does it, in two processes, with each seed. Presets take
 turns, each seed in another order, so that all see the machine alike. A measurement that was cut short goes on with the
-same command, and more seeds are added by a larger --seeds. The record is <out>/<machine>/all_methods.json: of every preset
-the median over the seeds of the run's time (median_ms), means of the scores, and the seeds one by one. Presets that
-are not asked for keep what the record has of them.
+same command, and more seeds are added by a larger --seeds. The record is <out>/<machine>/all_methods.json: of every
+preset the median over the seeds of the run's time (median_ms), means of the scores, and the seeds one by one. Presets
+that are not asked for keep what the record has of them.
 
 Scores are of the encoder that represents the images (the momentum encoder, where there is one): AMI and leave-one-out
 kNN of its 128 features and of its backbone's; and, of the query encoder's backbone, a linear classifier from 4,000
