@@ -54,6 +54,7 @@ def page(results: Path = RESULTS) -> str:
     }  # fmt: skip
     text = environment.get_template(TEMPLATE).render(
         cpu=figures_of(results / CPU),
+        deviations=next(iter(read(results / CPU / "deviations.json")["cases"].values()))["providers"],
         starts=read(results / CPU / "starts.json")["cases"],
         splits_seeds=read(results / CPU / "splits.json")["sizes"]["seeds"],
         profile=profile(results / CPU / "step-profile.txt"),
