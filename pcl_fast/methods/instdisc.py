@@ -77,8 +77,8 @@ class InstDisc(Method, name="instdisc"):
     @classmethod
     def miniature(cls, config: Config) -> dict[str, Any]:
         demo = PRESETS["demo"][1]
-        # A fifth of the images: of ImageNet's the preset draws one in 300, which would be 16 of 5,000. It does not learn
-        # with these, nor with others that were tried: see docs/methods.md.
+        # A fifth of the images: of ImageNet's the preset draws one in 300, which would be 16 of 5,000. It does not
+        # learn with these, nor with others that were tried: see docs/methods.md.
         return {"loss.num_negatives": 1024} | {name: setting(demo, name) for name in ("optim.lr", "optim.weight_decay")}
 
     @property
