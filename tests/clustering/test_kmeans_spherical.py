@@ -15,7 +15,9 @@ from pcl_fast.clustering import backends, kmeans
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = [
     "torch",
-    pytest.param("faiss", marks=pytest.mark.skipif(not find_spec("faiss"), reason="no faiss")),
+    pytest.param(
+        "faiss", marks=pytest.mark.skipif(not find_spec("faiss"), reason="needs faiss, which the requirements install")
+    ),
     "triton",
 ]
 
