@@ -20,7 +20,6 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +51,7 @@ SCORES = {
     "linear": "linear, %",
     **{f"svm_{shots}": f"SVM {shots}, %" for shots in SHOWN_SHOTS},
 }
-CASE = "digits"
+NAME, CASE = "all_methods", "digits"
 _CPU = World(0, 1, torch.device("cpu"), None)
 # Every fifth image is a test image, as in the demo.
 _TEST_SHARE = 5
@@ -133,21 +132,13 @@ def main() -> None:
         turn = seed % len(names)
         for name in names[turn:] + names[:turn]:
             seeds[name].append(measure(name, seed, arguments.runs, data))
-    found, slug = machine.describe()
-    path = arguments.out / slug / "all_methods.json"
+    path = arguments.out / machine.slug() / f"{NAME}.json"
     before = json.loads(path.read_text())["cases"][CASE]["providers"] if path.is_file() else {}
     providers = before | {name: figures(of_preset) for name, of_preset in seeds.items()}
-    record = {
-        "commit": machine.commit(),
-        "date": date.today().isoformat(),
-        **found,
-        "sizes": {"images": len(data.images), "epochs": demo.small(names[0]).epochs, "ranks": demo.RANKS},
-        "cases": {CASE: {"providers": {name: providers[name] for name in PRESETS if name in providers}}},
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    Console(width=200).print(as_table(record["cases"][CASE]["providers"]))
-    print(f"written: {path}")
+    providers = {name: providers[name] for name in PRESETS if name in providers}
+    Console(width=200).print(as_table(providers))
+    sizes = {"images": len(data.images), "epochs": demo.small(names[0]).epochs, "ranks": demo.RANKS}
+    machine.write_record(arguments.out, NAME, sizes=sizes, cases={CASE: {"providers": providers}})
 
 
 if __name__ == "__main__":

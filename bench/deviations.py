@@ -13,13 +13,11 @@ at the full size of the digits.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +134,6 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/deviations"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=machine.HERE / "results")
     arguments = parser.parse_args()
-    found, slug = machine.describe()
     folder = digits_folder()
     images = find_images(folder)
     recipes = ways(arguments.epochs)
@@ -152,18 +149,9 @@ def main() -> None:
             seeds[name].append(measure(config, output, folder, views, labels))
     providers = {name: figures(of_way, seeds[PAPER]) for name, of_way in seeds.items()}
     case = f"digits, {arguments.epochs} epochs, seeds 0 to {arguments.seeds - 1}"
-    record = {
-        "commit": machine.commit(),
-        "date": date.today().isoformat(),
-        **found,
-        "sizes": {"images": len(images), "epochs": arguments.epochs, "ranks": demo.RANKS},
-        "cases": {case: {"providers": providers}},
-    }
-    path = arguments.out / slug / "deviations.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
     Console(width=200).print(as_table(providers, case))
-    print(f"written: {path}")
+    sizes = {"images": len(images), "epochs": arguments.epochs, "ranks": demo.RANKS}
+    machine.write_record(arguments.out, "deviations", sizes=sizes, cases={case: {"providers": providers}})
 
 
 if __name__ == "__main__":

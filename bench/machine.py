@@ -16,6 +16,7 @@ import subprocess
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import device
 import optional
@@ -94,17 +95,22 @@ def stack() -> dict:
     return found
 
 
+def write_record(out: Path, name: str, **content: Any) -> None:
+    """Write <out>/<machine>/<name>.json: commit, date and machine, then the content (sizes, cases)."""
+    found, folder = describe()
+    record = {"commit": commit(), "date": date.today().isoformat(), **found, **content}
+    path = out / folder / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"written: {path}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
-    found, folder = describe()
-    record = {"commit": commit(), "date": date.today().isoformat(), **found, **stack(), "cases": {}}
-    print(json.dumps({key: value for key, value in record.items() if key != "cases"}, indent=2))
-    path = arguments.out / folder / "machine.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"written: {path}")
+    print(json.dumps({"commit": commit(), **describe()[0], **stack()}, indent=2))
+    write_record(arguments.out, "machine", **stack(), cases={})
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ and the range over the seeds.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Iterator
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,19 +125,9 @@ def main() -> None:
         for k in KS
         for start in STARTS
     }
-    found, slug = machine.describe()
-    record = {
-        "commit": machine.commit(),
-        "date": date.today().isoformat(),
-        **found,
-        "sizes": {"iterations": ITERATIONS, "seeds": arguments.seeds, "N": POINTS, "d": D},
-        "cases": cases,
-    }
-    path = arguments.out / slug / "splits.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
     Console(width=120).print(as_table(cases))
-    print(f"written: {path}")
+    sizes = {"iterations": ITERATIONS, "seeds": arguments.seeds, "N": POINTS, "d": D}
+    machine.write_record(arguments.out, "splits", sizes=sizes, cases=cases)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,8 @@ the two ways, which take turns.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -98,19 +96,9 @@ def main() -> None:
     arguments = parser.parse_args()
     features = features_of(arguments.run)
     cases = {f"k = {k}": compare(features, k, arguments.seeds) for k in KS}
-    found, slug = machine.describe()
-    record = {
-        "commit": machine.commit(),
-        "date": date.today().isoformat(),
-        **found,
-        "sizes": {"N": len(features), "d": features.shape[1], "starts": STARTS, "iterations": ITERATIONS},
-        "cases": cases,
-    }
-    path = arguments.out / slug / "starts.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
     Console(width=120).print(as_table(cases))
-    print(f"written: {path}")
+    sizes = {"N": len(features), "d": features.shape[1], "starts": STARTS, "iterations": ITERATIONS}
+    machine.write_record(arguments.out, "starts", sizes=sizes, cases=cases)
 
 
 if __name__ == "__main__":
