@@ -258,10 +258,11 @@ def blur(source, sigma, out, rows, length, LINES: tl.constexpr):
         at = source + first + (line // 3) * (length * 3) + channel
         to = out + first + line
         # Pixels x, values y of the first box and z of the second: the four that came last. The next is x4, y4, z4.
-        x0 = tl.load(at, mask=valid, other=0).to(tl.uint32)
-        x1, x2, x3 = x0, x0, x0
-        y0, y1, y2, y3 = x0, x0, x0, x0
-        z0, z1, z2, z3 = x0, x0, x0, x0
+        # Each begins as a value of its own, though `_start` would not need it: of variables that begin as one value
+        # and are handed on among each other (x0 = x1) Triton's compiler sees no change, and leaves them as they were.
+        x0, x1, x2, x3 = _first(at, valid), _first(at, valid), _first(at, valid), _first(at, valid)
+        y0, y1, y2, y3 = _first(at, valid), _first(at, valid), _first(at, valid), _first(at, valid)
+        z0, z1, z2, z3 = _first(at, valid), _first(at, valid), _first(at, valid), _first(at, valid)
         for step in range(0, length + 6):
             x4 = tl.load(at + 3 * tl.minimum(step, length - 1), mask=valid, other=0).to(tl.uint32)
             # A box's first value stands for those before it too, and its last for those after it.
@@ -274,6 +275,11 @@ def blur(source, sigma, out, rows, length, LINES: tl.constexpr):
             x0, x1, x2, x3 = x1, x2, x3, x4
             y0, y1, y2, y3 = y1, y2, y3, y4
             z0, z1, z2, z3 = z1, z2, z3, z4
+
+
+@triton.jit
+def _first(at, valid):
+    return tl.load(at, mask=valid, other=0).to(tl.uint32)
 
 
 @triton.jit
