@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +24,6 @@ from pcl_fast.data.sources.images import ImageSet
 from pcl_fast.data.views.draws import draw_views
 from pcl_fast.data.views.pil import clustering_view, training_view
 from pcl_fast.errors import ImageError
-
-T = TypeVar("T")
-
 
 class TrainingLoader:
     """A training loader makes the views of all images, in a new order every epoch."""
@@ -134,16 +133,38 @@ class EpochBatches:
             yield [(epoch, index) for index in indices.tolist()]
 
 
-def without_stacks(batches: Iterable[T]) -> Iterator[T]:
+def without_stacks(loader: DataLoader) -> Iterator[Any]:
     """Yield a DataLoader's batches.
 
     Raises:
         ImageError: an image cannot be used. A worker's error comes with its stack, which is left out.
     """
     try:
+        batches = iter(loader)
+        _end_workers_at_exit(loader)
         yield from batches
     except ImageError as error:
         raise ImageError(str(error).rpartition(f"{ImageError.__module__}.ImageError: ")[2].rstrip()) from None
+
+
+_ending: weakref.WeakSet[DataLoader] = weakref.WeakSet()
+
+
+def _end_workers_at_exit(loader: DataLoader) -> None:
+    """Tell a loader's workers to end before the process does.
+
+    With pinned memory PyTorch waits for them at exit without having told them: five seconds for each, one after the
+    other. What is registered last comes first, so this must come after the workers have begun.
+    """
+    if loader.num_workers and loader not in _ending:
+        _ending.add(loader)
+        atexit.register(_end_workers, weakref.ref(loader))
+
+
+def _end_workers(reference: weakref.ref[DataLoader]) -> None:
+    loader = reference()
+    if loader is not None and loader._iterator is not None:
+        loader._iterator._shutdown_workers()
 
 
 def _moved(view: torch.Tensor, resources: Resources) -> torch.Tensor:

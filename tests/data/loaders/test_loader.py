@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from pcl_fast.augmentations import AUGMENTATIONS, View
 from pcl_fast.config import DataConfig, view_of
 from pcl_fast.data import Batch, TrainingLoader, clustering_loader, find_images, training_loader
+from pcl_fast.data.loaders import torchvision_loader
 from pcl_fast.data.loaders.loader import pick_loader
 from pcl_fast.distributed import World
 from pcl_fast.errors import ImageError, MissingPackageError
@@ -164,6 +166,27 @@ def test_clustering_view_is_in_order_and_complete(folder, kind, ranks):
     whole = torch.cat(list(clustering_loader(folder, config, batch_size=53, world=rank_of(0, 1))))
     assert len(whole) == 53
     assert torch.equal(torch.cat(shards), whole)
+
+
+def test_workers_are_told_to_end_before_the_process_waits_for_them(folder, monkeypatch):
+    """With pinned memory PyTorch's own handler waits five seconds for each worker that nobody has told."""
+    handlers = []
+    monkeypatch.setattr(torchvision_loader.atexit, "register", lambda handler, *given: handlers.append((handler, given)))
+    training = loader(folder, rank_of(0, 1), "torchvision", workers=2)
+    for epoch in range(2):
+        next(training.epoch(epoch))
+    ours = [(handler, given) for handler, given in handlers if handler.__module__ == torchvision_loader.__name__]
+    assert len(ours) == 1
+    assert handlers[-1] == ours[0]  # the last that is registered is the first to be called
+    workers = training._loader._iterator._workers
+    assert all(worker.is_alive() for worker in workers)
+    handler, given = ours[0]
+    begin = time.monotonic()
+    handler(*given)
+    assert not any(worker.is_alive() for worker in workers)
+    assert time.monotonic() - begin < 5
+    del training
+    handler(*given)  # of a loader that is gone
 
 
 @pytest.mark.parametrize("workers", [0, 1])
