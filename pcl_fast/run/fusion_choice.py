@@ -37,8 +37,9 @@ def choose_fusion(
     """Choose how the encoders compute, and let them. All ranks call this together, and get the same.
 
     With --model.fusion auto the passes are timed on a GPU at the run's own shapes, in every way that agrees with the
-    eager one; the slowest rank counts. The fastest is timed once more as a CUDA graph, if there is a single rank: what
-    ranks exchange has not been tried in a graph. On a CPU, and with --deterministic, there is nothing to choose: eager.
+    eager one; the slowest rank counts. With a single rank each is timed as a CUDA graph too: a way of many small
+    launches can be the slowest from the host and the fastest in a graph. What ranks exchange has not been tried in a
+    graph. On a CPU, and with --deterministic, there is nothing to choose: eager.
 
     Args:
         encoders: the method's; "query" is the one with a backward pass.
@@ -134,10 +135,9 @@ def _measure(passes: Passes, steps: int, world: World) -> tuple[dict[str, float]
             left_out[way] = faults[0]
         else:
             times[way] = round(max(ms for _, ms in told), 3)
-    if times and world.group is None:
-        best = min(times, key=times.get)
-        fault, ms = trial.of(best, captured=True)
-        (left_out if fault else times)[best + CAPTURED] = fault or round(ms, 3)
+            if world.group is None:
+                fault, ms = trial.captured()
+                (left_out if fault else times)[way + CAPTURED] = fault or round(ms, 3)
     return times, left_out
 
 
@@ -149,8 +149,8 @@ class _Trial:
         self._reference: list[torch.Tensor] = []
         self._tolerance = 0.0
 
-    def of(self, way: str, *, captured: bool = False) -> tuple[str, float]:
-        """What is wrong with a way, or ""; and its milliseconds, those of a CUDA graph with `captured`."""
+    def of(self, way: str) -> tuple[str, float]:
+        """What is wrong with a way, or ""; and its milliseconds. It stays in use."""
         if fault := _try_to_use(way, self._passes.encoders):
             return fault, 0.0
         try:
@@ -161,8 +161,15 @@ class _Trial:
             error = self._passes.error(self._reference)
             if not error <= self._tolerance:
                 return f"it is off by {error:.2g}, and rounding explains {self._tolerance:.2g}", 0.0
-            return "", self._passes.milliseconds(captured=captured)
+            return "", self._passes.milliseconds()
         except Exception as error:  # compilers, drivers and PyTorch raise whatever they like
+            return f"{type(error).__name__}: {_line(error)}", 0.0
+
+    def captured(self) -> tuple[str, float]:
+        """What is wrong with the way in use as a CUDA graph, or ""; and its milliseconds."""
+        try:
+            return "", self._passes.milliseconds(captured=True)
+        except Exception as error:  # drivers and PyTorch raise whatever they like
             return f"{type(error).__name__}: {_line(error)}", 0.0
 
 

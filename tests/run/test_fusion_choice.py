@@ -84,9 +84,10 @@ def fail(encoder: nn.Module) -> None:
 def test_the_fastest_is_used(ways, encoders):
     choice = choose_fusion(small_config(), encoders, MANY, ALONE)
     assert (choice.way, ways.now) == ("compile", "compile")
-    assert choice.row["ms"] == {"eager": 10.0, "triton": 9.0, "compile": 8.0, "compile+graph": 9.0}
+    plain = {"eager": 10.0, "triton": 9.0, "compile": 8.0}
+    assert choice.row["ms"] == plain | {f"{way}+graph": ms + 1.0 for way, ms in plain.items()}
     assert choice.row["left_out"] == {}
-    assert choice.notes[0].startswith("the encoders compute by compile (eager 10.0 ms, triton 9.0 ms, compile 8.0 ms, ")
+    assert choice.notes[0].startswith("the encoders compute by compile (eager 10.0 ms, eager+graph 11.0 ms, triton 9.0")
 
 
 @pytest.mark.parametrize(("ms", "way"), [(9.7, "triton"), (9.9, "eager"), (11, "eager")])
@@ -127,6 +128,15 @@ def test_a_graph_is_taken_where_it_is_faster(ways, encoders, monkeypatch):
     assert set(ways.tried) == {"triton"}
 
 
+def test_a_way_can_be_the_slowest_from_the_host_and_the_fastest_in_a_graph(ways, encoders, monkeypatch):
+    def milliseconds(passes, *, captured=False) -> float:
+        return {"eager": 31.6, "triton": 87.4, "compile": 40.0}[ways.now] - captured * {"triton": 72.3}.get(ways.now, 10.0)
+
+    monkeypatch.setattr(Passes, "milliseconds", milliseconds)
+    assert choose_fusion(small_config(), encoders, MANY, ALONE).way == "triton+graph"
+    assert ways.now == "triton"
+
+
 def test_a_graph_that_cannot_be_captured_is_left_out(ways, encoders, monkeypatch):
     def no_capture(passes, *, captured=False) -> float:
         return fail(None) if captured else ways.ms[ways.now]
@@ -134,7 +144,7 @@ def test_a_graph_that_cannot_be_captured_is_left_out(ways, encoders, monkeypatch
     monkeypatch.setattr(Passes, "milliseconds", no_capture)
     choice = choose_fusion(small_config(), encoders, MANY, ALONE)
     assert choice.way == "compile"
-    assert choice.row["left_out"] == {"compile+graph": "RuntimeError: no kernel image"}
+    assert choice.row["left_out"] == {f"{way}+graph": "RuntimeError: no kernel image" for way in ways.ms}
 
 
 def test_a_short_run_does_not_wait_for_a_compiler(ways, encoders):
@@ -242,11 +252,11 @@ def test_passes_are_those_of_a_step(encoders):
 def test_a_run_records_its_choice_and_keeps_it(ways, image_folder, tmp_path, alone, capsys):
     ways.ms["triton"] = 5.0
     assert run(tiny(image_folder, tmp_path, epochs=1), alone)
-    assert (
-        "the encoders compute by triton (eager 10.0 ms, triton 5.0 ms, triton+graph 6.0 ms; " in capsys.readouterr().out
-    )
+    times = "eager 10.0 ms, eager+graph 11.0 ms, triton 5.0 ms, triton+graph 6.0 ms; "
+    assert f"the encoders compute by triton ({times}" in capsys.readouterr().out
     (row,) = (row for row in read_rows(tmp_path) if row["kind"] == "fusion")
-    assert (row["way"], row["ms"]) == ("triton", {"eager": 10.0, "triton": 5.0, "triton+graph": 6.0})
+    assert row["way"] == "triton"
+    assert row["ms"] == {"eager": 10.0, "eager+graph": 11.0, "triton": 5.0, "triton+graph": 6.0}
     assert load_checkpoint(tmp_path)["choices"]["fusion"] == "triton"
 
     ways.ms["triton"], ways.tried[:] = 50.0, []
