@@ -80,7 +80,8 @@ def _mean_loss(maxima, sums, scores, ends, mean_loss, n, banks, first_share, oth
     The losses are computed again from the parts' maxima and sums: to read those that the other programs write, another
     launch would be needed.
     """
-    PARTS: tl.constexpr = 16
+    # Large tiles, because one program walks through all parts of all banks, and waits for memory at each step.
+    PARTS: tl.constexpr = 64
     ROWS: tl.constexpr = 64
     result = tl.zeros([ROWS], tl.float32)
     for bank in range(banks):
