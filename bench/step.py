@@ -7,9 +7,9 @@ at 64 px and what would suit 100,000 images. The providers are:
 - encoder-only: what no way to train can do without, in the precision and memory format of ours. That is query forward,
   backward from a constant gradient of the features, and key forward: no loss, no optimiser, no momentum update.
 - ours: Learner.step.
-- ours+graph: the same with Learner.compute as a CUDA graph, into which the inputs are copied; loader off only.
 - encoder-only and ours, triton and compile: with the encoders' passes by fused kernels or by torch.compile, see
   pcl_fast.nn.fusion; loader off and on a GPU only.
+- any of these +graph: as a CUDA graph (of ours Learner.compute, into which the inputs are copied); likewise.
 
 With the loader off, every provider gets one batch over and over, in the form in which its loader would deliver it:
 normalised floats in the host's memory (official), or bytes on the device (ours). Encoder-only gets normalised images on
@@ -59,7 +59,7 @@ from pcl_fast.nn.precision import autocast, encoder_dtype
 
 DEVICE = recipe.WORLD.device
 BATCHES = (64, 256) if device.CUDA else (64, 32)
-REFERENCE, GRAPH = "encoder-only", "ours+graph"
+REFERENCE, GRAPH = "encoder-only", "+graph"
 EPOCH = 1 << 20  # images: the photographs many times over, so that no epoch ends while a step is measured
 SIZES = {"images": recipe.IMAGES, "width": photos.WIDTH, "height": photos.HEIGHT}
 # The rates of dense half-precision products in TFLOP/s, from the data sheets.
@@ -200,7 +200,7 @@ def use(way: str, *encoders: nn.Module) -> None:
             pytest.skip(f"{way}: {error}")
 
 
-def encoder_only(case: Case, way: str = fusion.WAYS[0]) -> Runner:
+def encoder_only(case: Case, way: str = fusion.WAYS[0], *, graph: bool = False) -> Runner:
     config, dtype = case.config, encoder_dtype(DEVICE)
     encoder = Encoder(config.model).to(DEVICE, memory_format=torch.channels_last)
     key_encoder = copy.deepcopy(encoder).requires_grad_(False)
@@ -225,26 +225,20 @@ def encoder_only(case: Case, way: str = fusion.WAYS[0]) -> Runner:
         query.backward(upstream)
         encoder.zero_grad(set_to_none=True)
 
-    return Runner(step, ahead)
+    return Runner(captured(step) if graph else step, ahead)
 
 
-def ours(case: Case, way: str = fusion.WAYS[0]) -> Runner:
+def ours(case: Case, way: str = fusion.WAYS[0], *, graph: bool = False) -> Runner:
     batches, ahead = our_batches(case)
     learner = recipe.ready_learner(case.config) if case.has_twin else recipe.ready_method(case.config)
     use(way, *learner.method.encoders().values())
     numbers = itertools.count()
-    return Runner(lambda: learner.step(next(batches), next(numbers)), ahead)
-
-
-def captured(case: Case) -> Runner:
-    learner = recipe.ready_learner(case.config)
-    batch, numbers = batch_at_hand(case), itertools.count()
+    if not graph:
+        return Runner(lambda: learner.step(next(batches), next(numbers)), ahead)
+    batch = batch_at_hand(case)
     inputs = learner.inputs(batch, next(numbers))
     inputs = inputs._replace(views=tuple(view.clone() for view in inputs.views))
-    try:
-        replay, _ = device.capture(lambda: learner.compute(inputs, 0))
-    except RuntimeError as error:
-        pytest.skip(f"the step cannot be captured: {error}")
+    replay = captured(lambda: learner.compute(inputs, 0))
 
     def step() -> None:
         inputs.copy_(learner.inputs(batch, next(numbers)))
@@ -253,22 +247,37 @@ def captured(case: Case) -> Runner:
     return Runner(step, 0)
 
 
+def captured(step: Step) -> Step:
+    """Return a function that takes the step as a CUDA graph, or skip the provider."""
+    try:
+        return device.capture(step)[0]
+    except RuntimeError as error:
+        pytest.skip(f"the step cannot be captured: {error}")
+
+
+def by(way: str, graph: bool) -> str:
+    """Return what stands behind a provider's name for a way of fusion's, and for a graph of it."""
+    return (f", {way}" if way != fusion.WAYS[0] else "") + (GRAPH if graph else "")
+
+
+# The graphs last, because a failed capture may leave the GPU unusable.
 PROVIDERS: dict[str, Callable[[Case], Runner]] = {
     "official": official,
-    REFERENCE: encoder_only,
-    "ours": ours,
-    GRAPH: captured,
-    **{f"encoder-only, {way}": functools.partial(encoder_only, way=way) for way in fusion.WAYS[1:]},
-    **{f"ours, {way}": functools.partial(ours, way=way) for way in fusion.WAYS[1:]},
+    **{
+        f"{name}{by(way, graph)}": functools.partial(provider, way=way, graph=graph)
+        for graph in (False, True)
+        for way in fusion.WAYS
+        for name, provider in ((REFERENCE, encoder_only), ("ours", ours))
+    },
 }
+PLAIN = ("official", REFERENCE, "ours")
 CASES = [Case(batch, loader) for batch in BATCHES for loader in ("off", "on")]
 OFF = [case for case in CASES if case.loader == "off"]
-RUNS = [(case, provider) for case in CASES for provider in PROVIDERS if provider != GRAPH and "," not in provider]
+RUNS = [(case, provider) for case in CASES for provider in PLAIN]
 OTHERS = [Case(BATCHES[0], "off", name) for name in sorted(Method.named) if name != "pcl"]
 RUNS += [(case, provider) for case in OTHERS for provider in (REFERENCE, "ours")]
-if device.CUDA:  # the graph last, because a failed capture may leave the GPU unusable
-    RUNS += [(case, provider) for case in OFF for provider in PROVIDERS if "," in provider]
-    RUNS += [(case, GRAPH) for case in OFF]
+if device.CUDA:
+    RUNS += [(case, provider) for provider in PROVIDERS if provider not in PLAIN for case in OFF]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -326,7 +335,8 @@ def test_step(benchmark, case, provider):
 
     benchmark.group = str(case)
     benchmark.extra_info.update(provider=provider, sizes=SIZES, versions=optional.versions(), case=case.describe())
-    benchmark.extra_info["peak_extra_bytes"] = None if provider == GRAPH else memory  # a replay allocates nothing
+    # A replay allocates nothing.
+    benchmark.extra_info["peak_extra_bytes"] = None if provider.endswith(GRAPH) else memory
     benchmark.pedantic(run, args=(runner, case.steps), setup=take_turns, rounds=case.rounds)
     if benchmark.enabled:
         seconds = benchmark.stats.stats.data
