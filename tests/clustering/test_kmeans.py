@@ -189,8 +189,11 @@ def test_granularities_take_turns(monkeypatch):
     monkeypatch.setattr("pcl_fast.clustering.lloyd.begin_all_reduce_sum", begin)
     features = blobs(300)
     together = cluster(features, (4, 20), temperature=0.2, iterations=3, redo=2, seed=1)
-    a_round = ["sums needed", 4, "sums leave", "sums needed", 20, "sums leave"]
-    assert events[:10] == [4, "sums leave", 20, "sums leave", *a_round]
+    if DEVICE == "cuda":  # where a second stream waits for the sums at once, and the host does not
+        assert events[:6] == [4, "sums leave", "sums needed", 20, "sums leave", "sums needed"]
+    else:
+        a_round = ["sums needed", 4, "sums leave", "sums needed", 20, "sums leave"]
+        assert events[:10] == [4, "sums leave", 20, "sums leave", *a_round]
     assert [event for event in events if event in (4, 20)] == [4, 20] * 8
     for m, k in enumerate((4, 20)):
         alone = kmeans(features, k, iterations=3, redo=2, seed=1 + 2 * m)

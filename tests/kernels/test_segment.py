@@ -40,7 +40,9 @@ def test_sums_are_written_where_one_wants_them(add):
     sums, _ = add(values, assignment, 9, everything[1 : 1 + 9 * 16].view(9, 16))
     assert sums.data_ptr() == everything[1:].data_ptr()
     assert everything.isnan().tolist() == [True] + 144 * [False] + 2 * [True]
-    torch.testing.assert_close(sums, add(values, assignment, 9)[0], rtol=0, atol=0)
+    # PyTorch's own adds up in any order on a GPU.
+    tolerance = 1e-5 if add is segment_plain.segment_sums and DEVICE == "cuda" else 0.0
+    torch.testing.assert_close(sums, add(values, assignment, 9)[0], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("add", [segment_sums, segment_plain.segment_sums])

@@ -334,7 +334,7 @@ def test_errors_name_argument_and_value(generator):
         (lambda: info_nce(q, q, queue, 0.1, backend="cuda"), "backends .*'cuda'"),
         (lambda: info_nce(q, q, queue[:0], 0.1), "queue is empty"),
         (
-            lambda: info_nce(q, q, queue, 0.1, backend="triton"),
+            lambda: info_nce(*(features.to(DEVICE) for features in (q, q, queue)), 0.1, backend="triton"),
             "takes float32, float16 and.* bfloat16, got torch.float64",
         ),
         (lambda: proto_nce(q, prototypes, index[:2], 5, seed=0), r"index must be int64 \[4\]"),
@@ -378,6 +378,7 @@ def test_errors_name_argument_and_value(generator):
 def test_auto_takes_the_kernels_where_they_pay(capability, bank, fused, monkeypatch):
     kernels = losses_of_contrast.fused_kernels
     monkeypatch.setattr(kernels, "capability", lambda device: capability)
+    monkeypatch.setattr(kernels, "widest", lambda device: 512)  # for Volta 0, without Triton 3.1
     query, rows = (
         SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=dtype, shape=(4, 128))
         for dtype in (torch.float32, bank)

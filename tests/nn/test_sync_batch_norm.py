@@ -140,7 +140,8 @@ def test_fused_operations_do_what_the_plain_ones_do(shape, dtype, memory_format)
     for plain, fused in zip(*results, strict=True):
         assert plain.dtype == fused.dtype
         tolerance = max(1e-4, 2 * torch.finfo(dtype).eps)
-        torch.testing.assert_close(fused.cpu(), plain, rtol=tolerance, atol=tolerance)
+        terms = x.numel() / plain.numel()  # that a channel's sums are of, each rounded by itself
+        torch.testing.assert_close(fused.cpu(), plain, rtol=tolerance, atol=tolerance * terms**0.5)
 
 
 # --- over ranks -----------------------------------------------------------------------------------------------------
