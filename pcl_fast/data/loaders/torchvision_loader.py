@@ -25,6 +25,7 @@ from pcl_fast.data.views.draws import draw_views
 from pcl_fast.data.views.pil import clustering_view, training_view
 from pcl_fast.errors import ImageError
 
+
 class TrainingLoader:
     """A training loader makes the views of all images, in a new order every epoch."""
 

@@ -171,16 +171,16 @@ def test_clustering_view_is_in_order_and_complete(folder, kind, ranks):
 def test_workers_are_told_to_end_before_the_process_waits_for_them(folder, monkeypatch):
     """With pinned memory PyTorch's own handler waits five seconds for each worker that nobody has told."""
     handlers = []
-    monkeypatch.setattr(torchvision_loader.atexit, "register", lambda handler, *given: handlers.append((handler, given)))
+    monkeypatch.setattr(torchvision_loader.atexit, "register", lambda *handler: handlers.append(handler))
     training = loader(folder, rank_of(0, 1), "torchvision", workers=2)
     for epoch in range(2):
         next(training.epoch(epoch))
-    ours = [(handler, given) for handler, given in handlers if handler.__module__ == torchvision_loader.__name__]
+    ours = [handler for handler in handlers if handler[0].__module__ == torchvision_loader.__name__]
     assert len(ours) == 1
     assert handlers[-1] == ours[0]  # the last that is registered is the first to be called
     workers = training._loader._iterator._workers
     assert all(worker.is_alive() for worker in workers)
-    handler, given = ours[0]
+    handler, *given = ours[0]
     begin = time.monotonic()
     handler(*given)
     assert not any(worker.is_alive() for worker in workers)
