@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-# Modules of kernels that have a plain twin: the loss, nearest centroids, sums over clusters, images, batch norm. The
-# twin of assign_held is assign with its own sweep.
-KERNELS = ("contrast", "assign_held", "assign", "segment", "normalise", "photometric", "batch_norm")
+# Modules of kernels that have a plain twin: the loss, nearest centroids, sums over clusters, images, batch norm, max
+# pooling. The twin of assign_held is assign with its own sweep, that of max_pool is PyTorch's.
+KERNELS = ("contrast", "assign_held", "assign", "segment", "normalise", "photometric", "batch_norm", "max_pool")
 _off: frozenset[str] = frozenset()
 
 

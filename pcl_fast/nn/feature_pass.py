@@ -25,6 +25,7 @@ from torch import fx, nn
 from pcl_fast.nn.batch_norm import fold_batch_norm
 from pcl_fast.nn.fused_batch_norm import unfuse_batch_norm
 from pcl_fast.nn.fused_convolution import FusedConvolution, is_taken, suits
+from pcl_fast.nn.max_pool import FusedMaxPool2d
 
 # Rows that are also computed in the next finer type, to compare with.
 _COMPARED = 8
@@ -71,6 +72,7 @@ def fused_encoder(encoder: nn.Module, plain: Collection[str] = ()) -> nn.Module:
     _drop_identities(traced)
     _fuse(traced, plain)
     _pool_first(traced)
+    _pool_by_kernels(traced)
     _overwrite(traced)
     if any(tensor.is_cuda for tensor in traced.parameters()):
         join_biases(traced)
@@ -173,6 +175,13 @@ def _pool_first(graph: fx.GraphModule) -> None:
             after = graph.graph.call_module(name)
         pool.replace_all_uses_with(after)
         after.args = (pool,)
+
+
+def _pool_by_kernels(graph: fx.GraphModule) -> None:
+    for node in graph.graph.nodes:
+        module = _module(graph, node, nn.MaxPool2d)
+        if type(module) is nn.MaxPool2d:
+            module.__class__ = FusedMaxPool2d
 
 
 def _overwrite(graph: fx.GraphModule) -> None:

@@ -1,4 +1,5 @@
-"""ResNets whose batch norms, and the additions and ReLUs after them, are one operation (kernels/batch_norm.py).
+"""ResNets whose batch norms, and the additions and ReLUs after them, are one operation (kernels/batch_norm.py). Their
+max pooling is a kernel too (max_pool.py).
 
 Only forward passes are replaced: modules, their names and their state stay, so that copies, checkpoints, folded and
 synchronised batch norm go on as before. What a forward pass finds that the kernels do not take (a tensor that is not on
@@ -20,6 +21,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from pcl_fast.distributed import all_gather_rows, all_reduce_sum
 from pcl_fast.kernels import switches
 from pcl_fast.nn.batch_norm import SplitBatchNorm
+from pcl_fast.nn.max_pool import pool
 from pcl_fast.nn.sync_batch_norm import SyncBatchNorm2d
 
 try:
@@ -175,7 +177,7 @@ class _FusedBottleneck(_FusedBlock, Bottleneck):
 
 class _FusedResNet(ResNet):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.maxpool(norm_act(self.bn1, self.conv1(x), self.relu))
+        x = pool(self.maxpool, norm_act(self.bn1, self.conv1(x), self.relu))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

@@ -43,7 +43,7 @@ def choose_layers(
     """
     if not new:
         return Choice(None if kept is None else sorted(kept), [], None)
-    if not has_choice(world) or config.model.fusion == EAGER or config.deterministic:
+    if not has_choice(world) or not may_fuse_features(config):
         return Choice(None, [], None)
     begin = time.perf_counter()
     images = draw_images(config, ENCODED_ON_GPU, world)
@@ -59,6 +59,11 @@ def choose_layers(
     why = f"no layer is fused: the encoder {fault}" if fault else f"{len(fused)} layers are fused"
     row = {"fused": fused, "plain": plain, "fault": fault, "seconds": seconds}
     return Choice(None if fault else sorted(plain), [f"in the feature pass {why} (found out in {seconds} s)"], row)
+
+
+def may_fuse_features(config: Config) -> bool:
+    """Whether layers may be fused, on a GPU."""
+    return config.model.fusion != EAGER and not config.deterministic
 
 
 def _tried(encoder: nn.Module, images: torch.Tensor) -> tuple[dict[str, str], str]:

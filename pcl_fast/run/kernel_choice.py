@@ -16,7 +16,9 @@ from pcl_fast.distributed import World, gather_objects
 from pcl_fast.kernels import assign, switches
 from pcl_fast.losses.contrast import takes_kernels
 from pcl_fast.nn.fused_batch_norm import takes_batch_norm
+from pcl_fast.nn.max_pool import takes_pooling
 from pcl_fast.nn.precision import encoder_dtype, loss_dtype
+from pcl_fast.run.feature_choice import may_fuse_features
 from pcl_fast.run.self_check import find_faults
 
 # What each kernel is for, for people.
@@ -28,6 +30,7 @@ PURPOSE = {
     "normalise": "normalising images",
     "photometric": "colours and blur",
     "batch_norm": "the encoder's batch norms",
+    "max_pool": "the encoder's max pooling",
 }
 # What takes a kernel's place, where that is not plain PyTorch.
 TWIN, PLAIN = {"assign_held": "the kernel assign"}, "plain PyTorch"
@@ -89,6 +92,7 @@ def used_kernels(config: Config, settings: Sequence[str], device: torch.device) 
         "normalise": True,
         "photometric": pick_loader(config.data.loader) == "dali",
         "batch_norm": _may_fuse(config) and takes_batch_norm(encoder_dtype(device), device),
+        "max_pool": (_may_fuse(config) or may_fuse_features(config)) and takes_pooling(encoder_dtype(device), device),
     }
     return [name for name in switches.KERNELS if used[name]]
 

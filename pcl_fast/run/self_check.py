@@ -21,6 +21,7 @@ from pcl_fast.kernels import (
     batch_norm,
     batch_norm_plain,
     launch,
+    max_pool,
     normalise,
     normalise_plain,
     photometric,
@@ -63,6 +64,7 @@ def find_faults(kernels: Sequence[str], device: torch.device, *, dim: int, granu
         "normalise": lambda: check_normalise(device),
         "photometric": lambda: check_photometric(device),
         "batch_norm": lambda: check_batch_norm(device),
+        "max_pool": lambda: check_max_pool(device),
     }
     found = {name: _fault(name, checks[name], device) for name in kernels}
     return {name: fault for name, fault in found.items() if fault is not None}
@@ -264,6 +266,27 @@ def check_batch_norm(device: torch.device) -> str | None:
 
     with torch.enable_grad():
         return _first(compare(added) for added in (None, residual))
+
+
+def check_max_pool(device: torch.device) -> str | None:
+    """`max_pool` with a ResNet's window against PyTorch's own: the same values; gradients are rounded once, with it in
+    float64. Where ReLU was 0 the window's first value takes the gradient.
+    """
+    generator, dtype, window = torch.Generator().manual_seed(_SEED), encoder_dtype(device), (3, 2, 1)
+    x = torch.randn(3, max_pool.COLUMNS + 16, 29, 31, generator=generator).relu()
+    x = x.to(device, dtype).contiguous(memory_format=torch.channels_last)
+    with torch.enable_grad():
+        leaf, exact = x.requires_grad_(), x.detach().double().requires_grad_()
+        found, expected = max_pool.max_pool(leaf, *window), F.max_pool2d(exact, *window)
+        upstream = torch.randn(found.shape, generator=generator).to(device, dtype)
+        (gradient,) = torch.autograd.grad(found, leaf, upstream)
+        (of_exact,) = torch.autograd.grad(expected, exact, upstream.double())
+    return _first(
+        [
+            _differs("values", (found.double() - expected).detach().abs(), 0.0),
+            _differs("gradients", (gradient.double() - of_exact).abs() / (2 + of_exact.abs()), torch.finfo(dtype).eps),
+        ]
+    )
 
 
 def _differs(what: str, error: torch.Tensor, tolerance: float) -> str | None:

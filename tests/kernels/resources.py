@@ -38,6 +38,7 @@ from pcl_fast.kernels import (
     batch_norm_kernels,
     combine,
     launch,
+    max_pool,
     normalise,
     photometric,
     sampling,
@@ -71,7 +72,7 @@ POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf1
 INTEGERS = {
     "index": "*i64", "assignment": "*i32", "list_ids": "*i32", "ends": "*i32", "correct": "*u8", "found": "*i32",
     "order": "*i64", "bounds": "*i64", "images": "*u8", "jittered": "*u8", "source": "*u8",
-    "ops": "*i32", "luma": "*i32", "kept": "*i32",
+    "ops": "*i32", "luma": "*i32", "kept": "*i32", "taps": "*u8",
 }  # fmt: skip
 FLOATS = ("queue_weight", "first_share", "other_share", "mean", "std", "momentum", "eps")
 FEATURES = (
@@ -81,7 +82,7 @@ HALF = ("high", "low")
 NUMBERS = (
     "n", "size", "columns", "height", "width", "length", "begin", "granularity", "stride", "first_bank", "first_part",
     "part_columns", "seed_low", "seed_high", "banks", "bank_stride", "row_stride", "k", "padded", "tiles",
-    "pixels", "rows", "entries", "channels", "part_rows", "groups", "parts",
+    "pixels", "rows", "entries", "channels", "part_rows", "groups", "parts", "h", "w", "out_h", "out_w",
 )  # fmt: skip
 
 
@@ -131,6 +132,7 @@ def cases(capability: int) -> Iterator[Case]:
     yield from cases_of_views()
     for activations in half:
         yield from cases_of_batch_norm(activations)
+        yield from cases_of_pooling(activations)
     yield from cases_of_merging()
 
 
@@ -172,7 +174,7 @@ def cases_of_views() -> Iterator[Case]:
 def cases_of_batch_norm(activations: torch.dtype) -> Iterator[Case]:
     """As of ResNets: channels are multiples of 16, and enough for whole blocks."""
     kind, size = POINTER[activations][1:], activations.itemsize
-    summed, mapped = (batch_norm.divide(1 << 16, 512, c, size, 80) for c in (batch_norm.SUMMED, batch_norm.MAPPED))
+    summed, mapped = (launch(1 << 16, 512, size, 80) for launch in (batch_norm.summed, batch_norm.mapped))
     options = {"num_warps": batch_norm.WARPS}
 
     def case(kernel, name: str, constants: dict, tile: batch_norm.Launch, values: float) -> Case:
@@ -181,7 +183,8 @@ def cases_of_batch_norm(activations: torch.dtype) -> Iterator[Case]:
         moved = values * batch_norm.UNROLL * tile.rows * tile.columns
         # Sums are stored once, a channel at a time.
         wide = kernel not in (batch_norm_kernels.partial_statistics, batch_norm_kernels.partial_sums)
-        common = {"products": False, "programs": batch_norm.PROGRAMS, "wide": wide, "even": ("channels",)}
+        # Of those that only map values twice as many are launched as there is room for.
+        common = {"products": False, "programs": batch_norm.SUMMED_PROGRAMS, "wide": wide, "even": ("channels",)}
         common |= {"moved": moved, "words": "bits" in name}
         return Case(f"{kernel.__name__} {name}", kernel, constants, activations, options, **common)
 
@@ -203,6 +206,17 @@ def cases_of_batch_norm(activations: torch.dtype) -> Iterator[Case]:
         name = f"{kind}{' relu' * relu}{'' if training else ' eval'}"
         moved = (3 if relu or training else 2) * size
         yield case(batch_norm_kernels.differentiate_rows, name, constants, mapped, moved)
+
+
+def cases_of_pooling(activations: torch.dtype) -> Iterator[Case]:
+    """As of a ResNet's stem."""
+    kind, tile = POINTER[activations][1:], max_pool.tile(64)
+    window = {"KERNEL": 3, "STRIDE": 2, "PADDING": 1}
+    options = {"products": False, "wide": True, "even": ("channels",)}
+    for keep in (False, True):
+        name, constants = f"pool {kind}{' taps' * keep}", window | tile | {"KEEP": keep}
+        yield Case(name, max_pool.pool, constants, activations, {}, **options)
+    yield Case(f"unpool {kind}", max_pool.unpool, window | tile, activations, {}, **options)
 
 
 def cases_of_merging() -> Iterator[Case]:

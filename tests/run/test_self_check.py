@@ -12,6 +12,7 @@ from pcl_fast.kernels import (
     batch_norm,
     contrast,
     launch,
+    max_pool,
     normalise,
     photometric,
     photometric_plain,
@@ -117,6 +118,16 @@ def test_another_count_is_found(monkeypatch):
     sums = segment.segment_sums
     monkeypatch.setattr(segment, "segment_sums", lambda *given: (sums(*given)[0], sums(*given)[1] + 1))
     assert "counts other points" in faults("segment")["segment"]
+
+
+def test_a_pooled_value_of_another_pixel_and_its_gradient_are_found(monkeypatch):
+    pool = max_pool.max_pool
+    monkeypatch.setattr(max_pool, "max_pool", lambda x, *window: pool(x.roll(1, 3) * (x > 3) + x * (x <= 3), *window))
+    assert "values differ" in faults("max_pool")["max_pool"]
+    monkeypatch.setattr(
+        max_pool, "max_pool", lambda x, *window: pool(x * (x > 0.01) + x.detach() * (x <= 0.01), *window)
+    )
+    assert "gradients differ" in faults("max_pool")["max_pool"]
 
 
 @pytest.mark.parametrize("wrong", [0.1, float("nan")])
