@@ -53,9 +53,8 @@ from pcl_fast.kernels.tiles import INTERPRETED
 
 WARPS = 4
 UNROLL = WORD_ROWS.value  # rows that a thread loads before it needs the first
-# Channels of a program that adds up rows, and of one that only maps values; programs on a multiprocessor.
-SUMMED, MAPPED = 64, 256
-SUMMED_PROGRAMS, MAPPED_PROGRAMS = 4, 16
+PROGRAMS = 4  # on a multiprocessor
+SUMMED, MAPPED = 64, 256  # channels of a program that adds up rows, and of one that only maps values
 MERGED = {"PARTS": 128, "COLUMNS": 8, "num_warps": 8}  # lines and channels at a time
 
 
@@ -281,25 +280,15 @@ class _Shape(NamedTuple):
         return cls(x.numel() // x.shape[1] // groups, x.shape[1])
 
     def summed(self, x: torch.Tensor) -> Launch:
-        return summed(self.rows, self.channels, x.element_size(), multiprocessors(x.device))
+        return divide(self.rows, self.channels, SUMMED, x.element_size(), multiprocessors(x.device))
 
     def mapped(self, x: torch.Tensor) -> Launch:
-        return mapped(self.rows, self.channels, x.element_size(), multiprocessors(x.device))
-
-
-def summed(rows: int, channels: int, itemsize: int, multiprocessors: int) -> Launch:
-    """Return the launch of a kernel that adds up rows."""
-    return divide(rows, channels, SUMMED, itemsize, multiprocessors * SUMMED_PROGRAMS)
-
-
-def mapped(rows: int, channels: int, itemsize: int, multiprocessors: int) -> Launch:
-    """Return the launch of a kernel that maps values."""
-    return divide(rows, channels, MAPPED, itemsize, multiprocessors * MAPPED_PROGRAMS)
+        return divide(self.rows, self.channels, MAPPED, x.element_size(), multiprocessors(x.device))
 
 
 @lru_cache
-def divide(rows: int, channels: int, columns: int, itemsize: int, programs: int) -> Launch:
-    """Divide a group's rows among so many programs, each with equally many, and `columns` channels.
+def divide(rows: int, channels: int, columns: int, itemsize: int, multiprocessors: int) -> Launch:
+    """Divide a group's rows among programs that fill the GPU once, each with equally many, and `columns` channels.
 
     A part has at least two tiles, for what a program reads and writes by channel to be little beside its rows.
     """
@@ -307,7 +296,7 @@ def divide(rows: int, channels: int, columns: int, itemsize: int, programs: int)
     blocks = triton.cdiv(channels, columns)
     tile_rows = max(1, 32 * WARPS * 16 // itemsize // columns)  # of all threads' 16 bytes
     tiles = max(1, triton.cdiv(rows, UNROLL * tile_rows))
-    parts = max(1, min(tiles // 2, programs // blocks))
+    parts = max(1, min(tiles // 2, multiprocessors * PROGRAMS // blocks))
     part_rows = triton.cdiv(tiles, parts) * UNROLL * tile_rows
     return Launch(max(1, triton.cdiv(rows, part_rows)), part_rows, blocks, tile_rows, columns)
 
@@ -343,18 +332,18 @@ def bytes_moved(
     one = itemsize * rows * channels  # pass over the values
     words = 4 * -(-rows // UNROLL) * -(-channels // 8) if relu and residual else 0
     written = relu and residual
-    adding = summed(rows, channels, itemsize, multiprocessors)
-    mapping = mapped(rows, channels, itemsize, multiprocessors)
+    summed = divide(rows, channels, SUMMED, itemsize, multiprocessors)
+    mapped = divide(rows, channels, MAPPED, itemsize, multiprocessors)
     line, blocks = 4 * line_width(channels), _blocks(channels)[1]
     moved = {
-        "partial_statistics": one + adding.parts * line,
-        "merge_statistics": adding.parts * (8 * channels + 4 * blocks) + line + 16 * channels,
-        "normalise_rows": (2 + residual) * one + words * gradient + mapping.parts * 16 * channels,
+        "partial_statistics": one + summed.parts * line,
+        "merge_statistics": summed.parts * (8 * channels + 4 * blocks) + line + 16 * channels,
+        "normalise_rows": (2 + residual) * one + words * gradient + mapped.parts * 16 * channels,
     }
     if gradient:
         moved |= {
-            "partial_sums": (2 + fork + written) * one + words + adding.parts * 24 * channels,
-            "merge_sums": adding.parts * 8 * channels + 20 * channels,
-            "differentiate_rows": 3 * one + mapping.parts * (24 * channels + 4 * mapping.blocks),
+            "partial_sums": (2 + fork + written) * one + words + summed.parts * 24 * channels,
+            "merge_sums": summed.parts * 8 * channels + 20 * channels,
+            "differentiate_rows": 3 * one + mapped.parts * (24 * channels + 4 * mapped.blocks),
         }
     return moved

@@ -525,9 +525,9 @@ def test_of_a_resnet50():
 
 def test_programs_share_the_rows_alike():
     for rows, channels, columns in itertools.product((1, 63, 3136, 802816), (3, 64, 300, 2048), (64, 256)):
-        launch = divide(rows, channels, columns, 2, 320)
+        launch = divide(rows, channels, columns, 2, 80)
         assert (launch.parts - 1) * launch.part_rows < rows <= launch.parts * launch.part_rows
         assert launch.part_rows % (batch_norm.UNROLL * launch.rows) == 0
         assert launch.blocks * launch.columns >= channels
-        assert launch.parts * launch.blocks <= max(launch.blocks, 320)
-    assert divide(802816, 64, 64, 2, 320).parts >= 0.9 * 320
+        assert launch.parts * launch.blocks <= max(launch.blocks, 80 * batch_norm.PROGRAMS)
+    assert divide(802816, 64, 64, 2, 80).parts >= 0.9 * 80 * batch_norm.PROGRAMS
