@@ -200,7 +200,8 @@ def _phase_table(options: Options, found: Plan, marks: dict[Constant, str]) -> T
         table.add_row(*cells)
     table.add_section()
     table.add_row("sum", f"{hours(found.ours):.2f}", "", f"{hours(found.official):.2f}", "")
-    table.add_row("sum, projected", f"{hours(found.projected):.2f}", _projection(found, marks), "", "")
+    if hours(found.projected) != hours(found.ours):  # as where all of it is measured
+        table.add_row("sum, projected", f"{hours(found.projected):.2f}", _projection(found, marks), "", "")
     return table
 
 

@@ -6,10 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 
 from pcl_fast.config import PRUNED_AFTER, ClusterConfig, ModelConfig
+from pcl_fast.nn.fusion import WAYS
 from pcl_fast.planning.encoder import Work, count
 from pcl_fast.planning.figures import Constant
 from pcl_fast.planning.job import PHASES, Job, Phase, over_run
-from pcl_fast.planning.rates import Machine, Precision
+from pcl_fast.planning.rates import Machine, MeasuredStep, Precision
 from pcl_fast.schedule import ENCODED_ON_GPU
 
 # Per parameter: SGD reads three float32 and writes two, the momentum encoder reads two and writes one.
@@ -98,25 +99,39 @@ def supervised(job: Job, machine: Machine, precision: Precision) -> tuple[float,
 
 
 def _encoder(job: Job, machine: Machine) -> Phase:
-    """Query forward and backward, key forward: as measured, or the supervised step's seconds * counted FLOP ratio."""
+    """Query forward and backward, key forward: as measured in the fastest way, or the supervised step's seconds *
+    counted FLOP ratio.
+    """
     formula = "steps x (1 + forward / training) x N / rate"
-    if machine.step is None:
+    step = _fastest(job, machine)
+    if step is None:
         seconds, constants = supervised(job, machine, machine.half)
         return Phase(seconds * job.encoder.step, formula, constants)
-    step, batch = machine.step
+    share = machine.half.share(job.rows, step.batch)
     together, alone = (machine.half.training(gpus) for gpus in (job.gpus, 1))
-    share = machine.half.share(job.rows, batch)
-    rate = step.value * together.value / alone.value * share.value
+    rate = step.rate.value * together.value / alone.value * share.value
     seconds = job.rows / rate * relative(job, machine, machine.half, "training")
-    matters = {step: True, together: job.gpus > 1, share: share.value != 1}
+    matters = {step.rate: True, together: job.gpus > 1, share: share.value != 1}
     return Phase(seconds, formula, tuple(constant for constant, does in matters.items() if does))
 
 
+def _fastest(job: Job, machine: Machine) -> MeasuredStep | None:
+    """What was measured of a step in the way that a run would choose: in a graph only on a single GPU."""
+    usable = [step for step in machine.steps if job.world == 1 or not step.captured]
+
+    def rate(step: MeasuredStep) -> float:
+        return machine.half.share(job.rows, step.batch).value * step.rate.value
+
+    return max(usable, key=rate, default=None)
+
+
 def _fused_encoder(job: Job, machine: Machine) -> Phase:
-    """`_encoder` less the bytes that fusion saves, by the memory's bandwidth; but not faster than such code was
-    published to train.
+    """`_encoder` less the bytes that fusion saves, by the memory's bandwidth, unless that was measured with it; but not
+    faster than such code was published to train.
     """
-    eager = _encoder(job, machine)
+    eager, step = _encoder(job, machine), _fastest(job, machine)
+    if step is not None and step.way != WAYS[0]:
+        return eager
     share = job.encoder.training.elements / count(ModelConfig(), 224).training.elements
     saved = SAVED.value * share / (REACHED.value * machine.bandwidth.value)
     seconds, constants = eager.seconds - job.rows * saved, (*eager.constants, SAVED, REACHED, machine.bandwidth)
@@ -176,10 +191,11 @@ def _exchange(job: Job, machine: Machine, encoder: float) -> Phase:
 
 def _features(job: Job, machine: Machine, gain: float) -> Phase:
     """Passes * images * max(forward pass over all GPUs, loading), each at its epoch's size; with a cache all but the
-    first of a size read instead. gain: by which the forward pass is faster than published.
+    first of a size read instead. gain: by which the forward pass is faster than published, where it is not measured.
     """
     passes = Counter(job.config.data.at(epoch) for epoch in job.passes)
-    rate = machine.half.forward(ENCODED_ON_GPU)
+    rate = machine.forward or machine.half.forward(ENCODED_ON_GPU)
+    gain = 1.0 if machine.forward else gain
     loading = 1 / (job.nodes * job.cores * machine.decoded.value)
     seconds, slower = 0.0, set()
     for data, times in passes.items():

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Annotated, NamedTuple, get_type_hints
 
 import numpy as np
 
+from pcl_fast.nn.fusion import WAYS
 from pcl_fast.planning.figures import Constant, Record, Records
 from pcl_fast.planning.machines import CLUSTERING, MACHINES, MEASURED, ON_HOST
 
@@ -72,6 +74,17 @@ def _between(points: dict[int, float], at: int) -> float:
     return float(np.interp(at, list(points), list(points.values())))
 
 
+class MeasuredStep(NamedTuple):
+    """Query forward and backward, key forward on one GPU: images/s, with which batch, in which of fusion's ways, and
+    whether as a CUDA graph.
+    """
+
+    rate: Constant
+    batch: int
+    way: str
+    captured: bool
+
+
 @dataclass(frozen=True)
 class Machine:
     """A GPU, and its share of the machine around it: constants, with what tables call them and their units."""
@@ -94,8 +107,9 @@ class Machine:
     loops: Annotated[Constant, "concentration of 1,281,167 images, official", "s"]
     loss: Annotated[Constant | None, "loss and gradient of 64 rows, by the columns", "s"] = None
     official_estep: Annotated[Constant | None, "the paper's E-step, official", "s"] = None
+    forward: Annotated[Constant | None, "forward pass, batch 256, fused", "images/s per GPU"] = None
     cache: Annotated[Constant | None, "reading the clustering view's cache, each machine", "B/s"] = None
-    step: tuple[Constant, int] | None = None  # query forward and backward, key forward on one GPU; with which batch
+    steps: tuple[MeasuredStep, ...] = ()
 
 
 _QUANTITIES = {
@@ -140,15 +154,18 @@ def machine(gpu: str, records: Records) -> Machine:
             by = record.cases[question[0]][divisor] if divisor else 1
             figures[field] = (_SI[question[-1]] * value / by, record.source)
     constants = {field: constant(field, *figure) for field, figure in figures.items()}
-    step = _measured_step(own["step"]) if "step" in own else None
-    return Machine(name=published["name"], half=half, single=single, fused=fused, step=step, **constants)
+    steps = _measured_steps(own["step"]) if "step" in own else ()
+    return Machine(name=published["name"], half=half, single=single, fused=fused, steps=steps, **constants)
 
 
-def _measured_step(record: Record) -> tuple[Constant, int] | None:
-    """(images/s of the encoder's part of a step, batch): the larger batch that bench/step.py could take."""
-    for batch in (256, 64):
-        rate = record.figure(f"resnet50, 224 px, batch {batch}, loader off", "encoder-only", "images_per_s")
+def _measured_steps(record: Record) -> tuple[MeasuredStep, ...]:
+    """The encoder's part of a step, in the ways of which a run chooses one by itself."""
+    found = []
+    for batch, way, captured in itertools.product((256, 64), WAYS, (False, True)):
+        provider = "encoder-only" + f", {way}" * (way != WAYS[0]) + "+graph" * captured
+        rate = record.figure(f"resnet50, 224 px, batch {batch}, loader off", provider, "images_per_s")
         if rate is not None:
-            name = f"query forward and backward and key forward, batch {batch}"
-            return Constant(name, rate, "images/s per GPU", record.source), batch
-    return None
+            name = f"query forward and backward and key forward, by {way}{' in a graph' * captured}, batch {batch}"
+            constant = Constant(name, rate, "images/s per GPU", record.source)
+            found.append(MeasuredStep(constant, batch, way, captured))
+    return tuple(found)

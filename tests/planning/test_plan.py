@@ -206,16 +206,27 @@ def test_an_empty_folder_of_records(monkeypatch, tmp_path):
 
 
 def test_a_gpu_with_records_is_planned_by_them(tmp_path):
-    """H200: a step of 64 images at 4000 images/s."""
+    """A100: a step of 64 images at 4000 images/s, by fused batch norm in a graph at 5000, which several GPUs do not
+    take; a forward pass at 20,000.
+    """
     shutil.copytree(DEFAULT, tmp_path, dirs_exist_ok=True)
-    case = {"arch": "resnet50", "size": 224, "batch": 64, "loader": "off", "ranks": 1}
-    case["providers"] = {"encoder-only": {"images_per_s": 4000.0}}
-    own = tmp_path / "nvidia-h200"
+    own = tmp_path / "nvidia-a100"
     own.mkdir()
-    content = {"machine": "NVIDIA H200", "cases": {"resnet50, 224 px, batch 64, loader off": case}}
-    (own / "step.json").write_text(json.dumps(content))
-    found = plan.plan(options("moco_v1", gpu="h200", gpus=1, batch_size=64, epochs=1, cores=100, results=tmp_path))
+    rates = {"encoder-only": 4000.0, "encoder-only, triton+graph": 5000.0, "encoder-only, triton": 3000.0}
+    providers = {name: {"images_per_s": rate} for name, rate in rates.items()}
+    cases = {"resnet50, 224 px, batch 64, loader off": {"providers": providers}}
+    (own / "step.json").write_text(json.dumps({"machine": "NVIDIA A100", "cases": cases}))
+    cases = {"resnet50, 224 px, 256 images": {"providers": {"fused": {"images_per_s": 20_000.0}}}}
+    (own / "features.json").write_text(json.dumps({"machine": "NVIDIA A100", "cases": cases}))
+    given = {"gpu": "a100", "epochs": 1, "cores": 1000, "results": tmp_path}
+    found = plan.plan(options("moco_v1", gpus=1, batch_size=64, **given))
     encoder = found.ours[ENCODER]
-    assert encoder.seconds == pytest.approx(1281167 // 64 * 64 / 4000, rel=0.01)
+    assert encoder.seconds == pytest.approx(1281167 // 64 * 64 / 5000, rel=0.01)
     assert [constant.kind for constant in encoder.constants] == ["measured"]
     assert encoder.constants[0].source == f"measured: {own / 'step.json'}"
+    assert found.ours[FEATURES].seconds == pytest.approx(2 * 1281167 / 20_000, rel=0.01)
+    assert found.projected[ENCODER].seconds == encoder.seconds  # it is fused already
+    two = plan.plan(options("moco_v1", gpus=2, batch_size=128, **given))
+    one = 1281167 // 128 * 64 / 4000
+    assert one < two.ours[ENCODER].seconds < 1.1 * one
+    assert two.projected[ENCODER].seconds < two.ours[ENCODER].seconds

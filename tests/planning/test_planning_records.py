@@ -112,7 +112,7 @@ def test_steps_on_a_gpu(tmp_path):
     """Loss by columns alone, 0.055 ms; update at 4000 GB/s, 8 us. Both are free while the encoder alone waits."""
     cases = {"off": step_case("off", 3200.0, 3000.0), "on": step_case("on", 3190.0, 3000.0)}
     write(tmp_path, "gpu", "NVIDIA H200", "step", cases, copy_gb_per_s=4000.0)
-    write(tmp_path, "gpu", "NVIDIA H200", "loss", loss_record("triton", 0.1))
+    write(tmp_path, "gpu", "NVIDIA H200", "loss", loss_record("triton+graph", 0.1))
     added = (0.055e-3 + 8e-6) / 32
     off, on = measured_steps(Records(tmp_path))
     assert off.predicted == pytest.approx(1 / 3200 + added)
@@ -123,7 +123,7 @@ def loss_record(provider: str, milliseconds: float) -> dict:
     """In the precision of training: half on a GPU, of which the provider is triton. The other one takes ten times as
     long.
     """
-    used, other = ("float16", "float32") if provider == "triton" else ("float32", "float16")
+    used, other = ("float16", "float32") if provider == "triton+graph" else ("float32", "float16")
     times = {other: 10 * milliseconds, used: milliseconds}
     return {
         f"N=64, r=16384, {dtype}": {**LOSS, "dtype": dtype, "providers": {provider: {"median_ms": time}}}
@@ -136,16 +136,17 @@ def test_measured_rates_of_a_gpu_replace_published_ones(tmp_path):
         kind: {**rates(torchvision=80.0, dali=3200.0), "cores": 16} for kind in ("training views", "clustering views")
     }
     write(tmp_path, "nvidia-a100-sxm4-80gb", "NVIDIA A100-SXM4-80GB", "data", views)
-    write(tmp_path, "nvidia-a100-sxm4-80gb", "NVIDIA A100-SXM4-80GB", "loss", loss_record("triton", 0.1))
+    write(tmp_path, "nvidia-a100-sxm4-80gb", "NVIDIA A100-SXM4-80GB", "loss", loss_record("triton+graph", 0.1))
     # What the official code does on the host is anybody's.
     median = {"providers": {"official": {"median_ms": 30.0}}}
     write(tmp_path, "cpu", "AMD EPYC CPU, 2 threads", "loss", {"sampling alone": median})
     write(tmp_path, "cpu", "AMD EPYC CPU, 2 threads", "kmeans", {"concentration, N=1281167, K=25000": median})
     estep = {
-        "20 iterations, redo 5": {"providers": {"triton": {"tflop_per_s": 200.0}}},
         "5 iterations, redo 1": {"providers": {"official": {"estimated_paper_ms": 5e5}}},
     }
     write(tmp_path, "nvidia-a100-sxm4-80gb", "NVIDIA A100-SXM4-80GB", "estep", estep)
+    iteration = {"N=1281167, K=100000, float16, iteration": {"providers": {"triton": {"tflop_per_s": 200.0}}}}
+    write(tmp_path, "nvidia-a100-sxm4-80gb", "NVIDIA A100-SXM4-80GB", "kmeans", iteration)
     records = Records(tmp_path)
     known = machine("a100", records)
     assert (known.clustering.value, known.decoded.value, known.pair.value) == (2e14, 200.0, 5.0)
