@@ -22,7 +22,11 @@ H300 = {
 
 @pytest.fixture
 def results(tmp_path) -> Path:
-    return Path(shutil.copytree(report.RESULTS, tmp_path / "results"))
+    """The records of the CPU, and none of a GPU."""
+    folder = Path(shutil.copytree(report.RESULTS, tmp_path / "results"))
+    for of_gpu in folder.glob("nvidia-*"):
+        shutil.rmtree(of_gpu)
+    return folder
 
 
 def test_the_page_is_made_of_the_records():
@@ -71,7 +75,7 @@ def test_hours_in_the_readme():
     own, official = (f"{float(plan[way]):.0f} hours" for way in ("ours", "official"))
     assert f"{own} for this code and {official} for the official code" in " ".join(re.sub("[>*]", " ", README).split())
     assert float(plan["ours"]) > report.GOAL
-    assert "by this plan the goal is missed" in " ".join(README.split())
+    assert "by this plan the goal is missed" in " ".join(re.sub("[>*]", " ", README).split())
 
 
 def test_the_demo_s_scores_are_those_of_the_readme():

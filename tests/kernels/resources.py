@@ -174,7 +174,7 @@ def cases_of_views() -> Iterator[Case]:
 def cases_of_batch_norm(activations: torch.dtype) -> Iterator[Case]:
     """As of ResNets: channels are multiples of 16, and enough for whole blocks."""
     kind, size = POINTER[activations][1:], activations.itemsize
-    summed, mapped = (launch(1 << 16, 512, size, 80) for launch in (batch_norm.summed, batch_norm.mapped))
+    summed, mapped = (batch_norm.divide(1 << 16, 512, c, size, 80) for c in (batch_norm.SUMMED, batch_norm.MAPPED))
     options = {"num_warps": batch_norm.WARPS}
 
     def case(kernel, name: str, constants: dict, tile: batch_norm.Launch, values: float) -> Case:
@@ -183,8 +183,7 @@ def cases_of_batch_norm(activations: torch.dtype) -> Iterator[Case]:
         moved = values * batch_norm.UNROLL * tile.rows * tile.columns
         # Sums are stored once, a channel at a time.
         wide = kernel not in (batch_norm_kernels.partial_statistics, batch_norm_kernels.partial_sums)
-        # Of those that only map values twice as many are launched as there is room for.
-        common = {"products": False, "programs": batch_norm.SUMMED_PROGRAMS, "wide": wide, "even": ("channels",)}
+        common = {"products": False, "programs": batch_norm.PROGRAMS, "wide": wide, "even": ("channels",)}
         common |= {"moved": moved, "words": "bits" in name}
         return Case(f"{kernel.__name__} {name}", kernel, constants, activations, options, **common)
 
