@@ -1,0 +1,133 @@
+"""The table of features and clusters, against the encoder and the prototypes."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from launches import train
+
+from pcl_fast import embed as command
+from pcl_fast.data import clustering_loader, find_images, normalise
+from pcl_fast.distributed import World
+from pcl_fast.pretrained import read_pretrained
+
+
+def run(*words: object) -> str | None:
+    """Run the command; the message with which it ends, if it fails."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["embed", *map(str, words)])
+        try:
+            command.main()
+        except SystemExit as error:
+            return str(error.code)
+    return None
+
+
+@pytest.fixture(scope="module")
+def trained(image_folder, tmp_path_factory) -> Path:
+    """A run with 3 and 9 prototypes."""
+    folder = tmp_path_factory.mktemp("run")
+    train(image_folder, folder)
+    return folder
+
+
+@torch.no_grad()
+def expected(run: Path, folder: Path) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Return features of the backbone, of the head at unit length, and distances to all prototypes of every set."""
+    encoder = read_pretrained(run, "momentum")
+    views = torch.cat(
+        list(
+            clustering_loader(
+                find_images(folder), encoder.data, batch_size=500, world=World(0, 1, torch.device("cpu"), None)
+            )
+        )
+    )
+    backbone = encoder.backbone(normalise(views, torch.float32))
+    unit = F.normalize(encoder.head(backbone), dim=1)
+    return backbone, unit, [torch.cdist(unit.double(), found.centroids.double()) for found in encoder.prototypes]
+
+
+def test_numpy_s_file_and_its_table(trained, image_folder, tmp_path, capsys):
+    file = tmp_path / "features.npy"
+    assert run(trained, "--data", image_folder, "--output", file) is None
+    _, unit, distances = expected(trained, image_folder)
+    found = np.load(file)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, unit.numpy(), atol=1e-5)
+    images = find_images(image_folder)
+    rows = list(csv.DictReader(file.with_suffix(".csv").open(newline="")))
+    assert [row["path"] for row in rows] == list(images.keys())
+    assert [row["label"] for row in rows] == [images.classes[label] for label in images.labels]
+    for of_set in distances:
+        k = of_set.shape[1]
+        cluster = torch.tensor([int(row[f"cluster_{k}"]) for row in rows])
+        distance = torch.tensor([float(row[f"distance_{k}"]) for row in rows], dtype=torch.float64)
+        torch.testing.assert_close(distance, of_set.min(1).values, atol=1e-5, rtol=0)
+        torch.testing.assert_close(of_set[torch.arange(len(rows)), cluster], of_set.min(1).values, atol=1e-6, rtol=0)
+    assert f"written: {file}" in capsys.readouterr().out
+
+
+def test_parquet_s_file_in_row_groups(trained, image_folder, tmp_path, monkeypatch):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(command, "CLUSTERING_BATCH", 7)
+    file = tmp_path / "table.parquet"
+    assert run(trained, "--data", image_folder, "--output", file, "--features", "backbone") is None
+    table = parquet.read_table(file)
+    assert table.column_names == ["path", "label", "features", "cluster_3", "distance_3", "cluster_9", "distance_9"]
+    backbone, _, distances = expected(trained, image_folder)
+    np.testing.assert_allclose(np.stack(table["features"].to_numpy()), backbone.numpy(), atol=1e-5)
+    np.testing.assert_allclose(table["distance_9"], distances[1].min(1).values, atol=1e-5)
+    assert table["path"].to_pylist() == list(find_images(image_folder).keys())
+    assert parquet.ParquetFile(file).num_row_groups == -(-len(backbone) // 7)
+
+
+def test_an_encoder_without_head_has_features_of_its_backbone(image_folder, tmp_path):
+    weights, file = tmp_path / "r18.pth", tmp_path / "features.npy"
+    torch.save(torchvision.models.resnet18().state_dict(), weights)
+    line = [weights, "--data", image_folder, "--output", file, "--size", 32]
+    assert "has no projection head; use --features backbone" in run(*line, "--features", "head")
+    assert run(*line) is None
+    assert np.load(file).shape == (len(find_images(image_folder)), 512)
+    assert file.with_suffix(".csv").read_text().splitlines()[0] == "path,label"
+
+
+def test_what_is_there_is_kept(trained, image_folder, tmp_path):
+    file = tmp_path / "features.npy"
+    file.with_suffix(".csv").write_text("mine")
+    line = trained, "--data", image_folder, "--output", file
+    assert run(*line) == (
+        f"pcl_fast.embed: {tmp_path}/features.csv is there already; choose another --output, or overwrite it with "
+        "--force"
+    )
+    assert not file.exists()
+    assert run(*line, "--force") is None
+    assert file.with_suffix(".csv").read_text() != "mine"
+
+
+@pytest.mark.parametrize(
+    ("output", "fault"),
+    [("x.txt", "must end with .parquet or .npy"), ("none/x.npy", "there is no folder"), ("x.parquet", "pip install")],
+)
+def test_outputs_that_cannot_be_written_are_refused_first(output, fault, image_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert fault in run(tmp_path / "no checkpoint", "--data", image_folder, "--output", tmp_path / output)
+
+
+def test_an_output_among_the_images_is_refused(trained, image_folder):
+    assert "lies inside" in run(trained, "--data", image_folder, "--output", image_folder / "x.npy")
+    assert not (image_folder / "x.npy").exists()
+
+
+def test_a_broken_image_leaves_nothing(trained, image_folder, tmp_path):
+    broken = tmp_path / "images" / "a"
+    broken.mkdir(parents=True)
+    (broken / "x.jpg").write_bytes(next(image_folder.glob("*/*")).read_bytes()[:-400])
+    assert "x.jpg" in run(trained, "--data", broken.parent, "--output", tmp_path / "x.npy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images"]
