@@ -231,6 +231,9 @@ class Config:
     resume_from: Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
     """Begin where another run's checkpoint is, a file or a folder, with another learning rate or number of epochs, say.
     --output must be a new folder. None: at the beginning."""
+    init: Annotated[Path | None, tyro.conf.arg(metavar="CHECKPOINT")] = None
+    """Begin with the weights of a run, of an official PCL or MoCo file with its queue, or of a torchvision or timm
+    ResNet: a file or a folder. Everything else begins anew. None: random weights."""
     epochs: int = 200
     seed: int = 0
     log_every: int = 10
@@ -363,7 +366,7 @@ def view_of(data: DataConfig) -> View:
 # What may differ between a run and its continuation: where things lie, what computes them and what is printed, not
 # what is learned. (Which images there are is compared apart.)
 _NOT_RECIPE = (
-    "preset", "output", "resume_from", "log_every", "data.root", "data.format", "data.loader", "data.workers",
+    "preset", "output", "resume_from", "init", "log_every", "data.root", "data.format", "data.loader", "data.workers",
     "data.prefetch", "data.decoder_mib", "data.cache", "data.skip_broken", "loss.backend", "cluster.backend",
     "evaluation.", "checkpoint.", "strict_kernels", "deterministic", "model.fusion",
 )  # fmt: skip
@@ -503,6 +506,11 @@ def validate(config: Config) -> None:
             f"{_MOST_WORKERS}, and about as many as there are cores for each rank"
         )
     check_seed(config.seed)
+    if config.init is not None and config.resume_from is not None:
+        raise ValueError(
+            f"--init {config.init} begins a new run with a checkpoint's weights, --resume-from {config.resume_from} "
+            "goes on with a run; give one of them"
+        )
     if config.loss.num_negatives is not None and config.loss.num_negatives < 1:
         raise ValueError(f"--loss.num-negatives must be positive or None for all, got {config.loss.num_negatives}")
     if not 0 <= config.model.momentum <= 1:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,10 +15,11 @@ import torch
 from pcl_fast.clustering import FeatureShard
 from pcl_fast.config import Config
 from pcl_fast.data import Batch, GrowingLoader, GrowingView, ImageSet, describe_loader
-from pcl_fast.distributed import World, all_or_none, shard_bounds
+from pcl_fast.distributed import World, all_or_none, check_same, shard_bounds
 from pcl_fast.evaluation.online import evaluate_features, number_classes
 from pcl_fast.learner import Learner
 from pcl_fast.methods import build, method_class
+from pcl_fast.pretrained.beginning import begin_with
 from pcl_fast.run.choices import Choices
 from pcl_fast.run.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.run.saving import Saver
@@ -47,11 +49,12 @@ class Trainer:
         self.watch, self.signals = Stopwatch(), StopSignals()
         self.saver = Saver(config, images.fingerprint(), world)
         self.progress, saved = self.saver.restore(self.learner)
+        begun = [] if config.init is None else self._begin_with(config.init, new=not saved)
         resume_at = (saved["global_step"], self.progress.epoch, saved["metrics_length"]) if saved else None
         self.recorder = all_or_none(
             lambda: Recorder(config.output, self.method.metrics, enabled=world.is_main, resume_at=resume_at), world
         )
-        for line in (describe_loader(config.data, world), *self.method.notes(), *self.saver.notes):
+        for line in (describe_loader(config.data, world), *self.method.notes(), *begun, *self.saver.notes):
             self.recorder.say(line)
         if self._wants_features():
             _ = self.shard  # better too large for the device now than after the warm-up
@@ -73,6 +76,17 @@ class Trainer:
             order=self.method.order,
         )
         return training, GrowingView(images, config.data, batch_size=CLUSTERING_BATCH, world=world)
+
+    def _begin_with(self, path: Path, *, new: bool) -> list[str]:
+        """Load the weights that a new run begins with; lines for the log. The learner holds the method's tensors, which
+        stay in their places.
+        """
+        if not new:
+            return [f"--init {path} is not read again: the run goes on from its own checkpoint"]
+        lines, checksum = all_or_none(lambda: begin_with(path, self.method, self.config.model), self.world)
+        advice = f"--init {path} must be the same file on every machine"
+        check_same("the checkpoint whose weights they begin with", checksum, self.world, advice=advice)
+        return lines
 
     def fit(self) -> bool:
         """Train to the end; False when a signal stopped it early, with everything saved.

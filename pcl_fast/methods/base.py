@@ -22,6 +22,7 @@ from pcl_fast.nn.batch_norm import batch_norm_buffers, fold_batch_norm
 from pcl_fast.nn.encoder import Pooled
 from pcl_fast.nn.feature_pass import fused_encoder
 from pcl_fast.nn.precision import autocast, encoder_dtype
+from pcl_fast.nn.queue import KeyQueue
 from pcl_fast.optim import Group, one_group
 
 
@@ -253,6 +254,12 @@ class Method(nn.Module):
     def clusterings(self) -> dict[str, torch.Tensor]:
         """The assignments of the last E-step, int [n] of the whole data set, by a name for each; for evaluation."""
         return {}
+
+    def key_queue(self) -> KeyQueue | None:
+        """The queue of momentum keys, which a run takes over from the checkpoint whose weights it begins with (--init);
+        None for methods that have none.
+        """
+        return None
 
     # --- what is one rank's own -----------------------------------------------------------------------------------
 

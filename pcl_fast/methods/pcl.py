@@ -190,6 +190,9 @@ class PCL(Method, name="pcl"):
     def encoders(self) -> dict[str, nn.Module]:
         return {"query": self.encoder, "momentum": self.momentum_encoder}
 
+    def key_queue(self) -> KeyQueue:
+        return self.queue
+
     def features(self) -> FeatureSpec:
         return FeatureSpec("momentum", self.config.model.dim, from_bank=self._clusters_keys)
 

@@ -79,6 +79,35 @@ def find_encoder(content: Any, name: Literal["query", "momentum"], file: Path) -
     Raises:
         CheckpointError: there is no ResNet, or not this encoder, or it cannot be told which; names what there is.
     """
+    states, places = _searched(content, file)
+    encoder = THE_ONLY_ONE if THE_ONLY_ONE in places else name
+    if encoder not in places:
+        raise CheckpointError(f"{file} has no {name} encoder, only {', '.join(places)}; it has {_contents(states)}")
+    return _taken(content, encoder, places[encoder])
+
+
+def encoder_names(content: Any, file: Path) -> list[str]:
+    """Return which encoders a file holds: "query" and "momentum" or one of them, or THE_ONLY_ONE.
+
+    Raises:
+        CheckpointError: there is no ResNet, or several of which nothing says which is which.
+    """
+    return list(_searched(content, file)[1])
+
+
+def find_queue(content: Mapping[str, Any]) -> tuple[torch.Tensor, int] | None:
+    """Return the queue of an official PCL or MoCo file: keys [size, dim], as our queue has them, and the place of the
+    next one; None where there is none.
+    """
+    for state in _states(content):
+        queue, place = (state.tensors.get(name) for name in ("queue", "queue_ptr"))
+        if queue is not None and place is not None and queue.dim() == 2:
+            return queue.T, int(place)
+    return None
+
+
+def _searched(content: Any, file: Path) -> tuple[list[_State], dict[str, _Place]]:
+    """Return what a file holds, and where in it the encoders are."""
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not tensors by name")
     states = list(_states(content))
@@ -90,10 +119,7 @@ def find_encoder(content: Any, name: Literal["query", "momentum"], file: Path) -
             f"{file} holds no ResNet with torchvision's names, it has {_contents(states)}. Names may begin with "
             "module., backbone., encoder_q. and encoder_k. and stand under state_dict, model, teacher or student"
         )
-    encoder = THE_ONLY_ONE if THE_ONLY_ONE in places else name
-    if encoder not in places:
-        raise CheckpointError(f"{file} has no {name} encoder, only {', '.join(places)}; it has {_contents(states)}")
-    return _taken(content, encoder, places[encoder])
+    return states, places
 
 
 def _states(content: Mapping[str, Any]) -> Iterator[_State]:

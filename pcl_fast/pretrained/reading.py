@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -36,7 +36,11 @@ def read_pretrained(path: Path, encoder: Literal["query", "momentum"]) -> Pretra
         OSError: the file cannot be opened.
     """
     file = locate(path)
-    content = read(file)
+    return encoder_of(read(file), encoder, file)
+
+
+def encoder_of(content: Any, encoder: Literal["query", "momentum"], file: Path) -> Pretrained:
+    """Build an encoder out of what a file holds; `read_pretrained` with the content at hand."""
     if is_ours(content):
         return from_ours(content, encoder, file)
     config = hub_config(file) if file.suffix == ".safetensors" else None
