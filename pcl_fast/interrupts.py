@@ -7,13 +7,16 @@ import signal
 import sys
 from typing import Any
 
+# The console script, whose first argument is the command: `pcl-fast train`.
+SCRIPT = "pcl-fast"
+
 
 def end_quietly() -> None:
-    """If this process is one of our commands (`python -m pcl_fast.train`), let an interrupt end it with a line until
-    the command itself begins, see `begin_command`. Python would raise KeyboardInterrupt in whatever is being imported,
-    which prints a stack, or may catch it and go on.
+    """If this process is one of our commands (`python -m pcl_fast.train`, `pcl-fast train`), let an interrupt end it
+    with a line until the command itself begins, see `begin_command`. Python would raise KeyboardInterrupt in whatever
+    is being imported, which prints a stack, or may catch it and go on.
     """
-    name = _module(sys.orig_argv)
+    name = _command(sys.orig_argv)
     if not name.startswith("pcl_fast.") or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return  # it is ignored, as in the background of a script
 
@@ -32,7 +35,10 @@ def begin_command() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _module(words: list[str]) -> str:
-    """Return the module that Python was told to run, or ""."""
+def _command(words: list[str]) -> str:
+    """Return the module that Python was told to run, by itself or as a command of the script; or ""."""
+    if len(words) > 2 and os.path.basename(words[1]) == SCRIPT:
+        return f"pcl_fast.{words[2]}"
     after = words.index("-m") + 1 if "-m" in words else len(words)
-    return words[after] if after < len(words) else ""
+    module = words[after] if after < len(words) else ""
+    return ".".join(words[after : after + 2]) if module == "pcl_fast" else module

@@ -51,6 +51,23 @@ def test_the_planner_says_the_same_from_a_wheel(installed, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
+def test_the_script_runs_the_commands(installed, tmp_path):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(installed), sysconfig.get_path("purelib")])}
+    script = [sys.executable, "-S", str(installed / "bin" / "pcl-fast")]
+    for words, expected in (
+        ([], "usage: pcl-fast COMMAND"),
+        (["plan", "pcl_v2", "--output", "x.png"], "measured: bench/results/"),
+    ):
+        command = [*script, *words]
+        done = subprocess.run(
+            command, env=environment, cwd=tmp_path, capture_output=True, encoding="utf-8", check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+    assert (installed / "pcl_fast" / "py.typed").is_file()
+
+
+@pytest.mark.slow
 def test_every_package_is_in_the_wheel(installed):
     def modules(root: Path) -> set[str]:
         return {path.relative_to(root).as_posix() for path in root.rglob("*.py")}

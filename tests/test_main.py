@@ -1,0 +1,63 @@
+"""All commands under one name."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import pcl_fast
+from pcl_fast.__main__ import COMMANDS, main
+from pcl_fast.interrupts import _command
+
+PACKAGE = Path(pcl_fast.__file__).parent
+
+
+def run(monkeypatch, *words: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["pcl-fast", *words])
+    main()
+
+
+def test_every_command_is_in_the_list():
+    files = [*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__main__.py")]
+    runnable = {file for file in files if '__name__ == "__main__"' in file.read_text()} - {PACKAGE / "__main__.py"}
+    assert set(COMMANDS) == {file.parent.name if file.name == "__main__.py" else file.stem for file in runnable}
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"]])
+def test_help_lists_them(words, monkeypatch, capsys):
+    run(monkeypatch, *words)
+    assert re.findall(r"^  (\w+) ", capsys.readouterr().out, re.MULTILINE) == list(COMMANDS)
+
+
+def test_a_command_gets_the_rest(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "launch", "--nproc-per-node", "0", "x.py")
+    assert ended.value.code == 2
+    assert "pcl_fast.launch: error: --nproc-per-node must be 1 or more, not 0" in capsys.readouterr().err
+
+
+def test_a_command_that_there_is_not(monkeypatch, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, "trian", "--help")
+    assert ended.value.code == 2
+    assert "there is no command 'trian'; choose from train, launch, " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        ("python -m pcl_fast.train pcl_v2", "pcl_fast.train"),
+        ("python -X importtime -m pcl_fast train pcl_v2", "pcl_fast.train"),
+        ("python /usr/bin/pcl-fast train pcl_v2", "pcl_fast.train"),
+        ("python /usr/bin/pcl-fast launch -m pcl_fast.train pcl_v2", "pcl_fast.launch"),
+        ("python /usr/bin/pcl-fast", ""),
+        ("python -m pcl_fast", "pcl_fast"),
+        ("python -m pytest", "pytest"),
+        ("python script.py train", ""),
+    ],
+)
+def test_an_interrupt_knows_the_command(words, name):
+    assert _command(words.split()) == name
