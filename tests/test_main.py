@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -61,3 +62,12 @@ def test_a_command_that_there_is_not(monkeypatch, capsys):
 )
 def test_an_interrupt_knows_the_command(words, name):
     assert _command(words.split()) == name
+
+
+@pytest.mark.slow
+def test_a_run_starts_without_what_only_its_end_needs():
+    """Each takes tenths of a second and tens of megabytes, of every rank."""
+    late = ("matplotlib", "pandas", "scipy.stats", "sklearn", "pcl_fast.planning")
+    program = f"import sys, pcl_fast.train; print([name for name in {late} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

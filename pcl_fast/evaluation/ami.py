@@ -6,10 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse import csr_matrix
-from scipy.special import gammaln
-from scipy.stats import entropy
-from sklearn.metrics import mutual_info_score
+from scipy.special import entr, gammaln
 
 
 class Agreement(NamedTuple):
@@ -44,15 +41,19 @@ def agreement(assignment: torch.Tensor, labels: torch.Tensor) -> Agreement:
         np.unique(partition.cpu().numpy(), return_inverse=True, return_counts=True)[1:]
         for partition in (labels, assignment)
     )
-    table = csr_matrix((np.ones(len(rows), np.int64), (rows, columns)))  # images of a class in a cluster
-    purity = float(table.max(axis=0).sum() / len(rows))
+    # How many images of a class are in a cluster, wherever there are any.
+    cells, counts = np.unique(rows * len(clusters) + columns, return_counts=True)
+    row, column = np.divmod(cells, len(clusters))
+    most_frequent = np.zeros_like(clusters)
+    np.maximum.at(most_frequent, column, counts)
+    n = len(rows)
+    purity = float(most_frequent.sum() / n)
     if len(classes) == len(clusters) and len(classes) in (1, len(rows)):
         return Agreement(1.0, 1.0, 1.0, purity)  # there is only one partition of this kind: nothing is left to chance
-    information, expected = (
-        mutual_info_score(None, None, contingency=table),
-        expected_mutual_information(classes, clusters),
-    )
-    entropies = entropy(classes), entropy(clusters)
+    # sum p(i, j) log(p(i, j) / (p(i) p(j))), in whole numbers as long as they can be.
+    information = max(float((counts / n * np.log(counts * n / (classes[row] * clusters[column]))).sum()), 0.0)
+    expected = expected_mutual_information(classes, clusters)
+    entropies = entr(classes / n).sum(), entr(clusters / n).sum()
     mean, most = sum(entropies) / 2, max(entropies)
     return Agreement(
         float((information - expected) / (mean - expected)),

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import ScalarFormatter
+from typing import TYPE_CHECKING, Any
 
 from pcl_fast.files import write_whole
 from pcl_fast.methods import Metric
 from pcl_fast.run.metrics import read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Rows = list[dict[str, Any]]
 
@@ -27,6 +26,9 @@ def write_report(folder: Path, metrics: dict[str, Metric]) -> Path:
     Raises:
         OSError: it cannot be written.
     """
+    # Only where something is drawn: all ranks import this module, and at the start of a run.
+    from matplotlib.figure import Figure
+
     rows: dict[str, Rows] = {kind: [] for kind in ("epoch", "clustering", "evaluation")}
     for row in read_rows(folder):
         rows.setdefault(row["kind"], []).append(row)
@@ -88,6 +90,8 @@ def _evaluation(axes: Axes, rows: dict[str, Rows]) -> None:
 
 
 def _cluster_sizes(axes: Axes, rows: dict[str, Rows]) -> None:
+    from matplotlib.ticker import ScalarFormatter
+
     last = {row["k"]: row["size_deciles"] for row in rows["clustering"]}
     for k, deciles in sorted(last.items()):
         axes.plot(range(0, 101, 10), deciles, marker=".", label=f"{k} clusters")
