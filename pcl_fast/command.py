@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 from pcl_fast.errors import UserError
 from pcl_fast.files import in_the_way
+from pcl_fast.garbage import pass_over_imports
 from pcl_fast.interrupts import begin_command
 
 
@@ -24,6 +25,7 @@ def command(name: str) -> Iterator[None]:
     """
     with unfailing_output():
         begin_command()
+        pass_over_imports()
         _refuse_empty(name)
         sys.unraisablehook = _quiet_about_loaders(sys.unraisablehook)
         try:

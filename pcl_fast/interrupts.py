@@ -16,8 +16,8 @@ def end_quietly() -> None:
     with a line until the command itself begins, see `begin_command`. Python would raise KeyboardInterrupt in whatever
     is being imported, which prints a stack, or may catch it and go on.
     """
-    name = _command(sys.orig_argv)
-    if not name.startswith("pcl_fast.") or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    name = command_in(sys.orig_argv)
+    if not name or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return  # it is ignored, as in the background of a script
 
     def end(number: int, frame: Any) -> None:
@@ -35,10 +35,11 @@ def begin_command() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _command(words: list[str]) -> str:
-    """Return the module that Python was told to run, by itself or as a command of the script; or ""."""
+def command_in(words: list[str]) -> str:
+    """Return which of our commands Python was told to run, "pcl_fast.train", by itself or by the script; or ""."""
     if len(words) > 2 and os.path.basename(words[1]) == SCRIPT:
         return f"pcl_fast.{words[2]}"
     after = words.index("-m") + 1 if "-m" in words else len(words)
-    module = words[after] if after < len(words) else ""
-    return ".".join(words[after : after + 2]) if module == "pcl_fast" else module
+    module = words[after : after + 1]
+    name = ".".join(words[after : after + 2] if module == ["pcl_fast"] else module)
+    return name if name.startswith("pcl_fast.") else ""

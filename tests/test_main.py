@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 import pcl_fast
 from pcl_fast.__main__ import COMMANDS, main
-from pcl_fast.interrupts import _command
+from pcl_fast.command import command
+from pcl_fast.garbage import wait_for_imports
+from pcl_fast.interrupts import command_in
 
 PACKAGE = Path(pcl_fast.__file__).parent
 
@@ -55,13 +59,26 @@ def test_a_command_that_there_is_not(monkeypatch, capsys):
         ("python /usr/bin/pcl-fast train pcl_v2", "pcl_fast.train"),
         ("python /usr/bin/pcl-fast launch -m pcl_fast.train pcl_v2", "pcl_fast.launch"),
         ("python /usr/bin/pcl-fast", ""),
-        ("python -m pcl_fast", "pcl_fast"),
-        ("python -m pytest", "pytest"),
+        ("python -m pcl_fast", ""),
+        ("python -m pytest", ""),
         ("python script.py train", ""),
     ],
 )
 def test_an_interrupt_knows_the_command(words, name):
-    assert _command(words.split()) == name
+    assert command_in(words.split()) == name
+
+
+@pytest.mark.parametrize(("name", "passed_over"), [("pcl_fast.train", True), ("pytest", False)])
+def test_only_a_command_s_own_process_passes_over_imports(name, passed_over, monkeypatch):
+    called = []
+    for function in ("disable", "enable", "freeze"):
+        monkeypatch.setattr(gc, function, partial(called.append, function))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", name])
+    wait_for_imports()
+    with command("x"):
+        called.append("the command")
+    expected = ["disable", "freeze", "enable", "the command"]
+    assert called == (expected if passed_over else ["the command"])
 
 
 @pytest.mark.slow
