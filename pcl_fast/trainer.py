@@ -6,6 +6,7 @@ What is learned, and how, is the method's.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ class Trainer:
         self.metrics = StepMetrics(self.recorder, images, world, batch_size=config.optim.batch_size)
         self.metrics.load(saved.get("epoch_metrics", {}))
         self.choices = Choices(saved.get("choices"))
-        self._warned = False
+        self._warned = self._has_stepped = False
 
     def _loaders(self) -> tuple[GrowingLoader, GrowingView]:
         """For training, and for the clustering view."""
@@ -204,10 +205,13 @@ class Trainer:
         """Train the rest of the epoch and save; False when a signal asked to stop."""
         progress, steps, first = self.progress, self.loader.steps, self.progress.step
         title = f"epoch {progress.epoch + 1}/{self.config.epochs}"
+        begin = time.perf_counter()
         with self.recorder.progress(title, steps, first), self.watch.phase("training"):
             for batch in self._timed(self.loader.epoch(progress.epoch, first)):
                 lr = self.learner.set_rate(progress.epoch, progress.step, steps)
                 values = self._step(batch, self.global_step)
+                if not self._has_stepped:
+                    self._say_first_step(time.perf_counter() - begin)
                 progress.step += 1
                 self.metrics.add(self.global_step, batch.index, values)
                 votes = self._reduce_metrics(lr)
@@ -219,6 +223,12 @@ class Trainer:
         self.learner.end_epoch()
         self._end_epoch((steps - first) * self.config.optim.batch_size, lr)
         return not votes["stop"]
+
+    def _say_first_step(self, seconds: float) -> None:
+        """It compiles, and loaders start for it. A GPU, for which nobody waits, may still be at it."""
+        self._has_stepped = True
+        waiting = self.watch.seconds["waiting for data"]
+        self.recorder.say(f"first step after {seconds:.2f} s, {waiting:.2f} s of which went by until its images came")
 
     def _reduce_metrics(self, lr: float) -> dict[str, bool]:
         """Every log_every steps begin to reduce the metrics, and end it a step later; at the epoch's end at once.

@@ -45,6 +45,9 @@ def test_end_to_end(two_ranks):
     assert len(rates) == 4
     assert min(rates) > 0
     assert text.count("epoch 1/3") == 1
+    found = re.findall(r"^first step after ([\d.]+) s, ([\d.]+) s of which", text, re.MULTILINE)
+    assert len(found) == 1  # of three epochs, and of two ranks
+    assert 0 <= float(found[0][1]) < float(found[0][0])
     assert json.loads((output / "config.json").read_text())["cluster"]["ks"] == [3, 9]
 
 
