@@ -23,7 +23,6 @@ from pcl_fast.run.checkpoint import load_checkpoint
 from pcl_fast.train import run
 from pcl_fast.trainer import Trainer
 
-
 # What foreign.py writes.
 NETWORK = {"model.arch": "resnet18", "model.small_stem": False, "model.head": "linear", "model.dim": 16}
 
