@@ -1,8 +1,10 @@
 """InstDisc: instance discrimination (Wu et al., CVPR 2018). Every image is a class of its own.
 
 A bank holds a feature of every image. One view of an image is told from noise by noise-contrastive estimation: its own
-feature in the bank is right, those of other images, drawn at random, are wrong. Then the image's feature in the bank
-moves half of the way to the new one. There is no momentum encoder and no E-step; an image meets its former views.
+feature in the bank is right, those of other images, drawn at random, are wrong. For sets that are small enough the view
+is told from all images of the bank by a softmax, as the authors do for CIFAR (--loss.num-negatives None). Then the
+image's feature in the bank moves half of the way to the new one. There is no momentum encoder and no E-step; an image
+meets its former views.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pcl_fast.augmentations import View
 from pcl_fast.config import PRESETS, Config, setting, view_of
 from pcl_fast.data import Batch
 from pcl_fast.distributed import World, all_gather_rows
-from pcl_fast.losses import estimate_log_partition, nce, sample_negatives
+from pcl_fast.losses import estimate_log_partition, nce, pseudo_label_loss, sample_negatives
 from pcl_fast.methods.base import Inputs, Method, Metric, Step
 from pcl_fast.nn.bank import KeyBank
 from pcl_fast.nn.encoder import Encoder
@@ -38,12 +40,12 @@ class Seen(NamedTuple):
 class InstDisc(Method, name="instdisc"):
     """An encoder, and a bank of all images, the same on all ranks.
 
-    log_partition: log Z, the constant of the loss; see losses/nce.py.
+    log_partition: log Z, the constant of NCE; see losses/nce.py. The softmax needs none.
     estimated: whether it is there yet: the first step estimates it.
     """
 
     metrics: ClassVar = {
-        "loss": Metric("NCE", "loss"),
+        "loss": Metric("instance discrimination", "loss"),
         "similarity": Metric("an image and its place in the bank", "cosine similarity"),
     }
     settings = ("loss.temperature", "loss.num_negatives", "model.bank_momentum")
@@ -66,7 +68,7 @@ class InstDisc(Method, name="instdisc"):
         if negatives is not None and negatives > images:
             raise ValueError(
                 f"--loss.num-negatives {negatives} is more than the {images} images that they are drawn from; use at "
-                f"most {images}, or None for all"
+                f"most {images}, or None for a softmax over all"
             )
         if not 0 <= momentum < 1:
             raise ValueError(
@@ -76,10 +78,9 @@ class InstDisc(Method, name="instdisc"):
 
     @classmethod
     def miniature(cls, config: Config) -> dict[str, Any]:
-        demo = PRESETS["demo"][1]
-        # A fifth of the images: of ImageNet's the preset draws one in 300, which would be 16 of 5,000. It does not
-        # learn with these, nor with others that were tried: see docs/methods.md.
-        return {"loss.num_negatives": 1024} | {name: setting(demo, name) for name in ("optim.lr", "optim.weight_decay")}
+        # What is too fast for the bank, whose features are up to an epoch old, does not learn: see docs/methods.md.
+        weight_decay = setting(PRESETS["demo"][1], "optim.weight_decay")
+        return {"loss.num_negatives": None, "optim.lr": 0.01, "optim.weight_decay": weight_decay}
 
     @property
     def views(self) -> tuple[View, ...]:
@@ -92,17 +93,24 @@ class InstDisc(Method, name="instdisc"):
 
     def forward(self, inputs: Inputs) -> Step:
         query = self.encode(self.encoder, inputs.views[0])
-        bank, temperature, images = self.bank.keys, self.config.loss.temperature, self.images
-        noise = bank.index_select(0, self._noise(inputs))
+        own = self.bank.keys.index_select(0, inputs.index)
+        if self.config.loss.num_negatives is None:
+            loss = pseudo_label_loss(query, self.bank.keys, inputs.index, self.config.loss.temperature).loss.mean()
+        else:
+            loss = self._nce(query, own, inputs).mean()
+        query = query.detach()
+        similarity = (query * own).sum(1).mean()
+        return Step(loss, {"loss": loss.detach(), "similarity": similarity}, Seen(inputs.index, own, query))
+
+    def _nce(self, query: torch.Tensor, own: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        """The loss of every row, with noise that is drawn."""
+        temperature, images = self.config.loss.temperature, self.images
+        noise = self.bank.keys.index_select(0, self._noise(inputs))
         if not self.estimated:
             found = estimate_log_partition(query, noise, temperature, images=images, group=self.world.group)
             self.log_partition.copy_(found)
             self.estimated = True
-        own = bank.index_select(0, inputs.index)
-        loss = nce(query, own, noise, temperature, images=images, log_partition=self.log_partition).mean()
-        query = query.detach()
-        similarity = (query * own).sum(1).mean()
-        return Step(loss, {"loss": loss.detach(), "similarity": similarity}, Seen(inputs.index, own, query))
+        return nce(query, own, noise, temperature, images=images, log_partition=self.log_partition)
 
     def _noise(self, inputs: Inputs) -> torch.Tensor:
         """Distinct images, uniform over all of them, those of the batch too: that is the noise of the loss."""

@@ -133,20 +133,33 @@ def test_noise_is_uniform_distinct_and_other_in_every_step_and_on_every_rank(alo
 
 
 def test_all_images_can_be_noise(alone):
-    learner = learner_of(tiny(loss__num_negatives=None), alone)
+    learner = learner_of(tiny(loss__num_negatives=IMAGES), alone)
     inputs = learner.inputs(one_view(), 0)
     assert learner.method._noise(inputs).sort().values.tolist() == list(range(IMAGES))
 
 
-def test_images_are_told_from_each_other(alone):
+def test_without_a_number_of_negatives_the_loss_is_a_softmax_over_all(alone):
+    learner, twin = learner_of(tiny(loss__num_negatives=None), alone), build(tiny(), alone, IMAGES)
+    inputs = learner.inputs(one_view(), 0)
+    features = twin.encode(twin.encoder, inputs.views[0]).double()
+    expected = F.cross_entropy(features @ twin.bank.keys.double().T / 0.07, inputs.index)
+    values = learner.compute(inputs, 0)
+    torch.testing.assert_close(values["loss"].double(), expected.detach(), rtol=1e-5, atol=1e-6)
+    own = (features * twin.bank.keys[inputs.index]).sum(1).mean()
+    torch.testing.assert_close(values["similarity"].double(), own.detach(), rtol=1e-5, atol=1e-6)
+    assert learner.method.phase(1) == learner.method.phase(0)  # there is no Z to estimate
+
+
+@pytest.mark.parametrize(("negatives", "lr"), [(ROWS, 0.1), (None, 0.003)])
+def test_images_are_told_from_each_other(alone, negatives, lr):
     """At first a new encoder makes the same of all, and so does the bank; noise drives them apart."""
-    learner = learner_of(tiny(optim__lr=0.1, loss__num_negatives=None), alone, ROWS)
+    learner = learner_of(tiny(optim__lr=lr, loss__num_negatives=negatives), alone, ROWS)
     cosines = []
     for number in range(40):
         similarity = learner.step(one_view(), number)["similarity"]
         bank = learner.method.bank.keys
         cosines.append((bank @ bank.T)[~torch.eye(ROWS, dtype=torch.bool)].mean().item())
-    assert max(cosines) > 0.9
+    assert max(cosines) > 0.65
     assert cosines[-1] < 0.6
     assert similarity > 0.9
 
@@ -178,9 +191,10 @@ def steps_of(world: World, config: Config) -> dict[str, torch.Tensor]:
     return {name: value for name, value in learner.method.state_dict().items() if name != "_extra_state"}
 
 
-def test_two_ranks_learn_what_one_learns(alone):
+@pytest.mark.parametrize("negatives", [IMAGES, None])
+def test_two_ranks_learn_what_one_learns(alone, negatives):
     """Where all images are noise, for else every rank draws its own: weights, bank and Z."""
-    config = tiny(loss__num_negatives=None)
+    config = tiny(loss__num_negatives=negatives)
     one, other = run_ranks(2, steps_of, config)
     same(one, other, "ranks")
     expected = steps_of(alone, config)
@@ -209,7 +223,7 @@ def test_all_ranks_have_the_same_bank_z_and_weights():
     [
         (
             {"loss__num_negatives": 101},
-            r"--loss\.num-negatives 101 is more than the 100 images .* use at most 100, or None for all",
+            r"--loss\.num-negatives 101 is more than the 100 images .* use at most 100, or None for a softmax over all",
         ),
         ({"model__bank_momentum": 1.0}, r"--model\.bank-momentum 1\.0: .* use 0\.5"),
         ({"model__bank_momentum": -0.1}, r"--model\.bank-momentum -0\.1"),
