@@ -83,7 +83,8 @@ class ModelConfig:
     """The encoder, and what PCL keeps beside it: the momentum encoder and the queue of keys."""
 
     arch: str = "resnet50"
-    """Any torchvision ResNet (resnet18, resnet50, wide_resnet50_2, ...) or a CIFAR ResNet (cifar_resnet8, ...)."""
+    """Any torchvision ResNet (resnet18, resnet50, wide_resnet50_2, ...), a CIFAR ResNet (cifar_resnet8, ...) or one of
+    timm's networks (timm/convnext_tiny, ...)."""
     small_stem: bool = False
     """3x3 stem without pooling, for images of 64 px and less (torchvision ResNets only)."""
     head: Literal["linear", "mlp", "mlp_bn", "mlp_inner_bn"] = "linear"
@@ -558,7 +559,7 @@ def _doubts_about_sizes(config: Config) -> list[str]:
             f"--data.sizes {data.sizes[-1]} lasts to the end of --epochs {config.epochs}: no epoch has the crops of "
             f"--data.size {data.size}"
         )
-    if model.small_stem or model.arch.startswith("cifar"):
+    if model.small_stem or model.arch.startswith(("cifar", "timm/")):
         return found
     for stage in data.sizes:
         # A ResNet halves its maps five times, and rounds up.

@@ -38,6 +38,7 @@ from pcl_fast.distributed import World, connect
 from pcl_fast.errors import MissingPackageError, UserError
 from pcl_fast.evaluation.features import frozen_backbone
 from pcl_fast.files import write_whole
+from pcl_fast.nn.timm_network import check_image_sizes
 from pcl_fast.pretrained import Pretrained, read_pretrained
 from pcl_fast.schedule import CLUSTERING_BATCH, ENCODED_ON_GPU
 
@@ -129,10 +130,17 @@ def _check(options: Options) -> None:
 
 
 def _reading(options: Options, pretrained: Pretrained) -> DataConfig:
-    """Return how images are read and cropped."""
+    """Return how images are read and cropped.
+
+    Raises:
+        ValueError: the encoder does not take images of this size.
+    """
     data = replace(pretrained.data or DataConfig(), root=options.data, format=options.format, loader=options.loader)
     data = replace(data, workers=options.workers, cache=None, skip_broken=False)
-    return data if options.size in (None, data.size) else replace(data, size=options.size, resize=None)
+    if options.size not in (None, data.size):
+        data = replace(data, size=options.size, resize=None)
+    check_image_sizes(pretrained.arch, [data.size])
+    return data
 
 
 @torch.inference_mode()

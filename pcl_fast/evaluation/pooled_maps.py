@@ -69,12 +69,30 @@ def encode_maps(
 
 
 def before_pooling(backbone: nn.Module) -> nn.Module:
-    """Return the part of a ResNet that maps images [N, 3, H, W] to the last block's maps [N, width, H', W']."""
+    """Return the part of a ResNet that maps images [N, 3, H, W] to the last block's maps [N, width, H', W']; of one of
+    timm's networks too, where what it pools are maps.
+    """
+    if hasattr(backbone, "forward_features"):
+        return _Maps(backbone)
     layers = itertools.takewhile(lambda layer: not isinstance(layer, nn.AdaptiveAvgPool2d), backbone.children())
     return nn.Sequential(*layers)
 
 
+class _Maps(nn.Module):
+    """What one of timm's networks pools."""
+
+    def __init__(self, network: nn.Module):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        maps = self.network.forward_features(images)
+        return maps.movedim(-1, 1) if getattr(self.network, "output_fmt", None) == "NHWC" else maps
+
+
 def _check_side(maps: torch.Tensor, size: int) -> None:
+    if maps.ndim != 4:
+        raise UserError("--protocol fair wants a network that pools feature maps; this one has none: --protocol pcl")
     height, width = maps.shape[2:]
     if (height, width) != (_SIDE, _SIDE):
         raise UserError(

@@ -10,6 +10,7 @@ import torch
 from pcl_fast.config import PRESETS, Config, changed_settings
 from pcl_fast.distributed import World
 from pcl_fast.methods.base import FeatureSpec, Inputs, Method, Metric, Step
+from pcl_fast.nn.timm_network import check_image_sizes
 
 __all__ = [
     "FeatureSpec",
@@ -44,9 +45,11 @@ def build(config: Config, world: World, images: int) -> Method:
         images: in the data set.
 
     Raises:
-        ValueError: an unknown method or architecture.
+        ValueError: an unknown method or architecture, or one that does not take images of the run's sizes.
+        MissingPackageError: the architecture is timm's, which is not installed.
     """
     kind = method_class(config.method)
+    check_image_sizes(config.model.arch, [config.data.size, *(stage.size for stage in config.data.sizes)])
     # Drawn on the CPU, so that every device and rank starts alike.
     torch.manual_seed(config.seed)
     return kind(config, world, images).to(world.device, memory_format=torch.channels_last)

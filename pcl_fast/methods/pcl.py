@@ -23,6 +23,7 @@ from pcl_fast.fitting import automatic_ks
 from pcl_fast.losses import ProtoNCEResult, pcl_loss
 from pcl_fast.methods.base import FeatureSpec, Inputs, Method, Metric, Step
 from pcl_fast.nn.bank import KeyBank
+from pcl_fast.nn.batch_norm import has_batch_norm
 from pcl_fast.nn.encoder import Encoder
 from pcl_fast.nn.momentum import MovingAverage, momentum_copy
 from pcl_fast.nn.precision import loss_dtype
@@ -77,7 +78,8 @@ class PCL(Method, name="pcl"):
         by_keys = bool(config.cluster.ks) and config.cluster.features == "keys"
         self.bank = KeyBank(images, model.dim, dtype) if by_keys else None
         self.average = MovingAverage(self.momentum_encoder, self.encoder, model.momentum)
-        self.shuffle = _shuffle(config, world)
+        # Batch statistics are all that would tell a key's place.
+        self.shuffle = _shuffle(config, world) if has_batch_norm(self.encoder) else _unshuffled(config, world)
 
     @classmethod
     def check(cls, config: Config, images: int, ranks: int) -> None:
@@ -114,10 +116,15 @@ class PCL(Method, name="pcl"):
 
     def notes(self) -> list[str]:
         options, device = self.config.cluster, self.world.device
+        found = []
+        if self.config.model.shuffle_bn and not has_batch_norm(self.encoder):
+            found.append(f"{self.config.model.arch} has no batch norm: keys need not be shuffled, and are not")
         if device.type != "cuda" or options.backend != "auto" or not options.ks:
-            return []
+            return found
         reason = obstacle(device, loss_dtype(device), self.config.model.dim)
-        return [f"k-means runs in plain PyTorch, which is slower: its kernels' backend {reason}"] if reason else []
+        if reason:
+            found.append(f"k-means runs in plain PyTorch, which is slower: its kernels' backend {reason}")
+        return found
 
     def warning(self, means: dict[str, float], step: int) -> str | None:
         """A collapse: the momentum encoder makes the same of all images."""
@@ -234,10 +241,13 @@ class PCL(Method, name="pcl"):
 
 
 def _shuffle(config: Config, world: World) -> BatchShuffle:
-    rows = rank_batch(config, world.size)
     if not config.model.shuffle_bn:
-        return BatchShuffle(rows, None)
-    return BatchShuffle(rows, world.group, config.model.bn_splits)
+        return _unshuffled(config, world)
+    return BatchShuffle(rank_batch(config, world.size), world.group, config.model.bn_splits)
+
+
+def _unshuffled(config: Config, world: World) -> BatchShuffle:
+    return BatchShuffle(rank_batch(config, world.size), None)
 
 
 def _spread(key: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -44,11 +44,32 @@ class SplitBatchNorm(nn.BatchNorm2d):
         return torch.cat(parts)
 
 
+class SplitBatchNormAct(SplitBatchNorm):
+    """The same for timm's batch norm that its activation is a part of."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+def with_activation(norm: nn.Module) -> bool:
+    """Whether this is timm's BatchNormAct2d: y = act(drop(batch norm(x))). It is told by its parts, because timm may
+    not be installed.
+    """
+    return isinstance(norm, nn.BatchNorm2d) and hasattr(norm, "act") and hasattr(norm, "drop")
+
+
+def can_be_split(norm: nn.Module) -> bool:
+    """Whether `split_batch_norm` knows this kind of batch norm."""
+    return type(norm) is nn.BatchNorm2d or with_activation(norm)
+
+
 def split_batch_norm(module: nn.Module, splits: int) -> None:
-    """Turn every nn.BatchNorm2d in the module into a SplitBatchNorm, in place; parameters and buffers stay the same."""
+    """Turn every nn.BatchNorm2d in the module, and timm's BatchNormAct2d, into a SplitBatchNorm, in place; parameters
+    and buffers stay the same.
+    """
     for part in module.modules():
-        if type(part) is nn.BatchNorm2d:
-            part.__class__ = SplitBatchNorm
+        if can_be_split(part):
+            part.__class__ = SplitBatchNormAct if with_activation(part) else SplitBatchNorm
             part.splits = splits
 
 
@@ -56,17 +77,33 @@ def fold_batch_norm(encoder: nn.Module) -> nn.Module:
     """Return a copy of an encoder in eval mode whose convolutions do the work of the batch norms that follow them.
 
     With running statistics batch norm is y = a x + b in each channel, which a convolution's weights and bias can
-    absorb. The features are the same up to rounding, and one pass over every activation is saved.
+    absorb. The features are the same up to rounding, and one pass over every activation is saved. Batch norm that does
+    not follow a convolution, or that may not, stays as it is.
     """
     encoder = copy.deepcopy(encoder).eval()
     for module in encoder.modules():
+        if not _in_order(module):
+            continue
         children = list(module.named_children())
         for (name, conv), (after, norm) in itertools.pairwise(children):
             # In a ResNet the module registered after a convolution is the one that takes its output.
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and not with_activation(norm):
                 setattr(module, name, fuse_conv_bn_eval(conv, norm))
                 setattr(module, after, nn.Identity())
     return encoder.to(memory_format=torch.channels_last)
+
+
+def _in_order(module: nn.Module) -> bool:
+    """Whether a convolution's output goes to the module that is registered after it, and nowhere else. In timm there
+    are networks where it does not: of its own classes only the ResNets' are known.
+    """
+    origin = type(module).__module__
+    return origin == "timm.models.resnet" or not origin.startswith("timm.")
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    """Whether there is any batch norm in a module."""
+    return any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in module.modules())
 
 
 def batch_norm_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""The encoder: a ResNet with a projection head."""
+"""The encoder: a backbone, which is a ResNet or one of timm's networks, with a projection head."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from pcl_fast.config import ModelConfig
-from pcl_fast.nn.batch_norm import split_batch_norm
+from pcl_fast.nn.batch_norm import can_be_split, split_batch_norm
+from pcl_fast.nn.timm_network import build_timm, timm_name
 
 
 class Encoder(nn.Module):
-    """A ResNet with a projection head, which maps images [N, 3, H, W] to unit features [N, dim] float32.
+    """A backbone with a projection head, which maps images [N, 3, H, W] to unit features [N, dim] float32.
 
     width: of the backbone's pooled features, before the head.
     """
 
     def __init__(self, config: ModelConfig):
+        """
+        Raises:
+            ValueError: no such architecture, or --model.bn-splits of one that has no batch norm, or none that is known.
+            MissingPackageError: the architecture is timm's, which is not installed.
+        """
         super().__init__()
         self.backbone, width = build_backbone(config)
         self.width = width
@@ -36,6 +42,7 @@ class Encoder(nn.Module):
         else:
             self.head = nn.Linear(width, config.dim)
         if config.bn_splits > 1:
+            _check_splits(self.backbone, config)
             split_batch_norm(self, config.bn_splits)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -74,13 +81,22 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, int]:
 
     Raises:
         ValueError: no such architecture; names those that there are.
+        MissingPackageError: it is timm's, which is not installed.
     """
+    if (name := timm_name(config.arch)) is not None:
+        if config.small_stem:
+            raise ValueError(
+                f"--model.small-stem is for torchvision's ResNets; --model.arch {config.arch} has its own stem: use "
+                "--model.no-small-stem"
+            )
+        return build_timm(name)
     if depth := re.fullmatch(r"cifar_resnet(\d+)", config.arch):
         return _cifar_resnet(int(depth[1]))
     names = resnet_names()
     if config.arch not in names:
         raise ValueError(
-            f"--model.arch {config.arch} is no ResNet; choose from {', '.join(names)}, or cifar_resnet8, 14, 20, ..."
+            f"--model.arch {config.arch} is no ResNet; choose from {', '.join(names)}, or cifar_resnet8, 14, 20, ..., "
+            "or one of timm's networks as timm/NAME"
         )
     backbone = torchvision.models.get_model(config.arch)
     width = backbone.fc.in_features
@@ -89,6 +105,27 @@ def build_backbone(config: ModelConfig) -> tuple[nn.Module, int]:
         backbone.conv1 = nn.Conv2d(3, backbone.conv1.out_channels, 3, padding=1, bias=False)
         backbone.maxpool = nn.Identity()
     return backbone, width
+
+
+def building_device(config: ModelConfig) -> str:
+    """Return where a backbone is best built that will be filled with other values: on the meta device, unless it may
+    have buffers that no state holds, as some of timm's have.
+    """
+    return "meta" if timm_name(config.arch) is None else "cpu"
+
+
+def _check_splits(backbone: nn.Module, config: ModelConfig) -> None:
+    norms = [module for module in backbone.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not norms:
+        raise ValueError(
+            f"--model.bn-splits {config.bn_splits}: --model.arch {config.arch} has no batch norm to split; use "
+            "--model.bn-splits 1"
+        )
+    if unknown := {type(norm).__name__ for norm in norms if not can_be_split(norm)}:
+        raise ValueError(
+            f"--model.bn-splits {config.bn_splits} does not split the {', '.join(sorted(unknown))} of --model.arch "
+            f"{config.arch}; use --model.bn-splits 1"
+        )
 
 
 def _cifar_resnet(depth: int) -> tuple[nn.Module, int]:

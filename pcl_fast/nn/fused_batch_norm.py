@@ -29,6 +29,7 @@ try:
 except ImportError:  # Triton is not installed
     fused_kernels = None
 
+_NORMS = nn.BatchNorm2d, SplitBatchNorm, SyncBatchNorm2d
 # One tensor, or the same one twice: for a block's first convolution and for its shortcut.
 Activations = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
@@ -52,7 +53,7 @@ def fuse_batch_norm(encoder: nn.Module) -> int:
         elif type(module) in (nn.Sequential, _FusedSequential):
             _link(list(module))
         if type(module) in _PLAIN:
-            norms |= {norm for norm in module.children() if isinstance(norm, nn.BatchNorm2d)}
+            norms |= {norm for norm in module.children() if type(norm) in _NORMS}
     return len(norms)
 
 
@@ -65,7 +66,7 @@ def unfuse_batch_norm(encoder: nn.Module) -> None:
 
 
 def _has_norm(module: nn.Module) -> bool:
-    return any(isinstance(child, nn.BatchNorm2d) for child in module.children())
+    return any(type(child) in _NORMS for child in module.children())
 
 
 def _link(chain: list[nn.Module]) -> None:
@@ -105,7 +106,7 @@ def norm_act(
 
 def _operation(norm: nn.Module, x: torch.Tensor, act: nn.Module | None, residual) -> Callable[..., Any] | None:
     """Return batch_norm_act, or None if the modules have to do it."""
-    known = type(norm) in (nn.BatchNorm2d, SplitBatchNorm, SyncBatchNorm2d) and (act is None or type(act) is nn.ReLU)
+    known = type(norm) in _NORMS and (act is None or type(act) is nn.ReLU)
     if not known or _hooked(norm) or (act is not None and _hooked(act)):
         return None
     if not (norm.affine and norm.track_running_stats and norm.momentum is not None):

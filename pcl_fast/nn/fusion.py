@@ -27,7 +27,7 @@ def use(way: str, encoder: nn.Module) -> None:
         if fused_kernels is None:
             raise ValueError("Triton is not installed")
         if not fuse_batch_norm(encoder):
-            raise ValueError("no batch norm of a ResNet is found in the encoder")
+            raise ValueError("none of the patterns of torchvision's ResNets is found in the encoder")
     elif way == "compile":
         if any(isinstance(module, SyncBatchNorm2d) for module in encoder.modules()):
             raise ValueError("torch.compile does not see through the exchange of --model.sync-bn")

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from pcl_fast.distributed import all_gather_rows, all_reduce_sum
 from pcl_fast.nn import sync_batch_norm_plain
+from pcl_fast.nn.batch_norm import with_activation
 
 
 class Statistics(NamedTuple):
@@ -72,17 +73,40 @@ class SyncBatchNorm2d(SyncBatchNorm, nn.BatchNorm2d):
     """[N, C, H, W]."""
 
 
+class SyncBatchNormAct2d(SyncBatchNorm2d):
+    """[N, C, H, W], for timm's batch norm that its activation is a part of."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
 _SYNCHRONISED = {nn.BatchNorm1d: SyncBatchNorm1d, nn.BatchNorm2d: SyncBatchNorm2d}
 
 
 def sync_batch_norm(module: nn.Module, group: dist.ProcessGroup | None) -> None:
-    """Make every nn.BatchNorm1d and nn.BatchNorm2d in the module a SyncBatchNorm, parameters and buffers staying as
-    they are.
+    """Make every nn.BatchNorm1d and nn.BatchNorm2d in the module, and timm's BatchNormAct2d, a SyncBatchNorm;
+    parameters and buffers stay as they are.
+
+    Raises:
+        ValueError: there is batch norm of another kind.
     """
     for part in module.modules():
-        if type(part) in _SYNCHRONISED:
-            part.__class__ = _SYNCHRONISED[type(part)]
+        if isinstance(part, nn.modules.batchnorm._BatchNorm):
+            part.__class__ = _synchronised(part)
             part.group = group
+
+
+def _synchronised(norm: nn.Module) -> type[SyncBatchNorm]:
+    if isinstance(norm, SyncBatchNorm):
+        return type(norm)
+    if with_activation(norm):
+        return SyncBatchNormAct2d
+    if type(norm) not in _SYNCHRONISED:
+        raise ValueError(
+            f"--model.sync-bn does not know the network's {type(norm).__name__}; use another --model.arch or "
+            "--model.no-sync-bn"
+        )
+    return _SYNCHRONISED[type(norm)]
 
 
 def normalise(

@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
 from pcl_fast.config import ModelConfig
 from pcl_fast.nn.encoder import Encoder
+from pcl_fast.nn.timm_network import check_image_sizes
 
 _IMAGES = 64  # counted with: the weights' bytes are divided among as many as share them in a step
 
@@ -44,8 +45,10 @@ def count(model: ModelConfig, size: int) -> EncoderCount:
     """Count an encoder's work on images [3, size, size].
 
     Raises:
-        ValueError: an unknown architecture.
+        ValueError: an unknown architecture, or one that does not take images of this size.
+        MissingPackageError: the architecture is timm's, which is not installed.
     """
+    check_image_sizes(model.arch, [size])
     with torch.device("meta"):
         encoder, images = Encoder(model), torch.empty(_IMAGES, 3, size, size)
     with torch.no_grad():
@@ -55,9 +58,18 @@ def count(model: ModelConfig, size: int) -> EncoderCount:
 
 
 def _work(function: Callable[[], object]) -> Work:
-    with FlopCounterMode(display=False) as flop, _Traffic() as traffic:
+    own = {torch.ops.aten.convolution_backward: _convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=own) as flop, _Traffic() as traffic:
         function()
     return Work(flop.get_total_flops() / _IMAGES, traffic.elements / _IMAGES)
+
+
+def _convolution_backward(grad, x, weight, *rest, out_shape) -> int:
+    """Floating point operations, of shapes: those of the forward pass for each gradient. (PyTorch's own formula counts
+    the weights' gradient as if there were no groups: a depthwise convolution as a dense one.)
+    """
+    transposed, mask = rest[4], rest[-1]
+    return sum(mask[:2]) * conv_flop_count(x, weight, grad, transposed=transposed)
 
 
 class _Traffic(TorchDispatchMode):

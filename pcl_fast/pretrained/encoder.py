@@ -22,7 +22,7 @@ class Pretrained:
     backbone: maps images [N, 3, H, W] to pooled features [N, width].
     head: maps these to [N, dim], not yet normalised; None where the file has none.
     width: number of the backbone's features.
-    arch: torchvision's name of the ResNet, or cifar_resnet8, ...; small_stem as in ModelConfig.
+    arch: torchvision's name of the ResNet, or cifar_resnet8, ..., or timm/NAME; small_stem as in ModelConfig.
     encoder: "query" or "momentum"; THE_ONLY_ONE of a file that has one.
     source: what the file is, in words.
     path: of the file that was read; checksum: its SHA-256.

@@ -13,7 +13,7 @@ from torch import nn
 from pcl_fast.clustering.prototypes import prototypes_in
 from pcl_fast.config import data_config, model_config
 from pcl_fast.errors import CheckpointError
-from pcl_fast.nn.encoder import Encoder
+from pcl_fast.nn.encoder import Encoder, building_device
 from pcl_fast.pretrained.encoder import Pretrained
 from pcl_fast.pretrained.files import checksum
 from pcl_fast.pretrained.head import describe
@@ -39,7 +39,7 @@ def from_ours(content: Mapping[str, Any], name: Literal["query", "momentum"], fi
         raise CheckpointError(f"{file} has no {name} encoder, only {', '.join(encoders)}")
     # Statistics of parts of a batch are how it was trained, not what it computes.
     model = replace(model_config(content["config"]), bn_splits=1)
-    with torch.device("meta"):
+    with torch.device(building_device(model)), torch.random.fork_rng(devices=[]):
         encoder = Encoder(model)
     fill(encoder, encoders[name], file=file, prefix=f"{name}: ")
     encoder.eval()

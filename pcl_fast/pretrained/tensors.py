@@ -76,7 +76,7 @@ def differences(
 
 
 def fill(network: nn.Module, tensors: Mapping[str, torch.Tensor], *, file: Path, prefix: str = "") -> None:
-    """Give a network that was built on the meta device its memory on the CPU, float32, and these values.
+    """Give a network these values, and memory on the CPU, float32, if it was built on the meta device.
 
     Raises:
         CheckpointError: the tensors are not exactly the network's; names those that differ.
@@ -85,7 +85,8 @@ def fill(network: nn.Module, tensors: Mapping[str, torch.Tensor], *, file: Path,
     found = differences(shapes_of(network), tensors, prefix)
     if found.count:
         raise CheckpointError(f"the tensors of {file} do not fit the network: {found}")
-    network.to_empty(device="cpu")
+    if any(parameter.is_meta for parameter in network.parameters()):
+        network.to_empty(device="cpu")
     counters = {name: torch.zeros((), dtype=torch.int64) for name in expected if name.endswith(_COUNTER)}
     network.load_state_dict({**counters, **tensors})
 

@@ -6,6 +6,7 @@ All but ONNX hold the backbone alone, which is what those libraries have; our pr
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import json
 import logging
@@ -24,6 +25,7 @@ from pcl_fast.data.batch import MEAN, STD
 from pcl_fast.errors import MissingPackageError, UserError
 from pcl_fast.files import make_folder, write_whole
 from pcl_fast.nn.encoder import resnet_names
+from pcl_fast.nn.timm_network import arguments, classifiers, first_layer, has_one_size, timm_name
 from pcl_fast.pretrained.encoder import Pretrained
 
 # The oldest set of operators in which both stacks' exporters write everything that a ResNet needs.
@@ -45,7 +47,7 @@ def to_torchvision(pretrained: Pretrained, file: Path) -> None:
     """Write the weights that torchvision's ResNet of that name loads, with its classifier `fc` alone missing.
 
     Raises:
-        UserError: torchvision has no such network.
+        UserError: torchvision has no such network, as it has none of timm's.
         OSError: the file cannot be written.
     """
     tensors = _backbone(pretrained, "torchvision")
@@ -60,7 +62,7 @@ def to_timm(pretrained: Pretrained, folder: Path) -> None:
         UserError: timm has no such network.
         OSError: the folder cannot be written.
     """
-    tensors = _backbone(pretrained, "timm")
+    tensors = _backbone(pretrained, "timm") if timm_name(pretrained.arch) is None else _tensors(pretrained)
     config = json.dumps(_timm_config(pretrained), indent=2) + "\n"
     make_folder(folder)
     write_whole(folder / "model.safetensors", lambda out: out.write(to_safetensors(tensors, metadata={"format": "pt"})))
@@ -69,11 +71,17 @@ def to_timm(pretrained: Pretrained, folder: Path) -> None:
 
 def _timm_config(pretrained: Pretrained) -> dict[str, Any]:
     data = pretrained.data or DataConfig()
+    name = timm_name(pretrained.arch)
+    if name is None:
+        name, own, first, classifier = pretrained.arch, {"global_pool": "avg"}, "conv1", "fc"
+    else:  # pools as it does by default
+        own, first, classifier = {"model_args": arguments(name)}, first_layer(name), list(classifiers(name))
+        classifier = classifier[0] if len(classifier) == 1 else classifier
     return {
-        "architecture": pretrained.arch,
+        "architecture": name,
         "num_classes": 0,
         "num_features": pretrained.width,
-        "global_pool": "avg",
+        **own,
         "pretrained_cfg": {
             "tag": "pcl",
             "input_size": [3, data.size, data.size],
@@ -83,8 +91,8 @@ def _timm_config(pretrained: Pretrained) -> dict[str, Any]:
             "mean": [value / 255 for value in MEAN],
             "std": [value / 255 for value in STD],
             "num_classes": 0,
-            "first_conv": "conv1",
-            "classifier": "fc",
+            "first_conv": first,
+            "classifier": classifier,
         },
     }
 
@@ -125,7 +133,12 @@ def _backbone(pretrained: Pretrained, library: str) -> dict[str, torch.Tensor]:
     elif pretrained.small_stem:
         reason = f"has no {pretrained.arch} with a stem for small images (--model.small-stem)"
     if reason:
-        raise UserError(f"{library} {reason}; --to onnx writes the network itself")
+        others = "--to onnx writes" if timm_name(pretrained.arch) is None else "--to timm and --to onnx write"
+        raise UserError(f"{library} {reason}; {others} the network itself")
+    return _tensors(pretrained)
+
+
+def _tensors(pretrained: Pretrained) -> dict[str, torch.Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in pretrained.backbone.state_dict().items()}
 
 
@@ -143,10 +156,12 @@ class _Outputs(nn.Module):
 
 def to_onnx(pretrained: Pretrained, file: Path) -> None:
     """Write the network, which takes `images` float32 [N, 3, H, W], normalised as torchvision's are, and returns
-    `features` [N, width] and, with a head, `embedding` [N, dim] of unit length. N, H and W are left open.
+    `features` [N, width] and, with a head, `embedding` [N, dim] of unit length. N, H and W are left open; H and W are
+    those of training for one of timm's networks that is made for images of one size.
 
     Raises:
         MissingPackageError: the package onnx is not installed.
+        UserError: the network has an operator that ONNX has not.
         OSError: the file cannot be written.
     """
     try:
@@ -154,20 +169,41 @@ def to_onnx(pretrained: Pretrained, file: Path) -> None:
     except ImportError as error:
         raise MissingPackageError('--to onnx needs the package onnx: pip install "pcl-fast[onnx]"') from error
     size = (pretrained.data or DataConfig()).size
+    network, sides = _Outputs(pretrained).cpu().eval(), {0: "N", 2: "H", 3: "W"}
+    if (name := timm_name(pretrained.arch)) is not None and has_one_size(name):
+        network, sides = _of_one_size(network, size), {0: "N"}
     names = ["features"] if pretrained.head is None else ["features", "embedding"]
     written = io.BytesIO()
-    with _quiet():
+    with _quiet(), _refusing():
         torch.onnx.export(
-            _Outputs(pretrained).cpu().eval(),
+            network,
             (torch.zeros(2, 3, size, size),),
             written,
             input_names=["images"],
             output_names=names,
-            dynamic_axes={"images": {0: "N", 2: "H", 3: "W"}, **{name: {0: "N"} for name in names}},
+            dynamic_axes={"images": sides, **{name: {0: "N"} for name in names}},
             opset_version=_OPSET,
             dynamo=False,
         )
     write_whole(file, lambda out: out.write(written.getbuffer()))
+
+
+def _of_one_size(network: _Outputs, size: int) -> _Outputs:
+    """Return a copy with embeddings of positions for images of this size, so that they need not be interpolated, for
+    which ONNX has no operator.
+    """
+    network = copy.deepcopy(network)
+    if getattr(network.backbone, "pos_embed", None) is not None and hasattr(network.backbone, "set_input_size"):
+        network.backbone.set_input_size(img_size=(size, size))
+    return network
+
+
+@contextlib.contextmanager
+def _refusing():
+    try:
+        yield
+    except torch.onnx.errors.UnsupportedOperatorError as error:
+        raise UserError(f"--to onnx: {str(error).partition(chr(10))[0]}") from error
 
 
 @contextlib.contextmanager

@@ -284,7 +284,7 @@ def test_ways_are_used_and_taken_back(encoders, monkeypatch):
         fusion.use(way, encoder)
         assert list(encoder.state_dict()) == names
         torch.testing.assert_close(encoder(images), plain, rtol=0, atol=0)  # kernels are for GPUs
-    with pytest.raises(ValueError, match="no batch norm of a ResNet is found"):
+    with pytest.raises(ValueError, match="none of the patterns of torchvision's ResNets is found"):
         fusion.use("triton", nn.Linear(2, 2))
 
 

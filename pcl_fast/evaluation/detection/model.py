@@ -95,7 +95,7 @@ def check_backbone(backbone: nn.Module) -> None:
     if not isinstance(backbone, ResNet):
         raise CheckpointError(
             "detection wants a ResNet with torchvision's layers, such as resnet50; this encoder is another, like those "
-            "for images of 32 px (cifar_resnet8, ...)"
+            "for images of 32 px (cifar_resnet8, ...) and timm's"
         )
     if not isinstance(backbone.maxpool, nn.MaxPool2d):
         raise CheckpointError(

@@ -32,6 +32,7 @@ from pcl_fast.evaluation.detection.training import Recipe, drawn, train_detector
 from pcl_fast.evaluation.detection.voc_ap import voc_average_precision
 from pcl_fast.evaluation.pictures import bars
 from pcl_fast.evaluation.tasks.base import Context, Outcome, Row, Task
+from pcl_fast.nn.timm_network import timm_name
 from pcl_fast.seeds import Purpose
 
 T = TypeVar("T")
@@ -263,10 +264,12 @@ def _draw_classes(figure: Figure, *, scores: dict[str, dict[str, float | None]])
 
 
 def _small_encoder(checkpoint: Path) -> str | None:
-    """Say that a run's encoder is too small for detection, or return None. Of other files nothing is known yet."""
+    """Say that a run's encoder is none for detection, or return None. Of other files nothing is known yet."""
     recipe = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
     try:
         model = json.loads(recipe.read_text())["model"]
+        if timm_name(model["arch"]) is not None:
+            return f"the encoder is none of torchvision's ResNets ({model['arch']})"
         small = model["small_stem"] or model["arch"].startswith("cifar")
     except (OSError, ValueError, KeyError, TypeError):
         return None
