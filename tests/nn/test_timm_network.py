@@ -151,7 +151,11 @@ def test_another_kind_of_batch_norm_is_not_synchronised():
 
 
 @pytest.mark.parametrize(
-    "arch", [RESNET, CONVNEXT, VIT, MOBILE, "timm/regnety_002", "timm/repvgg_a0", "timm/resnetv2_18"]
+    "arch",
+    [
+        *(RESNET, CONVNEXT, VIT, MOBILE),
+        *(pytest.param(f"timm/{name}", marks=pytest.mark.slow) for name in ("regnety_002", "repvgg_a0", "resnetv2_18")),
+    ],
 )
 def test_the_feature_pass_gives_the_same_features(arch):
     """Folded and fused where the patterns are known; otherwise as they are."""
@@ -188,7 +192,7 @@ def test_the_triton_way_is_refused_where_no_pattern_is_found():
 
 
 @pytest.mark.parametrize("arch", [RESNET, CONVNEXT, VIT])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 def test_half_precision(arch, dtype):
     """Under autocast with a gradient, and all in one type as in the feature pass."""
     model = encoder(arch, head="mlp").to(memory_format=torch.channels_last)
