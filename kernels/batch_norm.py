@@ -31,7 +31,6 @@ rounds bn(x) before it adds the residual.
 """
 
 # Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
-from contextlib import nullcontext
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -48,20 +47,13 @@ from pcl_fast.kernels.batch_norm_kernels import (
     partial_statistics,
     partial_sums,
 )
-from pcl_fast.kernels.launch import capability, multiprocessors
-from pcl_fast.kernels.tiles import INTERPRETED
+from pcl_fast.kernels.launch import multiprocessors, on
 
 WARPS = 4
 UNROLL = WORD_ROWS.value  # rows that a thread loads before it needs the first
 PROGRAMS = 4  # on a multiprocessor
 SUMMED, MAPPED = 64, 256  # channels of a program that adds up rows, and of one that only maps values
 MERGED = {"PARTS": 128, "COLUMNS": 8, "num_warps": 8}  # lines and channels at a time
-
-
-def takes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether the kernels take activations of this type: GPUs before Ampere have no bf16."""
-    known = dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return known and (INTERPRETED or device.type == "cuda") and (dtype != torch.bfloat16 or capability(device) >= 80)
 
 
 def batch_norm_act(
@@ -161,7 +153,7 @@ def _statistics(x, running_mean, running_var, momentum, splits):
     shape = _Shape.of(x, splits)
     launch = shape.summed(x)
     lines = x.new_empty((splits, launch.parts, line_width(shape.channels)), dtype=torch.float32)
-    with _on(x):
+    with on(x):
         partial_statistics[launch.grid(splits)](
             x, lines, shape.rows, shape.channels, launch.part_rows, lines.shape[2], **launch.constants()
         )
@@ -169,7 +161,7 @@ def _statistics(x, running_mean, running_var, momentum, splits):
 
 
 def _merge(lines, running_mean, running_var, momentum):
-    with _on(lines):
+    with on(lines):
         return _merged(lines.contiguous()[None], running_mean, running_var, momentum)
 
 
@@ -189,7 +181,7 @@ def _apply(x, residual, weight, bias, statistics, relu, eps, keep):
     groups = len(statistics)
     shape = _Shape.of(x, groups)
     launch = shape.mapped(x)
-    with _on(x):
+    with on(x):
         normalise_rows[launch.grid(groups)](
             x, residual, weight, bias, statistics, y, kept, shape.rows, shape.channels, launch.part_rows,
             statistics.shape[1], eps, **launch.constants(), RESIDUAL=residual is not None, RELU=relu, KEEP=keep,
@@ -203,7 +195,7 @@ def _sums(dy, second, x, kept, weight, bias, statistics, relu, eps):
     shape = _Shape.of(x, groups)
     launch = shape.summed(x)
     partial = sums.new_empty((groups, launch.parts, 2 * shape.channels))
-    with _on(x):
+    with on(x):
         partial_sums[launch.grid(groups)](
             dy, second, x, kept, weight, bias, statistics, g, partial, shape.rows, shape.channels, launch.part_rows,
             width, eps, **launch.constants(), SECOND=second is not None, KEPT=kept is not None, RELU=relu,
@@ -220,7 +212,7 @@ def _differentiate(g, x, weight, bias, statistics, sums, relu, training, eps):
     groups, width = statistics.shape
     shape = _Shape.of(x, groups)
     launch = shape.mapped(x)
-    with _on(x):
+    with on(x):
         differentiate_rows[launch.grid(groups)](
             g, x, weight, bias, statistics, sums, dx, shape.rows, shape.channels, launch.part_rows, width, eps,
             **launch.constants(), RELU=relu, TRAINING=training,
@@ -303,10 +295,6 @@ def divide(rows: int, channels: int, columns: int, itemsize: int, multiprocessor
 
 def _blocks(channels: int) -> tuple[int, int]:
     return 1, triton.cdiv(channels, MERGED["COLUMNS"])
-
-
-def _on(x: torch.Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 # --- bytes --------------------------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ There is no autotuning: the first steps would be slow, and its choice would not 
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+from pcl_fast.kernels.tiles import INTERPRETED
 
 
 @dataclass(frozen=True)
@@ -102,3 +104,14 @@ def capability(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def takes_activations(dtype: torch.dtype, device: torch.device) -> bool:
+    """Return whether an encoder's kernels take activations of this type: GPUs before Ampere have no bf16."""
+    known = dtype in (torch.float16, torch.bfloat16, torch.float32)
+    return known and (INTERPRETED or device.type == "cuda") and (dtype != torch.bfloat16 or capability(device) >= 80)
+
+
+def on(tensor: torch.Tensor) -> AbstractContextManager:
+    """Return a context in which kernels are launched on the tensor's GPU, if it is on one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

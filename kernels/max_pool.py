@@ -11,24 +11,15 @@ indices alone are 8 W each way.
 """
 
 # Not with postponed annotations: Triton 3.1's interpreter would not know a tl.constexpr.
-from contextlib import nullcontext
-
 import torch
 import triton
 import triton.language as tl
-from pcl_fast.kernels.launch import capability
-from pcl_fast.kernels.tiles import INTERPRETED
+from pcl_fast.kernels.launch import on
 from torch.autograd.function import once_differentiable
 
 VALUES = 2048  # that a program takes
 COLUMNS = 64  # channels of a program, at most
 MOST = 15  # pixels along a window: its places are bytes
-
-
-def takes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Return whether the kernels take activations of this type: GPUs before Ampere have no bf16."""
-    known = dtype in (torch.float16, torch.bfloat16, torch.float32)
-    return known and (INTERPRETED or device.type == "cuda") and (dtype != torch.bfloat16 or capability(device) >= 80)
 
 
 def max_pool(x: torch.Tensor, kernel: int, stride: int, padding: int) -> torch.Tensor:
@@ -99,40 +90,41 @@ for _schema in (
 
 
 def _new_pooled(x, kernel, stride, padding, keep):
-    n, c, h, w = x.shape
-    size = (n, c, _size(h, kernel, stride, padding), _size(w, kernel, stride, padding))
-    y = x.new_empty(size).to(memory_format=torch.channels_last)
-    taps = torch.empty_like(y, dtype=torch.uint8) if keep else x.new_empty(0, dtype=torch.uint8)
-    return y, taps
+    sides = [_size(pixels, kernel, stride, padding) for pixels in x.shape[2:]]
+    y = _channels_last(x, *sides)
+    return y, torch.empty_like(y, dtype=torch.uint8) if keep else x.new_empty(0, dtype=torch.uint8)
 
 
 def _new_dx(dy, taps, height, width, kernel, stride, padding):
-    return dy.new_empty((*dy.shape[:2], height, width)).to(memory_format=torch.channels_last)
+    return _channels_last(dy, height, width)
+
+
+def _channels_last(like, height, width):
+    size = (*like.shape[:2], height, width)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _pool(x, kernel, stride, padding, keep):
-    n, c, h, w = x.shape
-    size = (n, c, _size(h, kernel, stride, padding), _size(w, kernel, stride, padding))
-    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    taps = torch.empty_like(y, dtype=torch.uint8) if keep else x.new_empty(0, dtype=torch.uint8)
+    y, taps = _new_pooled(x, kernel, stride, padding, keep)
+    c = x.shape[1]
     if y.numel():
         pixels = y.numel() // c
-        with _on(x):
+        with on(x):
             pool[_grid(pixels, c)](
-                x, y, taps, pixels, c, h, w, *size[2:],
+                x, y, taps, pixels, c, *x.shape[2:], *y.shape[2:],
                 KERNEL=kernel, STRIDE=stride, PADDING=padding, KEEP=keep, **tile(c),
             )  # fmt: skip
     return y, taps
 
 
 def _unpool(dy, taps, height, width, kernel, stride, padding):
-    n, c, *out = dy.shape
-    dx = torch.empty((n, c, height, width), dtype=dy.dtype, device=dy.device, memory_format=torch.channels_last)
+    dx = _new_dx(dy, taps, height, width, kernel, stride, padding)
+    c = dy.shape[1]
     if dx.numel():
         pixels = dx.numel() // c
-        with _on(dy):
+        with on(dy):
             unpool[_grid(pixels, c)](
-                dy, taps, dx, pixels, c, height, width, *out,
+                dy, taps, dx, pixels, c, height, width, *dy.shape[2:],
                 KERNEL=kernel, STRIDE=stride, PADDING=padding, **tile(c),
             )  # fmt: skip
     return dx
@@ -147,10 +139,6 @@ def tile(channels: int) -> dict[str, int]:
 def _grid(pixels: int, channels: int) -> tuple[int, int]:
     rows, columns = tile(channels).values()
     return triton.cdiv(pixels, rows), triton.cdiv(channels, columns)
-
-
-def _on(x: torch.Tensor):
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 for _name, _run, _fake in (("max_pool", _pool, _new_pooled), ("max_pool_backward", _unpool, _new_dx)):

@@ -26,6 +26,7 @@ from pcl_fast.nn.sync_batch_norm import SyncBatchNorm2d
 
 try:
     from pcl_fast.kernels import batch_norm as fused_kernels
+    from pcl_fast.kernels.launch import takes_activations
 except ImportError:  # Triton is not installed
     fused_kernels = None
 
@@ -120,7 +121,7 @@ def _operation(norm: nn.Module, x: torch.Tensor, act: nn.Module | None, residual
 
 def takes_batch_norm(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether there are kernels for activations of this type."""
-    return fused_kernels is not None and fused_kernels.takes(dtype, device)
+    return fused_kernels is not None and takes_activations(dtype, device)
 
 
 def _kernels(x: torch.Tensor) -> Callable[..., Any] | None:

@@ -9,6 +9,7 @@ from pcl_fast.kernels import switches
 
 try:
     from pcl_fast.kernels import max_pool as kernels
+    from pcl_fast.kernels.launch import takes_activations
 except ImportError:  # Triton is not installed
     kernels = None
 
@@ -33,7 +34,7 @@ def pool(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 def takes_pooling(dtype: torch.dtype, device: torch.device) -> bool:
     """Return whether there are kernels for activations of this type."""
-    return kernels is not None and kernels.takes(dtype, device)
+    return kernels is not None and takes_activations(dtype, device)
 
 
 def _window(module: nn.Module) -> tuple[int, int, int] | None:
