@@ -105,7 +105,9 @@ def _try(network: nn.Module, width: int, size: int, name: str) -> None:
         features = network(torch.empty(2, 3, size, size))
     except Exception as error:  # networks assert, index and reshape
         if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
-            return  # of the device that this is tried on
+            # Some operations do not exist on the meta device, which says nothing of the network or the size: such a
+            # network is not tried before it trains.
+            return
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(
             f"{arch} does not take images of {size} px ({reason}); it is made for {own_size(name)} px: use --data.size "
