@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -127,13 +128,16 @@ def same_rows(one: Path, other: Path) -> None:
     assert rows[0] == rows[1]
 
 
-def evaluate(*arguments: object) -> str | None:
-    """Run pcl_fast.evaluate in this process; the message with which it ends, if it fails."""
+def run_here(main: Callable[[], None], *arguments: object) -> str | None:
+    """Run a command in this process; the message with which it ends, if it fails."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["evaluate", *map(str, arguments)])
+        patch.setattr("sys.argv", ["command", *map(str, arguments)])
         patch.setenv("COLUMNS", "200")
         try:
-            command_of_evaluation.main()
+            main()
         except SystemExit as error:
             return str(error.code)
     return None
+
+
+evaluate = functools.partial(run_here, command_of_evaluation.main)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import sys
 from pathlib import Path
 
@@ -11,23 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from launches import train
+from launches import run_here, train
 
 from pcl_fast import embed as command
 from pcl_fast.data import clustering_loader, find_images, normalise
 from pcl_fast.distributed import World
 from pcl_fast.pretrained import read_pretrained
 
-
-def run(*words: object) -> str | None:
-    """Run the command; the message with which it ends, if it fails."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["embed", *map(str, words)])
-        try:
-            command.main()
-        except SystemExit as error:
-            return str(error.code)
-    return None
+run = functools.partial(run_here, command.main)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import pickle
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from launches import run_here
 
 from pcl_fast import export as command
 from pcl_fast.config import DataConfig, ModelConfig
@@ -138,15 +140,7 @@ def test_networks_that_the_library_lacks_are_refused(write, options, reason, tmp
     assert not list(tmp_path.iterdir())
 
 
-def run(*words: object) -> str | None:
-    """Run the command; the message with which it ends, if it fails."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["export", *map(str, words)])
-        try:
-            command.main()
-        except SystemExit as error:
-            return str(error.code)
-    return None
+run = functools.partial(run_here, command.main)
 
 
 def test_the_command_keeps_what_is_there(tmp_path, capsys):
