@@ -64,7 +64,7 @@ def run(options: Options) -> bool:
     world = connect()
     torch.backends.cudnn.benchmark = True
     console = Console(quiet=not world.is_main, soft_wrap=True)
-    failed: dict[str, Exception] = {}
+    failed: list[str] = []
     try:
         for task in tasks:
             try:
@@ -72,10 +72,11 @@ def run(options: Options) -> bool:
             except (ValueError, UserError) as error:
                 if isinstance(options, Task):
                     raise
-                failed[task.name] = error
+                failed.append(task.name)
                 console.print(f"{task.name} cannot be done: {error}", highlight=False, markup=False)
     except Stopped:
         console.print("stopped by a signal, all is saved; the same command goes on from here")
+        disconnect(world)
         return False
     disconnect(world)
     if failed:

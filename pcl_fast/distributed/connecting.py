@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 from datetime import timedelta
@@ -115,6 +116,13 @@ def _exchange(item: Any, store: dist.Store, rank: int, size: int) -> list[tuple[
 
 
 def disconnect(world: World) -> None:
-    """Leave the process group, if there is one."""
+    """Leave the process group, if there is one, and wait until its threads have ended; `world` has none afterwards.
+
+    A thread of Gloo takes Python's lock to give back the tensors of the last collective. If Python has begun to end by
+    then, PyTorch aborts the process (SIGABRT), though its work is done. The threads end with the last reference to the
+    group, which whatever was trained may hold in a cycle.
+    """
     if world.group is not None:
         dist.destroy_process_group()
+        object.__setattr__(world, "group", None)  # for anybody else it stays frozen
+        gc.collect()
