@@ -15,6 +15,7 @@ COMMANDS = {
     "evaluate": "the paper's tables and figures, for any checkpoint",
     "export": "an encoder for torchvision, timm, Detectron2 or ONNX",
     "embed": "features and clusters of any images, as a table",
+    "explore": "a site that shows a run's clusters and images",
     "demo": "the whole method on 5,000 digits, in minutes",
     "data": "look after a data set before training on it",
 }

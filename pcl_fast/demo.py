@@ -1,7 +1,8 @@
 """The whole method in five minutes: python -m pcl_fast.demo [PRESET]
 
 Writes 5,000 handwritten digits as JPEG class folders, trains a preset on them, made small, with two processes through
-the same entry point as ImageNet, and compares what the encoder learned with raw pixels and with the untrained encoder.
+the same entry point as ImageNet, compares what the encoder learned with raw pixels and with the untrained encoder, and
+writes pages that show what it found.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from pcl_fast.distributed import World
 from pcl_fast.evaluation import adjusted_mutual_information, knn_accuracy
 from pcl_fast.evaluation.labelled import pair
 from pcl_fast.evaluation.miniature import SHOTS, LabelScores, score_features, score_fine_tuned
+from pcl_fast.explore import Options as Explored
+from pcl_fast.explore import explore
 from pcl_fast.methods import build, flag, method_class
 from pcl_fast.nn.encoder import Encoder
 from pcl_fast.pretrained import Pretrained, read_pretrained
@@ -90,6 +93,7 @@ def main(
     console.print(as_label_table(label_scores))
     print(f"scored in {time.perf_counter() - begin:.0f} seconds")
     print(f"{RANKS} processes, {minutes_of(output):.1f} minutes of training; more in {output}/report.png")
+    explore(Explored(run=output, data=folder, output=output / "site", force=True))
 
 
 def small(preset: str) -> Config:

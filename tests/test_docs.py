@@ -124,7 +124,7 @@ def test_commands_are_ours(page):
 def test_flags_are_ours(page):
     """Those that stand by themselves, in backticks."""
     known = flags_of("pcl_fast.train", "pcl_v2") | flags_of("pcl_fast.plan", "pcl_v2") | flags_of_tasks()
-    known |= flags_of("pcl_fast.export") | flags_of("pcl_fast.embed")
+    known |= flags_of("pcl_fast.export") | flags_of("pcl_fast.embed") | flags_of("pcl_fast.explore")
     for span in SPAN.findall(prose(page)):
         if span.startswith("--"):
             assert FLAG.match(span)[0] in known, f"{page.name} names {span}"
