@@ -8,7 +8,7 @@ The images may be others than the run has seen. A row is an image:
     label                 its class folder, if there are any
     features              its features
     cluster_K, distance_K for every number K of prototypes that the checkpoint holds: the nearest one, and its distance
-                          to the image's unit features
+                          to the image's unit features; K_1, K_2, ... where several heads have K prototypes
 
 FILE.npy holds the features alone, [n, d] float32, and FILE.csv beside it the other columns. One process does it all.
 """
@@ -77,11 +77,11 @@ class Part(NamedTuple):
     """Images one after another.
 
     features: [n, d] float32.
-    clusters: by the number of prototypes: (the nearest one [n] int32, the distance to it [n] float32).
+    clusters: by what columns are called: (the nearest one [n] int32, the distance to it [n] float32).
     """
 
     features: np.ndarray
-    clusters: dict[int, tuple[np.ndarray, np.ndarray]]
+    clusters: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def main() -> None:
@@ -149,13 +149,20 @@ def _parts(
 ) -> Iterator[Part]:
     """Yield the images' features and clusters, in order."""
     encode, device = frozen_backbone(pretrained, world.device), world.device
-    sets = [_Nearest(found, device) for found in pretrained.prototypes] if pretrained.head is not None else []
+    sets = {} if pretrained.head is None else _searches(pretrained.prototypes, device)
     rows = ENCODED_ON_GPU if device.type == "cuda" else CLUSTERING_BATCH
     for batch in clustering_loader(images, data, batch_size=rows, world=world):
         backbone = encode(batch)
         unit = None if pretrained.head is None else F.normalize(pretrained.head(backbone), dim=1).contiguous()
         features = backbone if kind == "backbone" else unit
-        yield Part(features.float().cpu().numpy(), {found.k: found(unit) for found in sets})
+        yield Part(features.float().cpu().numpy(), {name: found(unit) for name, found in sets.items()})
+
+
+def _searches(prototypes: Sequence[PrototypeSet], device: torch.device) -> dict[str, _Nearest]:
+    """Return a search in every set, by what its columns are called."""
+    ks = [len(found.centroids) for found in prototypes]
+    names = [f"{k}" if ks.count(k) == 1 else f"{k}_{head}" for head, k in enumerate(ks, 1)]
+    return {name: _Nearest(found, device) for name, found in zip(names, prototypes, strict=True)}
 
 
 class _Nearest:
@@ -163,7 +170,6 @@ class _Nearest:
 
     def __init__(self, prototypes: PrototypeSet, device: torch.device):
         self._centroids = prototypes.centroids.to(device)
-        self.k = len(self._centroids)
         self._search = pick_backend("auto", device, torch.float32, self._centroids.shape[1]).nearest
 
     def __call__(self, unit: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -212,8 +218,8 @@ def _text(path: str) -> str:
 def _of_clusters(part: Part) -> dict[str, np.ndarray]:
     """Return the columns of a part's clusters, by name."""
     return {
-        f"{name}_{k}": values
-        for k, found in part.clusters.items()
+        f"{name}_{of}": values
+        for of, found in part.clusters.items()
         for name, values in zip(("cluster", "distance"), found, strict=True)
     }
 
