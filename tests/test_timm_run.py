@@ -9,8 +9,13 @@ import pytest
 import torch
 from faults.tiny import tiny
 
+from pcl_fast.config import DataConfig
+from pcl_fast.data import find_images
 from pcl_fast.distributed import World
 from pcl_fast.errors import CheckpointError, UserError
+from pcl_fast.evaluation.detection.model import check_backbone
+from pcl_fast.evaluation.pooled_maps import encode_maps
+from pcl_fast.evaluation.tasks import detection
 from pcl_fast.export import export
 from pcl_fast.pretrained import read_pretrained
 from pcl_fast.train import run
@@ -60,3 +65,20 @@ def test_a_run_goes_on_and_is_evaluated_and_exported(trained, image_folder, tmp_
         export(folder, to="torchvision", output=tmp_path / "weights.pth")
     with pytest.raises(CheckpointError, match="ResNet"):  # of others' files these alone are read
         read_pretrained(tmp_path / "timm", "query")
+
+
+def test_tasks_that_want_a_resnet_refuse_it(trained, image_folder, monkeypatch):
+    arch, folder = trained
+    monkeypatch.setattr(detection, "holds_voc", lambda *data: True)
+    assert (
+        detection.Detection.obstacle(image_folder, folder) == f"the encoder is none of torchvision's ResNets ({arch})"
+    )
+    encoder = read_pretrained(folder, "query")
+    with pytest.raises(CheckpointError, match="detection wants a ResNet with torchvision's layers"):
+        check_backbone(encoder.backbone)
+    data = DataConfig(size=32, resize=32, workers=0)
+    maps = (
+        "that pools feature maps; this one has none" if "vit" in arch else r"feature maps of 7 x 7, and images of 32 px"
+    )
+    with pytest.raises(UserError, match=f"--protocol fair wants .*{maps}"):
+        encode_maps(encoder, find_images(image_folder), data, ALONE)
