@@ -6,7 +6,7 @@ dataclasses.replace. How the random numbers are drawn is in data/views/draws.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -74,3 +74,54 @@ AUGMENTATIONS: dict[str, View] = {
         distortion=Distortion(degrees=20, translate=0.1, scale=(0.9, 1.3), shear=20),
     ),
 }
+
+
+# SwAV's small crops beside its large ones, in pixels (Caron et al. 2020, section 4.1).
+_SMALL, _LARGE = 96, 224
+
+
+def multi_crop(
+    view: View, count: int, *, size: int | None = None, areas: tuple[float, float] = (0.05, 0.14)
+) -> tuple[View, ...]:
+    """Return the small crops that multi-crop adds to large ones: `Method.views` is the large ones, then these.
+
+    Args:
+        view: a large one; the small ones are drawn as it is but for size and area.
+        count: of small crops.
+        size: their side in pixels; None: 96/224 of the large one's, rounded.
+        areas: a small crop covers at least and at most these shares of the image; see View for a view with a
+            distortion, which takes the whole image.
+
+    Returns:
+        `count` times the same view. Each is drawn independently.
+
+    Raises:
+        ValueError: no number of crops, size or areas that a crop can have.
+    """
+    small = small_side(view.size) if size is None else size
+    if count < 0 or small < 1:
+        raise ValueError(f"{count} small crops of {small} px cannot be made")
+    check_areas("areas", areas)
+    return (replace(view, size=small, min_area=areas[0], max_area=areas[1]),) * count
+
+
+def small_side(large: int) -> int:
+    """Return the side of small crops beside crops of `large` px: 96/224 of it, rounded, and at least one pixel."""
+    return max(1, round(large * _SMALL / _LARGE))
+
+
+def check_areas(flag: str, areas: tuple[float, float]) -> None:
+    """Refuse bounds of a crop's area that are no shares of an image, or in the wrong order.
+
+    Args:
+        flag: what the bounds are called on the command line.
+
+    Raises:
+        ValueError: names the flag, the bounds and what they must be.
+    """
+    least, most = areas
+    if not 0 < least <= most <= 1:
+        raise ValueError(
+            f"{flag} {least:g} {most:g}: crops cover at least the first and at most the second share of an image; give "
+            "two numbers in (0, 1], the smaller one first"
+        )
