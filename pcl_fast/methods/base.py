@@ -292,3 +292,24 @@ class Method(nn.Module):
         """
         with autocast(images.device):
             return encoder(normalise(images, encoder_dtype(images.device)))
+
+    def encode_by_size(
+        self, encoder: Callable[[torch.Tensor], torch.Tensor], views: Sequence[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        """What `encode` makes of several views of one batch: [N, dim] for each of them, in their order.
+
+        Views of one size are one batch, in their order, the sizes in that of their first views: so many passes as
+        there are sizes, each with its own statistics of batch norm. Two views of one size are encoded as their
+        concatenation is.
+
+        Args:
+            views: uint8 [N, size, size, 3] each, with N images and sizes of their own.
+        """
+        places: dict[tuple[int, ...], list[int]] = {}
+        for place, view in enumerate(views):
+            places.setdefault(tuple(view.shape[1:]), []).append(place)
+        encoded: dict[int, torch.Tensor] = {}
+        for alike in places.values():
+            images = views[alike[0]] if len(alike) == 1 else torch.cat([views[place] for place in alike])
+            encoded.update(zip(alike, self.encode(encoder, images).chunk(len(alike)), strict=True))
+        return tuple(encoded[place] for place in range(len(views)))
