@@ -4,7 +4,7 @@ first 120 epochs and 192 px up to epoch 160.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Annotated, NamedTuple
 
 from tyro.constructors import PrimitiveConstructorSpec
@@ -47,6 +47,20 @@ Stages = Annotated[
 def size_at(stages: Sequence[Stage], last: int, epoch: int) -> int:
     """The size of an epoch's crops (from 0); `last` after all stages."""
     return next((stage.size for stage in stages if epoch < stage.until), last)
+
+
+def in_proportion(side: int, size: int, last: int) -> int:
+    """The side of a view that is `side` px beside crops of `last` px, where those have `size` px; at least one pixel.
+
+    Small crops of multi-crop grow with the large ones so.
+    """
+    return max(1, round(side * size / last))
+
+
+def epoch_sides(stages: Sequence[Stage], last: int, sides: Iterable[int]) -> list[int]:
+    """All sides that views of these sides, at the size `last`, have in one epoch or another, the smallest first."""
+    sizes = {last, *(stage.size for stage in stages)}
+    return sorted({in_proportion(side, size, last) for side in sides for size in sizes})
 
 
 def check_stages(stages: Sequence[Stage], last: int) -> None:

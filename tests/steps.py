@@ -12,7 +12,7 @@ from pcl_fast.config import PRESETS, Config
 from pcl_fast.data import Batch
 from pcl_fast.distributed import World
 from pcl_fast.learner import Learner
-from pcl_fast.methods import build
+from pcl_fast.methods import Method, build
 
 DEMO = PRESETS["demo"][1]
 
@@ -46,6 +46,14 @@ def batch(seed: int = 0, rows: int = 6) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     views = torch.randint(0, 256, (2, rows, 12, 12, 3), generator=generator, dtype=torch.uint8)
     return Batch((views[0], views[1]), torch.arange(rows))
+
+
+def batch_for(method: Method, seed: int = 0, rows: int = 6) -> Batch:
+    """Of the views that the method wants."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(rows, view.size, view.size, 3) for view in method.views]
+    views = [torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8) for shape in shapes]
+    return Batch(tuple(views), torch.arange(rows))
 
 
 def part(whole: Batch, rows: slice, *, rolled: int = 0) -> Batch:

@@ -10,12 +10,14 @@ import copy
 import pytest
 import torch
 from launches import same
-from steps import batch, learner_of, small_config
+from methods import crops  # noqa: F401, a method
+from steps import batch, batch_for, learner_of, small_config
 
 from pcl_fast.captured import CapturedStep
 from pcl_fast.clustering import PrototypeSet
 from pcl_fast.distributed import World
 from pcl_fast.learner import Learner
+from pcl_fast.methods import build
 
 GPU = torch.cuda.is_available()
 WORLD = World(0, 1, torch.device("cuda", 0) if GPU else torch.device("cpu"), None)
@@ -84,3 +86,19 @@ def test_other_shapes_are_captured_anew(monkeypatch):
     for number, rows in enumerate([6] * 5 + [4] * 5):
         captured.step(batch(seed=number, rows=rows), number)
     assert graphs.count == 2
+
+
+@pytest.mark.skipif(GPU, reason="counts captures of a stand-in")
+def test_views_of_several_sizes_are_captured(monkeypatch):
+    """Once, and they are the views of every step."""
+    config = small_config(method="crops")
+    one, other = (Learner(build(config, WORLD, 60), config, WORLD) for _ in range(2))
+    for learner in (one, other):
+        learner.set_rate(0)
+    graphs = Graphs(other)
+    captured = CapturedStep(other, graphs)
+    for number in range(6):
+        given = batch_for(one.method, seed=number)
+        torch.testing.assert_close(captured.step(given, number)["loss"], one.step(given, number)["loss"])
+    assert graphs.count == 1
+    same(other.state(), one.state(), "state")

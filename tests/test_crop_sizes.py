@@ -18,7 +18,7 @@ from launches import same_rows, same_state
 
 from pcl_fast.clustering import FeatureShard
 from pcl_fast.config import PRESETS, Config, doubts, recipe_differences, to_dict, validate
-from pcl_fast.crop_sizes import Stage, describe_stages, size_at
+from pcl_fast.crop_sizes import Stage, describe_stages, epoch_sides, in_proportion, size_at
 from pcl_fast.distributed import World
 from pcl_fast.learner import Learner
 from pcl_fast.run.checkpoint import load_checkpoint
@@ -40,6 +40,13 @@ def test_an_epoch_s_size_is_that_of_its_stage():
     sizes = [size_at(STAGES, 224, epoch) for epoch in range(201)]
     assert sizes == [160] * 120 + [192] * 40 + [224] * 41
     assert size_at((), 224, 0) == 224
+
+
+def test_small_crops_grow_in_proportion():
+    assert [in_proportion(96, size, 224) for size in (160, 192, 224)] == [69, 82, 96]
+    assert in_proportion(2, 12, 96) == 1
+    assert epoch_sides(STAGES, 224, [224, 96, 224]) == [69, 82, 96, 160, 192, 224]
+    assert epoch_sides((), 224, [96]) == [96]
 
 
 @pytest.mark.parametrize("words", [("160:120", "192:160"), ("160:120,192:160",), ("160:120 192:160",)])

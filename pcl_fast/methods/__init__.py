@@ -8,6 +8,7 @@ from importlib import import_module
 import torch
 
 from pcl_fast.config import PRESETS, Config, changed_settings
+from pcl_fast.crop_sizes import epoch_sides
 from pcl_fast.distributed import World
 from pcl_fast.methods.base import FeatureSpec, Inputs, Method, Metric, Step
 from pcl_fast.nn.timm_network import check_image_sizes
@@ -49,10 +50,15 @@ def build(config: Config, world: World, images: int) -> Method:
         MissingPackageError: the architecture is timm's, which is not installed.
     """
     kind = method_class(config.method)
-    check_image_sizes(config.model.arch, [config.data.size, *(stage.size for stage in config.data.sizes)])
+    data = config.data
+    check_image_sizes(config.model.arch, epoch_sides(data.sizes, data.size, [data.size]))
     # Drawn on the CPU, so that every device and rank starts alike.
     torch.manual_seed(config.seed)
-    return kind(config, world, images).to(world.device, memory_format=torch.channels_last)
+    method = kind(config, world, images)
+    # A method with small crops has checked them by their own flag, see small_crops.
+    sides = epoch_sides(data.sizes, data.size, {view.size for view in method.views})
+    check_image_sizes(config.model.arch, sides, "size of its views")
+    return method.to(world.device, memory_format=torch.channels_last)
 
 
 def check_method(config: Config) -> None:

@@ -76,9 +76,12 @@ def first_layer(name: str) -> Any:
     return _timm(name).get_pretrained_cfg(name).first_conv
 
 
-def check_image_sizes(arch: str, sizes: Iterable[int]) -> None:
+def check_image_sizes(arch: str, sizes: Iterable[int], flag: str | None = None) -> None:
     """Refuse images of a size that a network cannot take, and networks that cannot be trained here. It computes on the
     meta device, and looks at timm's networks alone: the others take any size.
+
+    Args:
+        flag: which flag gives a size that is not --data.size.
 
     Raises:
         ValueError: names the size, what stands against it and the size that the network is made for; or says what the
@@ -89,17 +92,19 @@ def check_image_sizes(arch: str, sizes: Iterable[int]) -> None:
     if name is None:
         return
     for size in sizes:
-        _check_size(name, size)
+        _check_size(name, size, flag)
 
 
 @functools.cache
-def _check_size(name: str, size: int) -> None:
+def _check_size(name: str, size: int, flag: str | None) -> None:
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         network, width = build_timm(name)
-        _try(network.train(), width, size, name)
+        own = own_size(name)
+        advice = f"--data.size {own}, or --size in an evaluation," if flag is None else f"another {flag}"
+        _try(network.train(), width, size, name, advice)
 
 
-def _try(network: nn.Module, width: int, size: int, name: str) -> None:
+def _try(network: nn.Module, width: int, size: int, name: str, advice: str) -> None:
     arch = f"--model.arch {_PREFIX}{name}"
     try:
         features = network(torch.empty(2, 3, size, size))
@@ -110,8 +115,8 @@ def _try(network: nn.Module, width: int, size: int, name: str) -> None:
             return
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise ValueError(
-            f"{arch} does not take images of {size} px ({reason}); it is made for {own_size(name)} px: use --data.size "
-            f"{own_size(name)}, or --size in an evaluation, or another network"
+            f"{arch} does not take images of {size} px ({reason}); it is made for {own_size(name)} px: use "
+            f"{advice} or another network"
         ) from error
     if not isinstance(features, torch.Tensor) or features.shape != (2, width):
         raise ValueError(f"{arch} does not map a batch of images to {width} features each when it is trained")

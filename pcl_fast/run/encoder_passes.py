@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
@@ -22,13 +24,13 @@ from pcl_fast.schedule import rank_batch
 _WARM_UP, _ROUNDS = 3, 7
 
 
-def draw_images(config: Config, rows: int, world: World) -> torch.Tensor:
-    """So many images of a run's size, normalised, in the type in which encoders compute. Neighbouring pixels are alike,
-    as in photographs: from noise all features would come out the same.
+def draw_images(config: Config, rows: int, world: World, side: int | None = None) -> torch.Tensor:
+    """So many images of `side` px, by default of the run's size, normalised, in the type in which encoders compute.
+    Neighbouring pixels are alike, as in photographs: from noise all features would come out the same.
     """
     generator = torch.Generator().manual_seed(config.seed)
     coarse = torch.randint(256, (rows, 3, 8, 8), generator=generator).float()
-    images = F.interpolate(coarse, size=config.data.size, mode="bilinear").permute(0, 2, 3, 1).to(torch.uint8)
+    images = F.interpolate(coarse, size=side or config.data.size, mode="bilinear").permute(0, 2, 3, 1).to(torch.uint8)
     return normalise(images.contiguous().to(world.device), encoder_dtype(world.device))
 
 
@@ -38,35 +40,45 @@ class Passes:
     They leave nothing behind: gradients are returned instead of kept, and see `undisturbed`.
     """
 
-    def __init__(self, encoders: Mapping[str, nn.Module], images: torch.Tensor):
+    def __init__(self, encoders: Mapping[str, nn.Module], batches: Sequence[torch.Tensor]):
         """
         Args:
             encoders: a method's; "query" is the one with a backward pass.
-            images: [N, 3, H, W], normalised, in the type in which encoders compute on their device.
+            batches: one for every size of a step's views, each [N, 3, H, W], normalised, in the type in which encoders
+                compute on their device.
         """
-        self.encoders, self.images, self.device = dict(encoders), images, images.device
+        self.encoders, self.batches, self.device = dict(encoders), tuple(batches), batches[0].device
         self._query = encoders["query"]
         self._parameters = [parameter for parameter in self._query.parameters() if parameter.requires_grad]
         self._others = [encoder for name, encoder in encoders.items() if name != "query"]
 
     @classmethod
-    def of_run(cls, config: Config, encoders: Mapping[str, nn.Module], world: World) -> Passes:
-        """With as many images, of the same size, as a rank has in a step."""
-        return cls(encoders, draw_images(config, rank_batch(config, world.size), world))
+    def of_run(
+        cls, config: Config, encoders: Mapping[str, nn.Module], world: World, sides: Sequence[int] = ()
+    ) -> Passes:
+        """With as many images as a rank has in a step, of every size that its views have, and in proportion: for one
+        view of 224 px and three of 96 px, or two and six, there are three times as many images of 96 px.
+
+        Args:
+            sides: of the method's views in pixels; none: all have the run's size.
+        """
+        views, rows = Counter(sides or [config.data.size]), rank_batch(config, world.size)
+        share = math.gcd(*views.values())
+        return cls(encoders, [draw_images(config, rows * count // share, world, side) for side, count in views.items()])
 
     def compute(self, *, exact: bool = False) -> list[torch.Tensor]:
         """The features of all encoders, and the gradients of the query encoder's parameters.
 
         exact: compute in float32.
         """
-        images = self.images.float() if exact else self.images
+        batches = [images.float() if exact else images for images in self.batches]
         with nullcontext() if exact else autocast(self.device):
-            features = self._query(images)
+            features = _encoded(self._query, batches)
             upstream = torch.linspace(-1, 1, features.numel(), device=self.device).view_as(features)
             # Not backward(): what reaches a parameter so, DistributedDataParallel sends to the other ranks.
             gradients = torch.autograd.grad(features, self._parameters, upstream)
             with torch.no_grad():
-                return [features.detach(), *(encoder(images) for encoder in self._others), *gradients]
+                return [features.detach(), *(_encoded(encoder, batches) for encoder in self._others), *gradients]
 
     @contextmanager
     def undisturbed(self) -> Iterator[None]:
@@ -106,6 +118,11 @@ class Passes:
             self.compute()
         work = capture_graph(self.compute, self.device)[0] if captured else self.compute
         return 1e3 * statistics.median(_seconds(work, self.device) for _ in range(_ROUNDS))
+
+
+def _encoded(encoder: nn.Module, batches: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The features of all batches, one below the other."""
+    return encoder(batches[0]) if len(batches) == 1 else torch.cat([encoder(images) for images in batches])
 
 
 def _distance(found: Sequence[torch.Tensor], reference: Sequence[torch.Tensor]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,13 @@ class Choice(NamedTuple):
 
 
 def choose_fusion(
-    config: Config, encoders: Mapping[str, nn.Module], steps: int, world: World, *, kept: str | None = None
+    config: Config,
+    encoders: Mapping[str, nn.Module],
+    steps: int,
+    world: World,
+    *,
+    kept: str | None = None,
+    sides: Sequence[int] = (),
 ) -> Choice:
     """Choose how the encoders compute, and let them. All ranks call this together, and get the same.
 
@@ -45,6 +51,7 @@ def choose_fusion(
         encoders: the method's; "query" is the one with a backward pass.
         steps: that the run has left.
         kept: the way of the run that goes on, which stays.
+        sides: of the method's views, see Passes.of_run.
 
     Raises:
         ValueError: on all ranks, if the way that is asked for cannot be used.
@@ -58,7 +65,7 @@ def choose_fusion(
         return _keep(kept, encoders, world)
     if config.deterministic:
         return Choice(_use_or_refuse(EAGER, encoders, world), [], None)
-    return _fastest(Passes.of_run(config, encoders, world), steps, world)
+    return _fastest(Passes.of_run(config, encoders, world, sides), steps, world)
 
 
 def has_choice(world: World) -> bool:

@@ -18,7 +18,7 @@ from launches import FLAGS
 from methods.every import METHODS, tiny
 from pcl_fast.kernels.tiles import OLD_TRITON
 from ranks import run_ranks
-from steps import batch
+from steps import batch_for
 
 from pcl_fast.distributed import World
 from pcl_fast.learner import Learner
@@ -207,8 +207,7 @@ def collectives_of(world: World, name: str) -> list[Collective]:
             # Epochs of two steps; the first E-step of some comes before the first of all.
             if number % 2 == 0 and method.expects(number // 2):
                 method.expect(None if method.features().from_bank else features, number // 2)
-            whole = batch(seed=world.rank + 2 * number)
-            learner.step(whole._replace(views=tuple(whole.views[0] for _ in method.views)), number)
+            learner.step(batch_for(method, seed=world.rank + 2 * number), number)
         learner.end_epoch()
     return recorder.collectives
 

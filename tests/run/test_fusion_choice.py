@@ -9,17 +9,20 @@ from dataclasses import replace
 import pytest
 import torch
 from faults.tiny import tiny
+from methods import crops  # noqa: F401, a method
 from ranks import run_ranks
 from steps import small_config
 from torch import nn
 
 from pcl_fast.config import Config
 from pcl_fast.distributed import World
+from pcl_fast.learner import Learner
 from pcl_fast.methods import build
 from pcl_fast.nn import fusion
 from pcl_fast.nn.batch_norm import batch_norm_buffers
 from pcl_fast.run import fusion_choice
 from pcl_fast.run.checkpoint import load_checkpoint
+from pcl_fast.run.choices import Choices
 from pcl_fast.run.encoder_passes import Passes
 from pcl_fast.run.fusion_choice import choose_fusion
 from pcl_fast.run.metrics import read_rows
@@ -208,7 +211,7 @@ def test_all_ranks_choose_together():
 def test_ranks_do_not_wait_for_each_other_in_batch_norm(encoders):
     norm = next(module for module in encoders["query"].modules() if isinstance(module, nn.BatchNorm2d))
     norm.group = group = object()
-    with Passes(encoders, torch.zeros(2, 3, 8, 8)).undisturbed():
+    with Passes(encoders, [torch.zeros(2, 3, 8, 8)]).undisturbed():
         assert norm.group is None
     assert norm.group is group
 
@@ -230,7 +233,7 @@ def test_passes_leave_nothing_behind(splits):
             assert torch.equal(value, before[name][key]), key
     assert all(parameter.grad is None for parameter in encoders["query"].parameters())
     assert torch.equal(torch.get_rng_state(), state)
-    assert len(passes.images) == config.optim.batch_size
+    assert [len(images) for images in passes.batches] == [config.optim.batch_size]
 
 
 def _buffers(state):
@@ -242,12 +245,34 @@ def test_passes_are_those_of_a_step(encoders):
     passes = Passes.of_run(config, encoders, ALONE)
     found = passes.compute()
     query, momentum = encoders["query"], encoders["momentum"]
-    features = query(passes.images)
+    (images,) = passes.batches
+    features = query(images)
     upstream = torch.linspace(-1, 1, features.numel()).view_as(features)
     features.backward(upstream)
-    expected = [features, momentum(passes.images), *(parameter.grad for parameter in query.parameters())]
+    expected = [features, momentum(images), *(parameter.grad for parameter in query.parameters())]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b.detach())
+
+
+def test_passes_have_all_sizes_of_a_step_in_proportion(encoders):
+    """Of two large views and six small ones; where all are alike, as many images as a rank has."""
+    config, rows = small_config(), small_config().optim.batch_size
+    passes = Passes.of_run(config, encoders, ALONE, [20, 20, *[9] * 6])
+    assert [tuple(images.shape) for images in passes.batches] == [(rows, 3, 20, 20), (3 * rows, 3, 9, 9)]
+    features, momentum, *gradients = passes.compute()
+    assert len(features) == len(momentum) == 4 * rows
+    assert passes.error([features, momentum, *gradients]) == 0
+    whole = [Passes.of_run(config, encoders, ALONE, sides).batches for sides in ((), (20,), (20, 20))]
+    assert all(len(batches) == 1 and torch.equal(batches[0], whole[0][0]) for batches in whole)
+
+
+def test_a_run_is_timed_with_the_sizes_of_its_views(ways, monkeypatch):
+    seen, of_run = [], Passes.of_run
+    monkeypatch.setattr(Passes, "of_run", lambda *given: seen.append(given[3]) or of_run(*given))
+    config = small_config(method="crops")
+    learner = Learner(build(config, ALONE, 60), config, ALONE)
+    Choices(None).make(config, learner, MANY, ALONE, lambda line: None)
+    assert seen == [[20, 20, 9, 9, 9]]
 
 
 def test_a_run_records_its_choice_and_keeps_it(ways, image_folder, tmp_path, alone, capsys):

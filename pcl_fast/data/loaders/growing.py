@@ -12,6 +12,7 @@ import torch
 
 from pcl_fast.augmentations import View
 from pcl_fast.config import DataConfig
+from pcl_fast.crop_sizes import in_proportion
 from pcl_fast.data.batch import Batch
 from pcl_fast.data.loaders.loader import TrainingLoader, clustering_loader, training_loader
 from pcl_fast.data.sources.images import ImageSet
@@ -50,7 +51,7 @@ class GrowingLoader:
         """
 
         def make(sized: DataConfig) -> TrainingLoader:
-            at_size = [replace(view, size=round(view.size * sized.size / config.size)) for view in views]
+            at_size = [replace(view, size=in_proportion(view.size, sized.size, config.size)) for view in views]
             return training_loader(images, sized, views=at_size, **options)
 
         self._loader = _Current(make, config)

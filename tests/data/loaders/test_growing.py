@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pcl_fast.augmentations import AUGMENTATIONS
+from pcl_fast.augmentations import AUGMENTATIONS, multi_crop
 from pcl_fast.config import DataConfig
 from pcl_fast.crop_sizes import Stage
 from pcl_fast.data import GrowingLoader, GrowingView, clustering_loader, describe_loader, find_images, training_loader
@@ -45,6 +45,15 @@ def test_an_epoch_s_views_are_those_of_a_loader_of_its_size(folder, alone, kind)
                 assert [view.shape for view in one.views] == [(5, size, size, 3), (5, size // 2, size // 2, 3)]
                 assert torch.equal(one.index, other.index)
                 assert all(torch.equal(a, b) for a, b in zip(one.views, other.views, strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_crops_keep_swav_s_proportion(folder, alone, kind):
+    views = [V2, V2, *multi_crop(V2, 3, areas=(0.05, 0.14))]
+    growing = GrowingLoader(folder, replace(CONFIG, loader=kind), views=views, batch_size=5, seed=3, world=alone)
+    for epoch, small in {0: 5, 2: 7, 3: 9}.items():
+        sides = [view.shape[1] for view in next(growing.epoch(epoch)).views]
+        assert sides == [SIZES[epoch]] * 2 + [small] * 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
