@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import time
 from dataclasses import replace
 
 import pytest
 import torch
 
-from pcl_fast.augmentations import AUGMENTATIONS, View
+from pcl_fast.augmentations import AUGMENTATIONS, View, multi_crop
 from pcl_fast.config import DataConfig, view_of
 from pcl_fast.data import Batch, TrainingLoader, clustering_loader, find_images, training_loader
 from pcl_fast.data.loaders import torchvision_loader
@@ -104,6 +105,19 @@ def test_views_come_in_their_order_each_of_its_own_kind(folder, kind):
         assert torch.equal(alike.index, found.index)
         assert torch.equal(alike.views[number], found.views[number])
         assert not any(torch.equal(alike.views[number], other) for other in alike.views[:number])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_small_crops_leave_the_large_ones_as_they_are(folder, kind):
+    """Byte for byte, in every batch; and no two crops of an image are alike."""
+    large = [V2, V2]
+    small = multi_crop(V2, 3, size=14, areas=(0.05, 0.14))
+    alone = loader(folder, rank_of(0, 1), kind, views=large).epoch(1)
+    beside = loader(folder, rank_of(0, 1), kind, views=[*large, *small]).epoch(1)
+    for two, five in zip(alone, beside, strict=True):
+        assert equal(two, Batch(five.views[:2], five.index))
+        assert [view.shape for view in five.views[2:]] == [(5, 14, 14, 3)] * 3
+        assert not any(torch.equal(a, b) for a, b in itertools.combinations(five.views[2:], 2))
 
 
 @pytest.mark.parametrize("kind", KINDS)
