@@ -31,5 +31,5 @@ def use(way: str, encoder: nn.Module) -> None:
     elif way == "compile":
         if any(isinstance(module, SyncBatchNorm2d) for module in encoder.modules()):
             raise ValueError("torch.compile does not see through the exchange of --model.sync-bn")
-        # Batches of a run all have one shape.
+        # A run has few shapes of batches, one for every size of its views: each is compiled by itself.
         encoder.compile(dynamic=False)
