@@ -17,7 +17,8 @@ the device. With the loader on, photographs come from the official code's transf
 from our loader (ours and encoder-only).
 
 The other methods, each by its preset, have a case with the loader off, and the providers encoder-only and ours.
-Encoder-only is there a pass of all views of a batch and its backward pass, for none of them has a momentum encoder.
+Encoder-only is there a pass of all views of a batch, one for each of their sizes, and its backward pass, for none of
+them has a momentum encoder.
 
 Every round of a provider follows one of encoder-only, so that both see the machine in the same state. A provider's
 share of encoder-only's speed is the median of the rounds' ratios, and times_official is the ratio of two shares.
@@ -48,6 +49,7 @@ from agreement import check_agreement
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pcl_fast.augmentations import View
 from pcl_fast.config import Config, view_of
 from pcl_fast.data import Batch, normalise, training_loader
 from pcl_fast.data.loaders.loader import pick_loader
@@ -107,6 +109,7 @@ class Case(NamedTuple):
             "method": self.method,
             "arch": config.model.arch,
             "size": config.data.size,
+            **({"views": [view.size for view in views_of(self)]} if len(by_size(views_of(self))) > 1 else {}),
             "batch": self.batch,
             "loader": self.loader,
             "ranks": 1,
@@ -122,23 +125,34 @@ class Case(NamedTuple):
 
 
 @functools.cache
-def views_of(case: Case) -> int:
-    """Return how many views of an image a step has."""
-    return 2 if case.has_twin else len(build(case.config, recipe.WORLD, recipe.CLUSTERED).views)
+def views_of(case: Case) -> tuple[View, ...]:
+    """Return the views of an image that a step has."""
+    if case.has_twin:
+        return (view_of(case.config.data),) * 2
+    return build(case.config, recipe.WORLD, recipe.CLUSTERED).views
+
+
+def by_size(views: tuple[View, ...]) -> dict[int, list[int]]:
+    """Return the places of the views of every size: a pass of an encoder that sees all views."""
+    places: dict[int, list[int]] = {}
+    for place, view in enumerate(views):
+        places.setdefault(view.size, []).append(place)
+    return places
 
 
 @functools.cache
 def count_work(case: Case) -> tuple[int, int]:
     """Return (floating point operations of encoder-only's step, parameters of one encoder)."""
-    config = case.config
-    rows = case.batch * (1 if case.has_twin else views_of(case))
+    views = views_of(case)[:1] if case.has_twin else views_of(case)
     with torch.device("meta"):
-        encoder, views = Encoder(config.model), torch.empty(rows, 3, config.data.size, config.data.size)
+        encoder = Encoder(case.config.model)
+        passes = [torch.empty(case.batch * len(places), 3, size, size) for size, places in by_size(views).items()]
     with FlopCounterMode(display=False) as counter:
-        encoder(views).sum().backward()
+        for images in passes:
+            encoder(images).sum().backward()
         if case.has_twin:
             with torch.no_grad():
-                encoder(views)
+                encoder(passes[0])
     return counter.get_total_flops(), sum(parameter.numel() for parameter in encoder.parameters())
 
 
@@ -152,10 +166,8 @@ class Runner(NamedTuple):
 @functools.cache
 def batch_at_hand(case: Case) -> Batch:
     generator = torch.Generator(DEVICE).manual_seed(0)
-    shape = (case.batch, case.config.data.size, case.config.data.size, 3)
-    views = tuple(
-        torch.randint(256, shape, dtype=torch.uint8, generator=generator, device=DEVICE) for _ in range(views_of(case))
-    )
+    shapes = [(case.batch, view.size, view.size, 3) for view in views_of(case)]
+    views = tuple(torch.randint(256, shape, dtype=torch.uint8, generator=generator, device=DEVICE) for shape in shapes)
     return Batch(views, torch.arange(case.batch))
 
 
@@ -207,22 +219,29 @@ def encoder_only(case: Case, way: str = fusion.WAYS[0], *, graph: bool = False) 
     use(way, encoder, key_encoder)
     batches, ahead = our_batches(case)
 
-    def prepared(batch: Batch) -> list[torch.Tensor]:
-        views = batch.views if case.has_twin else [torch.cat(batch.views)]
-        return [normalise(view, dtype) for view in views]
+    # With a twin the first view is the query's and the second the key's; else all views of one size are a pass.
+    passes = [[0]] if case.has_twin else list(by_size(views_of(case)).values())
+    keys = [1] if case.has_twin else []
 
-    views = itertools.repeat(prepared(next(batches))) if case.loader == "off" else map(prepared, batches)
-    rows = case.batch * (1 if case.has_twin else views_of(case))
+    def prepared(batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        def images(places: list[int]) -> torch.Tensor:
+            views = [batch.views[place] for place in places]
+            return normalise(views[0] if len(views) == 1 else torch.cat(views), dtype)
+
+        return [images(places) for places in passes], [images([place]) for place in keys]
+
+    prepared_batches = itertools.repeat(prepared(next(batches))) if case.loader == "off" else map(prepared, batches)
+    rows = case.batch * sum(map(len, passes))
     upstream = torch.randn(rows, config.model.dim, device=DEVICE)
 
     def step() -> None:
-        query_view, *others = next(views)
-        for key_view in others:
+        query_views, key_views = next(prepared_batches)
+        for key_view in key_views:
             with torch.no_grad(), autocast(DEVICE):
                 key_encoder(key_view)
         with autocast(DEVICE):
-            query = encoder(query_view)
-        query.backward(upstream)
+            queries = [encoder(view) for view in query_views]
+        (queries[0] if len(queries) == 1 else torch.cat(queries)).backward(upstream)
         encoder.zero_grad(set_to_none=True)
 
     return Runner(captured(step) if graph else step, ahead)
