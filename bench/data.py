@@ -3,7 +3,8 @@ waiting for them. Run by `make bench`.
 
 All providers do the same work: from the same images and random numbers they make two views of 224 px (or one clustering
 view) per image, which they decode once. The views end on the encoder's device (dali-cpu leaves them on the CPU of a
-machine with a GPU).
+machine with a GPU). Multi-crop, as SwAV has it, makes six more views of 96 px from the same decoding; its
+share_of_two_views is its images/s by those of the two views alone, of the same loader in the same run.
 
 A round takes batches out of an endless stream, whose stages stay filled; a round of clustering views takes all images
 once. Files are in the operating system's cache. "dali, cached" reads the clustering views from --data.cache, in a pass
@@ -31,6 +32,7 @@ import pytest
 import recipe
 import torch
 
+from pcl_fast.augmentations import View, multi_crop
 from pcl_fast.config import Config, view_of
 from pcl_fast.data import Batch, clustering_loader, training_loader
 from pcl_fast.distributed import World
@@ -42,7 +44,10 @@ SIZES = {"images": recipe.IMAGES, "batch": BATCH, "width": photos.WIDTH, "height
 AT_HAND, CACHED = "batch at hand", "dali, cached"
 # On a CPU the step's views are smaller than those of the loaders' benchmark.
 OF_STEP = f"training views, {recipe.step_recipe(BATCH).data.size} px"
-VIEWS = ("training views", "clustering views", *([] if device.CUDA else [OF_STEP]))
+TWO, MULTI_CROP = "training views", "multi-crop, 2 x 224 and 6 x 96 px"
+VIEWS = (TWO, MULTI_CROP, "clustering views", *([] if device.CUDA else [OF_STEP]))
+# SwAV's shares of the image, of its large crops and of its small ones.
+LARGE_AREAS, SMALL_AREAS, SMALL_CROPS = (0.14, 1.0), (0.05, 0.14), 6
 
 pytestmark = pytest.mark.benchmark(timer=device.clock)
 
@@ -57,10 +62,19 @@ def world_of(loader: str) -> World:
     return replace(recipe.WORLD, device=torch.device("cpu")) if loader == "dali-cpu" else recipe.WORLD
 
 
-def training_stream(loader: str, *, step: bool = False) -> Iterator[Batch]:
+def views_of(config: Config, *, small: bool) -> tuple[View, ...]:
+    """Return two views, or those of multi-crop."""
+    view = view_of(config.data)
+    if not small:
+        return (view,) * 2
+    large = replace(view, min_area=LARGE_AREAS[0], max_area=LARGE_AREAS[1])
+    return (large, large, *multi_crop(large, SMALL_CROPS, areas=SMALL_AREAS))
+
+
+def training_stream(loader: str, *, step: bool = False, small: bool = False) -> Iterator[Batch]:
     optional_loader(loader)
     config, world = config_of(loader, step=step), world_of(loader)
-    views = (view_of(config.data),) * 2
+    views = views_of(config, small=small)
     batches = training_loader(recipe.folder()[0], config.data, views=views, batch_size=BATCH, seed=0, world=world)
     return itertools.chain.from_iterable(batches.epoch(epoch) for epoch in itertools.count())
 
@@ -83,15 +97,22 @@ def take(stream: Iterable, batches: int) -> None:
         pass
 
 
+rates: dict[tuple[str, str], float] = {}  # (views, loader) -> images/s
+
+
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("views", VIEWS)
 def test_loader(benchmark, views, loader):
     if views == "clustering views":
         stream, steps = clustering_stream(loader), PASS
     else:
-        stream, steps = training_stream(loader, step=views == OF_STEP), STEPS
+        stream, steps = training_stream(loader, step=views == OF_STEP, small=views == MULTI_CROP), STEPS
     take(stream, steps)
     measure(benchmark, views, loader, lambda: take(stream, steps), steps)
+    if benchmark.enabled:
+        rates[views, loader] = rate = benchmark.extra_info["figures"]["images_per_s"]
+        if views == MULTI_CROP and (TWO, loader) in rates:
+            benchmark.extra_info["figures"]["share_of_two_views"] = round(rate / rates[TWO, loader], 4)
 
 
 def test_cached_clustering_views(benchmark, tmp_path):
