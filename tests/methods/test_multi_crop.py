@@ -11,7 +11,6 @@ import pytest
 from faults.tiny import tiny
 from launches import same_rows, same_state
 from methods import crops  # noqa: F401, a method
-from ranks import run_ranks
 
 from pcl_fast.config import Config
 from pcl_fast.crop_sizes import Stage
@@ -35,7 +34,7 @@ def train(world: World, config: Config, signalled: int | None = None) -> list[li
 
     def watched(self, batch, number):
         sides.append([view.shape[1] for view in batch.views])
-        if number == signalled and world.is_main:
+        if number == signalled:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, batch, number)
 
@@ -46,15 +45,16 @@ def train(world: World, config: Config, signalled: int | None = None) -> list[li
     return sides
 
 
-def test_a_run_on_two_ranks_goes_on_bit_for_bit(image_folder, tmp_path):
+@pytest.mark.usefixtures("one_thread")
+def test_a_stopped_run_goes_on_bit_for_bit(image_folder, tmp_path, alone):
     """Stopped among the large crops; small ones have 96/224 of their size all along."""
     whole, stopped = (recipe(image_folder, tmp_path / name) for name in ("whole", "stopped"))
-    first, second = run_ranks(2, train, whole)
-    assert first == second == [[12, 12, 5, 5, 5]] * 4 + [[20, 20, 9, 9, 9]] * 8
-    run_ranks(2, train, stopped, 5)
+    sides = train(alone, whole)
+    assert sides == [[12, 12, 5, 5, 5]] * 4 + [[20, 20, 9, 9, 9]] * 8
+    train(alone, stopped, 5)
     done = load_checkpoint(stopped.output)["global_step"]
     assert 5 < done < 8
-    assert run_ranks(2, train, stopped)[0] == first[done:]
+    assert train(alone, stopped) == sides[done:]
     same_state(whole.output, stopped.output)
     same_rows(whole.output, stopped.output)
 
