@@ -13,6 +13,8 @@ from pcl_fast.losses.nce import estimate_log_partition, nce
 from pcl_fast.losses.nt_xent import nt_xent
 from pcl_fast.losses.pseudo_labels import pseudo_label_loss
 from pcl_fast.losses.siamese import SiameseResult, siamese
+from pcl_fast.losses.sinkhorn import sinkhorn
+from pcl_fast.losses.swapped_prediction import swapped_prediction
 
 __all__ = [
     "ContrastResult",
@@ -28,4 +30,6 @@ __all__ = [
     "pseudo_label_loss",
     "sample_negatives",
     "siamese",
+    "sinkhorn",
+    "swapped_prediction",
 ]
