@@ -170,12 +170,37 @@ class SiameseConfig:
 
 
 @dataclass(frozen=True)
+class SwavConfig:
+    """SwAV: prototypes, the codes that images get by them, and its small crops."""
+
+    prototypes: int = 3000
+    """Number of prototypes; at most as many as there are images."""
+    epsilon: float = 0.05
+    """Of Sinkhorn's algorithm: the smaller, the nearer an image's code is to a single prototype."""
+    iterations: int = 3
+    """Of Sinkhorn's algorithm: the more, the more exactly all prototypes have the same share of the images."""
+    frozen_steps: int = 5005
+    """Steps at the start of the run in which prototypes stay as they are."""
+    queue_size: int = 3840
+    """Embeddings of each large crop that are kept over all ranks, so that codes are made of more images than a batch
+    has: a multiple of the number of ranks, and not less than the batch. 0: none."""
+    queue_epoch: int = 15
+    """Epochs before the queue begins to fill. It is used once it is full."""
+    small_crops: int = 6
+    """Small crops of every image beside the two large ones."""
+    small_size: int | None = None
+    """Side of the small crops, in pixels. None: 96/224 of the size."""
+    small_areas: tuple[float, float] = (0.05, 0.14)
+    """Small crops cover at least and at most these shares of the image. (Large ones: min_crop_area to 1.)"""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """The optimiser and its schedule."""
 
-    optimizer: Literal["sgd", "lars"] = "sgd"
+    optimizer: Literal["sgd", "lars", "larc"] = "sgd"
     """lars: SGD that adapts the learning rate of every layer to the size of its weights (You et al. 2017), for large
-    batches."""
+    batches; larc: the same with the learning rate outside of the momentum, as apex has it."""
     batch_size: int = 256
     """Images per step over all ranks together."""
     lr: float = 0.03
@@ -185,12 +210,14 @@ class OptimConfig:
     momentum: float = 0.9
     weight_decay: float = 1e-4
     trust: float = 0.001
-    """LARS's trust coefficient: an update's size, over that of the weights and per unit of learning rate."""
+    """Trust coefficient of LARS and LARC: an update's size, over that of the weights and per unit of learning rate."""
     warmup_epochs: int = 0
     """Epochs in which the learning rate grows linearly, at every step, up to what the schedule says."""
     schedule: Literal["step", "cosine"] = "step"
-    """step: times 0.1 at each milestone; cosine: half a cosine down to zero. Both change once per epoch
-    (after warm-up)."""
+    """step: times 0.1 at each milestone; cosine: half a cosine down to zero (see final_share). Both change once per
+    epoch (after warm-up)."""
+    final_share: float = 0.0
+    """Share of the learning rate to which schedule=cosine goes down."""
     milestones: Integers = (120, 160)
     """Epochs at which schedule=step drops the learning rate."""
 
@@ -248,6 +275,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     siamese: SiameseConfig = field(default_factory=SiameseConfig)
+    swav: SwavConfig = field(default_factory=SwavConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -331,6 +359,15 @@ _DEEPCLUSTER_V2 = _derive(
     cluster={"ks": (3000, 3000, 3000), "iterations": 10, "redo": 1, "warmup_epochs": 0},
     optim={"lr": 4.8 * 256 / 4096},
 )
+# Of the authors' script for a batch of 256 and 200 epochs.
+_SWAV = _derive(
+    _SIMCLR,
+    "swav",
+    method="swav",
+    data={"min_crop_area": 0.14},
+    model={"head": "mlp_inner_bn"},
+    optim={"optimizer": "larc", "lr": 0.6, "final_share": 0.001, "warmup_epochs": 0},
+)
 _DEMO = _derive(
     _PCL_V1,
     "demo",
@@ -353,6 +390,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "simclr": ("SimCLR with a batch of 256: two views against all others, LARS, no momentum encoder.", _SIMCLR),
     "siamese_pcl": ("Siamese PCL: SimCLR, and pairs of images within and across clusters.", _SIAMESE_PCL),
     "deepcluster_v2": ("DeepCluster-v2: pseudo-labels by spherical k-means of the last epoch.", _DEEPCLUSTER_V2),
+    "swav": ("SwAV with a batch of 256: a crop predicts the codes of others, multi-crop, LARC.", _SWAV),
     "pcl_v2_fast": ("PCL v2 in less time, not quite the paper: small crops at first, clusters of keys.", _PCL_V2_FAST),
     "imagenet100": ("PCL v2 with a ResNet-18, for some 100,000 photographs.", _IMAGENET100),
     "cifar": ("PCL on 32 px: MoCo's recipe for CIFAR-10, ResNet-18 with a small stem.", _CIFAR),
@@ -478,6 +516,9 @@ def validate(config: Config) -> None:
         "--cluster.warm-iterations": config.cluster.warm_iterations,
         "--cluster.alpha": config.cluster.alpha,
         "--siamese.components": config.siamese.components,
+        "--swav.prototypes": config.swav.prototypes,
+        "--swav.epsilon": config.swav.epsilon,
+        "--swav.iterations": config.swav.iterations,
         "--evaluation.neighbours": config.evaluation.neighbours,
         "--evaluation.queries": config.evaluation.queries,
     }
@@ -495,6 +536,10 @@ def validate(config: Config) -> None:
         "--cluster.warmup-epochs": config.cluster.warmup_epochs,
         "--optim.warmup-epochs": config.optim.warmup_epochs,
         "--optim.weight-decay": config.optim.weight_decay,
+        "--swav.frozen-steps": config.swav.frozen_steps,
+        "--swav.queue-size": config.swav.queue_size,
+        "--swav.queue-epoch": config.swav.queue_epoch,
+        "--swav.small-crops": config.swav.small_crops,
         "--evaluation.every": config.evaluation.every,
         "--checkpoint.keep-every": config.checkpoint.keep_every,
     }
@@ -516,6 +561,10 @@ def validate(config: Config) -> None:
         raise ValueError(f"--loss.num-negatives must be positive or None for all, got {config.loss.num_negatives}")
     if not 0 <= config.model.momentum <= 1:
         raise ValueError(f"--model.momentum is a share between 0 and 1, got {config.model.momentum}")
+    if not 0 <= config.optim.final_share <= 1:
+        raise ValueError(
+            f"--optim.final-share is a share of the learning rate from 0 to 1, got {config.optim.final_share}"
+        )
     if not 0 <= config.optim.momentum < 1:
         raise ValueError(f"--optim.momentum is a share in [0, 1), got {config.optim.momentum}")
     if config.data.views not in AUGMENTATIONS:

@@ -1,4 +1,4 @@
-"""SGD, LARS, groups of parameters and learning rates.
+"""SGD, LARS, LARC, groups of parameters and learning rates.
 
 An optimiser's learning rates lie on the device, one 0-d tensor per group, so that a captured step can be given others;
 its momentum is there from the start, so that a first step that is skipped leaves no trace.
@@ -22,7 +22,7 @@ class Group(NamedTuple):
 
     lr_scale: times the run's learning rate is theirs.
     decay: whether weight decay applies to them.
-    adapt: whether LARS adapts their learning rate to their size.
+    adapt: whether LARS and LARC adapt their learning rate to their size.
     """
 
     parameters: list[nn.Parameter]
@@ -54,6 +54,10 @@ def _not_empty(groups: list[Group]) -> list[Group]:
     return [group for group in groups if group.parameters]
 
 
+# Of apex's LARC.
+_EPSILON = 1e-8
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017): SGD that gives every weight w a learning rate by its norm,
 
@@ -61,7 +65,7 @@ class LARS(torch.optim.Optimizer):
         v = momentum v + lr lambda (g + decay w)
         w = w - v
 
-    The learning rate is part of the momentum v: a new rate applies to new gradients alone.
+    The learning rate is part of the momentum v: a new rate applies to new gradients alone. In LARC it is not.
 
     A step overwrites the gradients. It does not wait for the device, and like PyTorch's fused SGD it divides the
     gradients by the attribute `grad_scale` and does nothing if the attribute `found_inf` is 1, where they are set.
@@ -69,6 +73,8 @@ class LARS(torch.optim.Optimizer):
 
     # The GradScaler then sets both attributes, and does not look at found_inf on the host.
     _step_supports_amp_scaling = True
+    # Whether the learning rate is part of the momentum.
+    _rate_inside = True
 
     def __init__(
         self,
@@ -104,21 +110,23 @@ class LARS(torch.optim.Optimizer):
         gradients = [parameter.grad for parameter in parameters]
         if (scale := getattr(self, "grad_scale", None)) is not None:
             torch._foreach_div_(gradients, scale)
-        rate = group["lr"]
+        inside, outside = (group["lr"], 1.0) if self._rate_inside else (1.0, group["lr"])
         if group["adapt"]:
+            norms = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, gradients))
             # A list of numbers on the device: one launch for each weight, which PyTorch has no fused operation for.
-            rate = (rate * _trust_ratios(parameters, gradients, group)).unbind()
+            inside = (inside * self._ratios(*norms, group)).unbind()
         if group["weight_decay"]:
             torch._foreach_add_(gradients, parameters, alpha=group["weight_decay"])
-        torch._foreach_mul_(gradients, rate)
-        # What remains is SGD at a learning rate of 1, and the fused one leaves everything alone if found_inf says so.
+        if group["adapt"] or self._rate_inside:
+            torch._foreach_mul_(gradients, inside)
+        # What remains is SGD, and the fused one leaves everything alone if found_inf says so.
         sgd(
             parameters,
             gradients,
             [self.state[parameter]["momentum_buffer"] for parameter in parameters],
             fused=True,
             found_inf=getattr(self, "found_inf", None),
-            lr=1.0,
+            lr=outside,
             momentum=group["momentum"],
             weight_decay=0.0,
             dampening=0.0,
@@ -126,12 +134,32 @@ class LARS(torch.optim.Optimizer):
             maximize=False,
         )
 
+    @staticmethod
+    def _ratios(weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        """lambda of every weight, by the norms of the weights and of their gradients: [number of parameters] all."""
+        ratio = group["trust"] * weight / (gradient + group["weight_decay"] * weight)
+        return torch.where((weight > 0) & (gradient > 0), ratio, 1.0)
 
-def _trust_ratios(parameters: list[nn.Parameter], gradients: list[torch.Tensor], group: dict[str, Any]) -> torch.Tensor:
-    """lambda of every weight, see LARS: [number of parameters]."""
-    weight, gradient = (torch.stack(torch._foreach_norm(tensors)) for tensors in (parameters, gradients))
-    ratio = group["trust"] * weight / (gradient + group["weight_decay"] * weight)
-    return torch.where((weight > 0) & (gradient > 0), ratio, 1.0)
+
+class LARC(LARS):
+    """Layer-wise adaptive rate control as NVIDIA's apex has it with clip=False, which SwAV is trained with: LARS with
+    the learning rate outside of the momentum,
+
+        lambda = trust |w| / (|g| + decay |w| + 1e-8)   (1 where |w| is 0, and where the group does not adapt)
+        v = momentum v + lambda (g + decay w)
+        w = w - lr v
+
+    A new rate applies to all that the momentum v holds. While the rate is the same both take the same steps. A weight
+    whose gradient is 0 does not decay, where LARS has a lambda of 1. All else is as in LARS.
+    """
+
+    _rate_inside = False
+
+    @staticmethod
+    def _ratios(weight: torch.Tensor, gradient: torch.Tensor, group: dict[str, Any]) -> torch.Tensor:
+        ratio = group["trust"] * weight / (gradient + group["weight_decay"] * weight + _EPSILON)
+        # Of a gradient of 0: 0 times the decay, too. One that is not finite must stay so.
+        return torch.where(gradient == 0, 0.0, torch.where(weight > 0, ratio, 1.0))
 
 
 def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
@@ -144,7 +172,7 @@ def _begin_momentum(optimizer: torch.optim.Optimizer) -> None:
 def build_optimizer(groups: Sequence[Group], optim: OptimConfig, device: torch.device) -> torch.optim.Optimizer:
     """The optimiser that the recipe asks for, at the first epoch's learning rate until `set_rate`.
 
-    device: where the parameters are. Both optimisers heed `grad_scale` and `found_inf`, see LARS.
+    device: where the parameters are. All optimisers heed `grad_scale` and `found_inf`, see LARS.
     """
     first = learning_rate(optim, 0, 1)
     settings = [
@@ -158,8 +186,9 @@ def build_optimizer(groups: Sequence[Group], optim: OptimConfig, device: torch.d
         }
         for group in groups
     ]
-    if optim.optimizer == "lars":
-        return LARS(settings, first, momentum=optim.momentum, trust=optim.trust)
+    if optim.optimizer != "sgd":
+        kind = {"lars": LARS, "larc": LARC}[optim.optimizer]
+        return kind(settings, first, momentum=optim.momentum, trust=optim.trust)
     optimizer = torch.optim.SGD(settings, first, momentum=optim.momentum, fused=True)
     _begin_momentum(optimizer)
     return optimizer
@@ -199,7 +228,7 @@ def learning_rate(optim: OptimConfig, epoch: int, epochs: int, *, step: int = 0,
     """
     lr = optim.lr * optim.batch_size / 256 if optim.scale_lr else optim.lr
     if optim.schedule == "cosine":
-        lr *= 0.5 * (1 + math.cos(math.pi * epoch / epochs))
+        lr *= optim.final_share + (1 - optim.final_share) * 0.5 * (1 + math.cos(math.pi * epoch / epochs))
     else:
         lr *= 0.1 ** sum(epoch >= milestone for milestone in optim.milestones)
     if epoch < optim.warmup_epochs:

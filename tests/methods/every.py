@@ -17,6 +17,11 @@ _OWN = {
     "cluster.warmup_epochs": 1,
     "loss.num_negatives": 4,
     "model.queue_size": 50,
+    "swav.prototypes": 7,
+    "swav.frozen_steps": 1,
+    "swav.queue_size": 36,
+    "swav.queue_epoch": 0,
+    "swav.small_crops": 2,
 }
 
 
