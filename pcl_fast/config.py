@@ -527,7 +527,12 @@ def validate(config: Config) -> None:
             raise ValueError(f"{flag} must be positive, got {value}")
         if isinstance(value, int) and value >= _TOO_MANY:
             raise ValueError(f"{flag} must be below {_TOO_MANY}, got {value}")
-    for flag, value in {"--data.prefetch": config.data.prefetch, "--data.decoder-mib": config.data.decoder_mib}.items():
+    optional = {
+        "--data.prefetch": config.data.prefetch,
+        "--data.decoder-mib": config.data.decoder_mib,
+        "--swav.small-size": config.swav.small_size,
+    }
+    for flag, value in optional.items():
         if value is not None and value < 1:
             raise ValueError(f"{flag} must be positive, got {value}")
     not_negative = {

@@ -1,4 +1,4 @@
-"""SGD, LARS, groups of parameters and learning rates."""
+"""SGD, LARS, LARC, groups of parameters and learning rates."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from pcl_fast.config import OptimConfig
 from pcl_fast.optim import (
+    LARC,
     LARS,
     Group,
     build_optimizer,
@@ -27,7 +28,8 @@ replace = dataclasses.replace
 CPU = torch.device("cpu")
 SGD_RECIPE = OptimConfig(lr=0.3, weight_decay=0.02, milestones=())
 LARS_RECIPE = replace(SGD_RECIPE, optimizer="lars", trust=0.05)
-RECIPES = pytest.mark.parametrize("recipe", [SGD_RECIPE, LARS_RECIPE], ids=["sgd", "lars"])
+LARC_RECIPE = replace(LARS_RECIPE, optimizer="larc")
+RECIPES = pytest.mark.parametrize("recipe", [SGD_RECIPE, LARS_RECIPE, LARC_RECIPE], ids=["sgd", "lars", "larc"])
 
 
 def network() -> nn.Module:
@@ -84,6 +86,22 @@ class LarsOnPaper:
             self.weight[i] = w - self.v[i]
 
 
+class LarcOnPaper(LarsOnPaper):
+    """What apex's LARC does before SGD's step, with clip=False, and that step."""
+
+    def step(self, gradient: torch.Tensor, lr: float) -> None:
+        gradient = gradient.double().flatten().tolist()
+        of_weight, of_gradient = (math.sqrt(math.fsum(x * x for x in values)) for values in (self.weight, gradient))
+        if not self.adapt:
+            gradient = [g + self.decay * w for w, g in zip(self.weight, gradient, strict=True)]
+        elif of_weight != 0 and of_gradient != 0:
+            local = self.trust * of_weight / (of_gradient + self.decay * of_weight + 1e-8)
+            gradient = [local * (g + self.decay * w) for w, g in zip(self.weight, gradient, strict=True)]
+        for i, g in enumerate(gradient):
+            self.v[i] = self.momentum * self.v[i] + g
+            self.weight[i] -= lr * self.v[i]
+
+
 def groups_of(module: nn.Sequential) -> list[Group]:
     """Some adapt, some decay, some both, some are slower."""
     conv, linear = module[0], module[4]
@@ -99,13 +117,16 @@ def groups_of(module: nn.Sequential) -> list[Group]:
 # The rates are such that float32, in which they lie on the device, holds them exactly.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
 @pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_lars_is_the_paper_s(dtype, tolerance, momentum):
+@pytest.mark.parametrize(
+    ("base", "on_paper"), [(LARS_RECIPE, LarsOnPaper), (LARC_RECIPE, LarcOnPaper)], ids=["lars", "larc"]
+)
+def test_the_rule_is_the_authors(base, on_paper, dtype, tolerance, momentum):
     module = network().to(dtype)
     with torch.no_grad():
         module[4].bias.zero_()  # a layer that adapts to weights of length 0
-    groups, recipe = groups_of(module), replace(LARS_RECIPE, momentum=momentum)
+    groups, recipe = groups_of(module), replace(base, momentum=momentum)
     expected = [
-        LarsOnPaper(parameter, momentum=momentum, decay=0.02 * group.decay, trust=recipe.trust, adapt=group.adapt)
+        on_paper(parameter, momentum=momentum, decay=0.02 * group.decay, trust=recipe.trust, adapt=group.adapt)
         for group in groups
         for parameter in group.parameters
     ]
@@ -139,9 +160,34 @@ def test_lars_takes_plain_parameters_and_numbers():
     torch.testing.assert_close(conv.detach().flatten(), torch.tensor(paper.weight, dtype=torch.float64))
 
 
-def test_parameters_without_a_gradient_stay():
+def test_larc_takes_the_steps_of_lars_until_the_rate_changes():
+    """Then all of its momentum has the new rate."""
+    ours, theirs = network().double(), network().double()
+    theirs.load_state_dict(ours.state_dict())
+    options = {"momentum": 0.9, "weight_decay": 0.1, "trust": 0.02}
+    larc, lars = LARC(ours.parameters(), 0.5, **options), LARS(theirs.parameters(), 0.5, **options)
+    for number in range(4):
+        if number == 3:
+            for optimizer in (larc, lars):
+                for group in optimizer.param_groups:
+                    group["lr"] = 0.0
+        before = [parameter.detach().clone() for parameter in (*ours.parameters(), *theirs.parameters())]
+        draw_gradients(ours)
+        copy_gradients(ours, theirs)
+        larc.step()
+        lars.step()
+        if number < 3:
+            for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+    moved = [not torch.equal(a, b) for a, b in zip(before, (*ours.parameters(), *theirs.parameters()), strict=True)]
+    count = len(moved) // 2
+    assert (any(moved[:count]), all(moved[count:])) == (False, True)
+
+
+@RECIPES
+def test_parameters_without_a_gradient_stay(recipe):
     module = network()
-    optimizer = build_optimizer(groups_of(module), LARS_RECIPE, CPU)
+    optimizer = build_optimizer(groups_of(module), recipe, CPU)
     draw_gradients(module)
     module[0].weight.grad = module[1].weight.grad = None  # a whole group, and one of several
     before = [parameter.detach().clone() for parameter in module.parameters()]
@@ -332,6 +378,10 @@ def test_a_loaded_optimiser_goes_on_as_the_saved_one(recipe):
         (
             OptimConfig(lr=0.03, schedule="cosine"),
             {0: 0.03, 50: 0.015 * (1 + math.sqrt(0.5)), 100: 0.015, 199: 0.015 * (1 - math.cos(math.pi / 200))},
+        ),
+        (
+            OptimConfig(lr=0.6, schedule="cosine", final_share=0.001),
+            {0: 0.6, 100: (0.6 + 6e-4) / 2, 200: 6e-4},
         ),
     ],
 )

@@ -200,15 +200,15 @@ class SwAV(Method, name="swav"):
         return {**super().own_state(), _QUEUE: self.queue.cpu()}
 
     def load_own(self, states: Sequence[dict[str, torch.Tensor]]) -> None:
-        """With another number of ranks the queue is dealt out anew by age: it loses nothing, and the oldest go first."""
+        """With another number of ranks the queue is dealt out anew, by age: nothing of it is lost."""
         super().load_own(states)
         # [crops, rows, ranks, dim]: by age, and of one age by rank.
         saved = torch.stack([state[_QUEUE] for state in states], dim=2).flatten(1, 2)
         mine = saved[:, self.world.rank :: self.world.size]
         if mine.shape != self.queue.shape:
             raise ValueError(
-                f"the checkpoint's queue has {saved.shape[1]} embeddings of {saved.shape[2]} numbers for each crop, and "
-                f"{self.world.size} ranks with --swav.queue-size {self.config.swav.queue_size} take "
+                f"the checkpoint's queue has {saved.shape[1]} embeddings of {saved.shape[2]} numbers for each crop, "
+                f"and {self.world.size} ranks with --swav.queue-size {self.config.swav.queue_size} take "
                 f"{self.queue.shape[1] * self.world.size} of {self.queue.shape[2]}"
             )
         self.queue.copy_(mine)
