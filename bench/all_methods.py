@@ -39,7 +39,7 @@ from pcl_fast.methods import method_class
 from pcl_fast.pretrained import read_pretrained
 
 # One of each method, and both of PCL's and MoCo's newest recipes.
-METHODS = ("pcl_v2", "moco_v2", "simclr", "siamese_pcl", "deepcluster_v2", "instdisc")
+METHODS = ("pcl_v2", "moco_v2", "simclr", "siamese_pcl", "deepcluster_v2", "instdisc", "swav")
 SHOWN_SHOTS = (1, 8)
 SCORES = {
     "ami_10": "AMI, k = 10",
