@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pcl_fast.augmentations import View, check_areas, multi_crop
+from pcl_fast.augmentations import View, check_areas, multi_crop, small_side
 from pcl_fast.config import Config, view_of
 from pcl_fast.data import Batch
 from pcl_fast.distributed import World
@@ -25,6 +25,7 @@ from pcl_fast.methods.base import Inputs, Method, Metric, Step
 from pcl_fast.methods.collapse import COLLAPSED, spread
 from pcl_fast.nn.encoder import Encoder
 from pcl_fast.nn.precision import autocast
+from pcl_fast.nn.small_crops import check_crop_size
 from pcl_fast.nn.sync_batch_norm import sync_batch_norm
 
 # Crops that have a code.
@@ -78,6 +79,9 @@ class SwAV(Method, name="swav"):
                 "more, or 0 for no queue"
             )
         check_areas("--swav.small-areas", options.small_areas)
+        if options.small_crops:
+            size = small_side(config.data.size) if options.small_size is None else options.small_size
+            check_crop_size("--swav.small-size", size, config)
 
     @classmethod
     def miniature(cls, config: Config) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from pcl_fast.optim import learning_rate
 # What `--resume-from` may change: how fast and how far a run goes on, not what it has learned so far.
 _MAY_CHANGE = (
     "epochs", "seed", "data.sizes", "loss.temperature", "optim.lr", "optim.scale_lr", "optim.momentum",
-    "optim.weight_decay", "optim.trust", "optim.schedule", "optim.milestones", "optim.warmup_epochs",
+    "optim.weight_decay", "optim.trust", "optim.schedule", "optim.final_share", "optim.milestones",
+    "optim.warmup_epochs",
 )  # fmt: skip
 
 

@@ -336,6 +336,7 @@ def test_there_are_no_prototypes_to_show_as_clusters(alone):
             r"--swav\.queue-size 4 is smaller than --optim\.batch-size 6; use 6 or more, or 0",
         ),
         ({"swav__small_areas": (0.2, 0.1)}, 1, r"--swav\.small-areas 0\.2 0\.1"),
+        ({"swav__small_size": 13}, 1, r"--swav\.small-size 13: .* --data\.size 12"),
         ({"optim__batch_size": 1}, 1, r"--optim\.batch-size 1 leaves nothing to be told apart"),
     ],
 )
