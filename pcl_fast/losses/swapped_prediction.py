@@ -33,9 +33,8 @@ def swapped_prediction(scores: torch.Tensor, codes: torch.Tensor, temperature: f
         # A crop predicts several codes at once: their sum, but for its own.
         targets = codes.sum(0).expand_as(scores).clone()
         targets[: len(codes)].sub_(codes)
-        loss = F.cross_entropy(
-            (scores / temperature).view(-1, prototypes), targets.view(-1, prototypes), reduction="none"
-        )
+        logits, targets = (rows.reshape(-1, prototypes) for rows in (scores / temperature, targets))
+        loss = F.cross_entropy(logits, targets, reduction="none")
     return loss.view(crops, images).sum(0) / (len(codes) * (crops - 1))
 
 

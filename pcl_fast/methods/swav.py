@@ -85,10 +85,13 @@ class SwAV(Method, name="swav"):
 
     @classmethod
     def miniature(cls, config: Config) -> dict[str, Any]:
+        # An epoch of frozen prototypes, as in the preset; no small crops, for digits have no parts to look at. By two
+        # trials of 8 epochs: kNN rises from 0.57 to 0.85 without a queue, and to 0.87 with this one.
         return {
             "swav.prototypes": 100,
             "swav.frozen_steps": 78,
-            "swav.queue_size": 0,
+            "swav.queue_size": 512,
+            "swav.queue_epoch": 2,
             "swav.small_crops": 0,
             "optim.lr": 1.0,
         }
@@ -138,8 +141,16 @@ class SwAV(Method, name="swav"):
         return {_QUEUE: 1} if used else {}
 
     def forward(self, inputs: Inputs) -> Step:
+        return self.compare(self.represent(inputs), inputs)
+
+    def represent(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """The embeddings of all crops, [N, crops, dim]."""
+        return (self.embed(inputs.views).transpose(0, 1),)
+
+    def compare(self, made: tuple[torch.Tensor, ...], inputs: Inputs) -> Step:
+        """Loss and metrics by what `represent` has made of all images of the step."""
         self._normalise_prototypes()
-        embeddings = self.embed(inputs.views)
+        embeddings = made[0].transpose(0, 1)
         # In float32: epsilon and tau make much of a rounded score.
         with torch.autocast(embeddings.device.type, enabled=False):
             scores = embeddings @ self.prototypes.weight.T

@@ -38,6 +38,7 @@ def test_equals_the_paper_s_formula(crops, coded):
     scores, codes = draw(crops, coded)
     found = swapped_prediction(scores, codes, 0.1)
     assert found.tolist() == pytest.approx(on_paper(scores, codes, 0.1), rel=1e-11)
+    assert torch.equal(found, swapped_prediction(scores.transpose(0, 1).contiguous().transpose(0, 1), codes, 0.1))
 
 
 def test_the_gradient_is_that_of_the_formula_and_codes_have_none():
