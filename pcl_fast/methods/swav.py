@@ -163,13 +163,14 @@ class SwAV(Method, name="swav"):
         return Step(loss, metrics, embeddings[:_LARGE])
 
     def embed(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Unit embeddings [crops, N, dim] float32. The backbone takes crops of one size at a time, as it must, the head
+        """Unit embeddings [crops, N, dim], at least float32. The backbone takes crops of one size at a time, as it must, the head
         all together: batch norm's statistics in it are of all crops.
         """
         pooled = torch.cat(self.encode_by_size(self.encoder.backbone, views))
         with autocast(pooled.device):
             projected = self.encoder.head(pooled)
-        return F.normalize(projected.float(), dim=1).view(len(views), len(views[0]), -1)
+        projected = projected.to(torch.promote_types(projected.dtype, torch.float32))
+        return F.normalize(projected, dim=1).view(len(views), len(views[0]), -1)
 
     @torch.no_grad()
     def _normalise_prototypes(self) -> None:

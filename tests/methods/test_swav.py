@@ -68,14 +68,12 @@ def learner_of(config: Config, world: World, images: int = IMAGES) -> Learner:
 
 
 class Exactly(SwAV, name="swav in float64"):
-    """Of `embed` what float64 needs."""
+    """In float32 rounding decides on which side of zero some activations are."""
 
     settings = ()
 
-    def embed(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
-        large, small = torch.cat(views[:2]), torch.cat(views[2:])
-        pooled = [self.encoder.backbone(normalise(each, torch.float32).double()) for each in (large, small)]
-        return F.normalize(self.encoder.head(torch.cat(pooled)), dim=1).view(len(views), len(views[0]), -1)
+    def encode(self, encoder: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        return encoder(normalise(images, torch.float32).double())
 
 
 def exact_learner(config: Config, world: World) -> Learner:
