@@ -36,7 +36,7 @@ def sinkhorn(
         group: the ranks; None for this process alone. One exchange of K numbers an iteration.
 
     Returns:
-        [N, K] float32 (float64 for float64 scores), the same on any number of ranks but for rounding. Without a gradient.
+        [N, K] float32 (float64 for float64 scores), without a gradient. The number of ranks changes its rounding alone.
 
     Raises:
         ValueError: scores that are no matrix of floating point numbers, epsilon that is not positive, or less than one

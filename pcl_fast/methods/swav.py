@@ -163,8 +163,8 @@ class SwAV(Method, name="swav"):
         return Step(loss, metrics, embeddings[:_LARGE])
 
     def embed(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Unit embeddings [crops, N, dim], at least float32. The backbone takes crops of one size at a time, as it must, the head
-        all together: batch norm's statistics in it are of all crops.
+        """Unit embeddings [crops, N, dim], float32 or better. The backbone takes crops of one size at a time, as it
+        must, the head all together: batch norm's statistics in it are of all crops.
         """
         pooled = torch.cat(self.encode_by_size(self.encoder.backbone, views))
         with autocast(pooled.device):
