@@ -132,7 +132,7 @@ def case(gpu: PretendedGPU, config: Config, world: World) -> dict[str, Any]:
         seen["second E-step"] = expectation(gpu, method, config, epochs[1])
     gpu.forget()
     learner.end_epoch()
-    state = learner.state(), [learner.own_state()]
+    state = learner.state(), [learner.own_state()] * world.size
     learner.load(*state)
     seen["between epochs"] = gpu.seen()
     return seen
