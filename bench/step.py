@@ -18,7 +18,8 @@ from our loader (ours and encoder-only).
 
 The other methods, each by its preset, have a case with the loader off, and the providers encoder-only and ours.
 Encoder-only is there a pass of all views of a batch, one for each of their sizes, and its backward pass, for none of
-them has a momentum encoder.
+them has a momentum encoder. SwAV has a case without its small crops, too. Steps are those of the midst of a run: SwAV's
+prototypes are no longer frozen, and its queue is in use.
 
 Every round of a provider follows one of encoder-only, so that both see the machine in the same state. A provider's
 share of encoder-only's speed is the median of the rounds' ratios, and times_official is the ratio of two shares.
@@ -50,7 +51,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pcl_fast.augmentations import View
-from pcl_fast.config import Config, view_of
+from pcl_fast.config import Config, view_of, with_settings
 from pcl_fast.data import Batch, normalise, training_loader
 from pcl_fast.data.loaders.loader import pick_loader
 from pcl_fast.data.loaders.resources import pick_resources
@@ -76,14 +77,19 @@ class Case(NamedTuple):
     batch: int
     loader: str  # "off" or "on"
     method: str = "pcl"
+    small_crops: int | None = None  # None: as many as the preset has
 
     def __str__(self) -> str:
         config, name = self.config, "" if self.has_twin else f"{self.method}, "
+        name += "" if self.small_crops is None else f"small crops {self.small_crops}, "
         return f"{name}{config.model.arch}, {config.data.size} px, batch {self.batch}, loader {self.loader}"
 
     @property
     def config(self) -> Config:
-        return recipe.step_recipe(self.batch) if self.has_twin else recipe.method_recipe(self.method, self.batch)
+        if self.has_twin:
+            return recipe.step_recipe(self.batch)
+        config = recipe.method_recipe(self.method, self.batch)
+        return config if self.small_crops is None else with_settings(config, {"swav.small_crops": self.small_crops})
 
     @property
     def has_twin(self) -> bool:
@@ -251,19 +257,24 @@ def ours(case: Case, way: str = fusion.WAYS[0], *, graph: bool = False) -> Runne
     batches, ahead = our_batches(case)
     learner = recipe.ready_learner(case.config) if case.has_twin else recipe.ready_method(case.config)
     use(way, *learner.method.encoders().values())
-    numbers = itertools.count()
+    numbers = itertools.count(midst(case))
     if not graph:
         return Runner(lambda: learner.step(next(batches), next(numbers)), ahead)
     batch = batch_at_hand(case)
     inputs = learner.inputs(batch, next(numbers))
     inputs = inputs._replace(views=tuple(view.clone() for view in inputs.views))
-    replay = captured(lambda: learner.compute(inputs, 0))
+    replay = captured(lambda: learner.compute(inputs, midst(case)))
 
     def step() -> None:
         inputs.copy_(learner.inputs(batch, next(numbers)))
         replay()
 
     return Runner(step, 0)
+
+
+def midst(case: Case) -> int:
+    """Return the number of the step in the midst of the run."""
+    return case.config.epochs // 2 * (recipe.CLUSTERED // case.batch)
 
 
 def captured(step: Step) -> Step:
@@ -294,6 +305,7 @@ CASES = [Case(batch, loader) for batch in BATCHES for loader in ("off", "on")]
 OFF = [case for case in CASES if case.loader == "off"]
 RUNS = [(case, provider) for case in CASES for provider in PLAIN]
 OTHERS = [Case(BATCHES[0], "off", name) for name in sorted(Method.named) if name != "pcl"]
+OTHERS.append(Case(BATCHES[0], "off", "swav", small_crops=0))
 RUNS += [(case, provider) for case in OTHERS for provider in (REFERENCE, "ours")]
 if device.CUDA:
     RUNS += [(case, provider) for provider in PROVIDERS if provider not in PLAIN for case in OFF]
