@@ -59,8 +59,8 @@ class Options:
     features: Literal["head", "backbone"] | None = None
     """head: the unit features that the method learned; backbone: what downstream tasks build on. None: the head's where
     the checkpoint has one."""
-    encoder: Literal["query", "momentum"] = "momentum"
-    """Of a checkpoint that has two; momentum is the one whose features were clustered."""
+    encoder: Literal["query", "momentum"] | None = None
+    """Which of the checkpoint's encoders; None: momentum, whose features were clustered, where there is one."""
     size: int | None = None
     """Side of the centre crops, in pixels; None: what the encoder was trained with, or 224."""
     format: Literal["folder", "webdataset"] = "folder"
@@ -101,7 +101,8 @@ def embed(options: Options) -> None:
     world = connect()
     if world.size > 1:
         raise ValueError("pcl_fast.embed is one process; start it without torchrun")
-    pretrained = read_pretrained(options.checkpoint, options.encoder).to(world.device)
+    which = options.encoder or "momentum"
+    pretrained = read_pretrained(options.checkpoint, which, or_only=options.encoder is None).to(world.device)
     if options.features == "head" and pretrained.head is None:
         raise ValueError(f"--features head: {pretrained.path} has no projection head; use --features backbone")
     images = open_set(options.data, options.format, apart_from=options.output.parent)

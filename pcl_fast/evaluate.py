@@ -108,7 +108,7 @@ def _run(task: Task, world: World, console: Console) -> None:
     begin = time.perf_counter()
 
     def read(path: Path, encoder: str) -> Pretrained:
-        return all_or_none(lambda: read_pretrained(path, encoder).to(world.device), world)
+        return all_or_none(lambda: read_pretrained(path, encoder, or_only=task.encoder is None).to(world.device), world)
 
     pretrained = read(task.checkpoint, task.encoder or task.scores)
     check_same("the checkpoint", pretrained.checksum, world, advice="give all machines the same file")

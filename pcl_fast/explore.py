@@ -130,11 +130,9 @@ def _read(path: Path) -> tuple[Pretrained, dict[str, str]]:
     """
     file = locate(path)
     content = read(file)
-    ours = is_ours(content)
-    only_query = ours and "momentum" not in content["encoders"]
-    data = content["config"]["data"] if ours else {}
+    data = content["config"]["data"] if is_ours(content) else {}
     trained_on = {name: data[name] for name in ("root", "format") if data.get(name)}
-    return encoder_of(content, "query" if only_query else "momentum", file), trained_on
+    return encoder_of(content, "momentum", file, or_only=True), trained_on
 
 
 def _open(options: Options, pretrained: Pretrained, trained_on: dict[str, str]) -> tuple[ImageSet, DataConfig]:

@@ -15,10 +15,10 @@ from pcl_fast.nn.encoder import Encoder
 from pcl_fast.nn.queue import KeyQueue
 from pcl_fast.pretrained.encoder import THE_ONLY_ONE, Pretrained
 from pcl_fast.pretrained.files import locate, read
-from pcl_fast.pretrained.formats import encoder_names, find_queue
+from pcl_fast.pretrained.formats import find_queue
 from pcl_fast.pretrained.head import describe
 from pcl_fast.pretrained.ours import is_ours
-from pcl_fast.pretrained.reading import encoder_of
+from pcl_fast.pretrained.reading import encoder_of, names_in
 from pcl_fast.pretrained.tensors import differences, shapes_of
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def read_weights(path: Path) -> Weights:
     file = locate(path)
     content = read(file)
     ours = is_ours(content)
-    names = list(content["encoders"]) if ours else encoder_names(content, file)
+    names = names_in(content, file)
     encoders = {"query" if name == THE_ONLY_ONE else name: encoder_of(content, name, file) for name in names}
     return Weights(encoders, _our_queue(content["method"]) if ours else find_queue(content))
 

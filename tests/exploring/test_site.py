@@ -194,7 +194,7 @@ def test_of_heads_with_equally_many_prototypes_the_first_is_shown(tmp_path, odd_
     said = "Of heads with equally many, the first one's are shown."
     assert said in Page(tmp_path / "site" / "index.html").text
     table = tmp_path / "table.npy"
-    assert run_here(embed.main, run_folder, "--data", odd_images, "--output", table, "--encoder", "query") is None
+    assert run_here(embed.main, run_folder, "--data", odd_images, "--output", table) is None
     rows = {row["path"]: row for row in csv.DictReader(table.with_suffix(".csv").open(newline=""))}
     shown = data(tmp_path / "site", "images/0")
     assert shown["clusters"][0] == [int(rows[path]["cluster_5_1"]) for path in shown["paths"]]

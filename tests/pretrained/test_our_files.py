@@ -94,10 +94,12 @@ def test_reading_draws_nothing(run):
 def test_what_is_not_there_is_said(run, tmp_path):
     folder, _ = run
     content = load_checkpoint(folder)
+    assert read_pretrained(folder, "query", or_only=True).encoder == "query"
     query = content["encoders"].pop("query")
     save_checkpoint(folder, content)
     with pytest.raises(CheckpointError, match=r"checkpoint\.pt has no query encoder, only momentum"):
         read_pretrained(folder, "query")
+    assert read_pretrained(folder, "query", or_only=True).encoder == "momentum"
     del query["head.0.bias"]
     query["head.4.bias"] = torch.zeros(3)
     save_checkpoint(folder, {**content, "encoders": {"query": query}})

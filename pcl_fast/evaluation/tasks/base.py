@@ -67,8 +67,8 @@ class Options:
     output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     """Folder for the scores and the picture; None: `evaluation` beside the checkpoint."""
     encoder: Literal["query", "momentum"] | None = None
-    """Which of the checkpoint's encoders is scored; None: the one that this task's protocol takes. A file with a single
-    encoder has no choice."""
+    """Which of the checkpoint's encoders is scored; None: the one that this task's protocol takes, or the only one that
+    there is."""
     size: int | None = None
     """Side of the crops, in pixels; None: what the encoder was trained with, or 224."""
     resize: int | None = None
