@@ -107,6 +107,7 @@ def contrast(
     index: torch.Tensor | None,
     num_negatives: int | None,
     seed: int | torch.Tensor,
+    batch: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Contrast the queries with the queue (unless it is None) and with every prototype set; the equations are above.
 
@@ -120,6 +121,8 @@ def contrast(
         index: int64 [N], positions of the rows' images in the assignments.
         num_negatives: r. If it is None, or more than exist, all are taken.
         seed: an int of 64 bits, or a 0-d int64 tensor on the device, which is read there.
+        batch: int64 [B], positions of the images whose prototypes are columns and are not drawn, `index` among them;
+            None where they are those of the rows.
 
     Returns:
         mean: 0-d float32, the queue's mean loss + the mean over the sets of their mean losses.
@@ -128,7 +131,7 @@ def contrast(
     """
     number, on_device = (0, seed) if isinstance(seed, torch.Tensor) else (seed, None)
     fields = [[bank[i] for bank in sets] for i in range(3)]
-    return _Contrast.apply(query, key, queue, temperature, *fields, index, num_negatives, number, on_device)
+    return _Contrast.apply(query, key, queue, temperature, *fields, index, batch, num_negatives, number, on_device)
 
 
 class _Contrast(torch.autograd.Function):
@@ -146,7 +149,7 @@ class _Contrast(torch.autograd.Function):
     def backward(ctx, upstream_mean, upstream_loss, _):
         (gradient,) = ctx.saved_tensors
         upstream = gradient, upstream_mean, upstream_loss
-        return torch.ops.pcl_fast.contrast_backward(*upstream, ctx.has_queue, ctx.dtype), *[None] * 10
+        return torch.ops.pcl_fast.contrast_backward(*upstream, ctx.has_queue, ctx.dtype), *[None] * 11
 
 
 # --- operators ----------------------------------------------------------------------------------------------------
@@ -156,7 +159,7 @@ class _Contrast(torch.autograd.Function):
 _library = torch.library.Library("pcl_fast", "DEF")
 _library.define(
     "contrast(Tensor query, Tensor? key, Tensor? queue, float temperature, Tensor[] centroids, Tensor[] concentration, "
-    "Tensor[] assignment, Tensor? index, int? num_negatives, SymInt seed, Tensor? device_seed) "
+    "Tensor[] assignment, Tensor? index, Tensor? batch, int? num_negatives, SymInt seed, Tensor? device_seed) "
     "-> (Tensor mean, Tensor loss, Tensor correct, Tensor gradient)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -189,11 +192,15 @@ def _fake_backward(gradient, upstream_mean, upstream_loss, has_queue, dtype):
 
 
 def _contrast(
-    query, key, queue, temperature, centroids, concentration, assignment, index, num_negatives, seed, device_seed
+    query, key, queue, temperature, centroids, concentration, assignment, index, batch, num_negatives, seed, device_seed
 ):
     query, n, d = query.contiguous(), *query.shape
     outputs = mean, loss, correct, gradient = _outputs(query, queue, centroids)
-    sets = [_set(*fields, n, num_negatives) for fields in zip(centroids, concentration, assignment, strict=True)]
+    index = query.new_empty(0, dtype=torch.int64) if index is None else index.contiguous()
+    batch = index if batch is None else batch.contiguous()
+    sets = [
+        _set(*fields, len(batch), num_negatives) for fields in zip(centroids, concentration, assignment, strict=True)
+    ]
     banks = sets if queue is None else [_queue(key, queue, sets), *sets]
     launches = _plan(query, banks)
     parts = sum(sum(launch.parts) for launch in launches)
@@ -204,10 +211,9 @@ def _contrast(
         torch.empty_like(gradient),
         query.new_empty(len(banks), dtype=torch.int32),
     )
-    index = query.new_empty(0, dtype=torch.int64) if index is None else index.contiguous()
     with torch.cuda.device(query.device) if query.is_cuda else nullcontext():
         for launch in launches:
-            lists = _draw(launch, index, n, len(sets) - len(banks), seed, device_seed)
+            lists = _draw(launch, batch, len(sets) - len(banks), seed, device_seed)
             _stream(launch, query, index, lists, temperature, state)
         combine[(len(banks) * n + 1,)](
             *state, loss, correct.view(torch.uint8), gradient, mean, n, len(banks),
@@ -344,11 +350,12 @@ def _operand_type(query: torch.Tensor, group: list[_Bank]) -> torch.dtype:
 
 
 def _draw(
-    launch: _Launch, index: torch.Tensor, n: int, first_set: int, seed: int, device_seed: torch.Tensor | None
+    launch: _Launch, index: torch.Tensor, first_set: int, seed: int, device_seed: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """List the columns of the launch's sets: return ids and weights [sets, stride], and stride. Bank b is set
-    b + first_set.
+    """List the columns of the launch's sets for the images `index`, int64 [n]: return ids and weights [sets, stride],
+    and stride. Bank b is set b + first_set.
     """
+    n = len(index)
     sets = [bank for bank in launch.banks if bank.key is None]
     stride = max((bank.length for bank in sets), default=0)
     ids = index.new_empty((len(sets), stride), dtype=torch.int32)

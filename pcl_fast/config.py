@@ -203,6 +203,10 @@ class OptimConfig:
     batches; larc: the same with the learning rate outside of the momentum, as apex has it."""
     batch_size: int = 256
     """Images per step over all ranks together."""
+    accumulate: int = 1
+    """Compute a step in so many equal parts, for batches that do not fit: of each rank's images one part at a time is
+    encoded. batch_size stays the images of a step, and learning rates and losses are those of the whole batch; batch
+    norm's statistics alone are of a part (of that part on all ranks with sync_bn)."""
     lr: float = 0.03
     """Learning rate of the first epoch, for whatever batch size there is unless scale_lr is set."""
     scale_lr: bool = False
@@ -509,6 +513,7 @@ def validate(config: Config) -> None:
         "--model.bn-splits": config.model.bn_splits,
         "--loss.temperature": config.loss.temperature,
         "--optim.batch-size": config.optim.batch_size,
+        "--optim.accumulate": config.optim.accumulate,
         "--optim.lr": config.optim.lr,
         "--optim.trust": config.optim.trust,
         "--cluster.iterations": config.cluster.iterations,

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
+from pcl_fast.accumulation import pass_in_parts
 from pcl_fast.config import Config
 from pcl_fast.data import Batch
 from pcl_fast.distributed import World
-from pcl_fast.methods import Inputs, Method
+from pcl_fast.methods import Inputs, Method, Step
 from pcl_fast.nn.batch_norm import average_statistics
 from pcl_fast.nn.precision import loss_scaler
 from pcl_fast.optim import build_optimizer, learning_rate, load_optimizer, set_rate
@@ -48,7 +49,7 @@ class Learner:
         """One optimiser step.
 
         Args:
-            batch: this rank's views.
+            batch: this rank's views, of all parts if there are several.
             number: of the step in the whole run; seeds the step's draws.
 
         Returns:
@@ -67,10 +68,21 @@ class Learner:
 
     def compute(self, inputs: Inputs, number: int) -> dict[str, torch.Tensor]:
         """`step` after its inputs are there: on the device from end to end, so that a CUDA graph can hold it."""
-        loss, metrics, carry = self._forward(inputs)
+        loss, metrics, carry = self._pass(inputs)
         applied, fault = self._descend(loss, number)
         self.method.after_update(carry, applied)
         return {**metrics, FINITE: 1.0 - fault.float()}
+
+    def _pass(self, inputs: Inputs) -> Step:
+        """The forward pass; in parts, and with their backward passes but for the last one's, where a step has several."""
+        parts = self.config.optim.accumulate
+        return self._forward(inputs) if parts == 1 else pass_in_parts(self._forward, inputs, parts, self._scaled)
+
+    def _scaled(self, loss: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The loss as its backward pass begins with it, and the gradient that it begins with: NaN for one that is not
+        finite.
+        """
+        return self.scaler.scale(loss), torch.where(loss.detach().isfinite(), 1.0, torch.nan)
 
     def _descend(self, loss: torch.Tensor, number: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Backward and update; if any rank's loss or gradient is not finite, no rank updates.
@@ -83,8 +95,8 @@ class Learner:
             0-d bools: whether the update was applied, and whether that is a fault. In fp16 a gradient that overflows
             is none: the scaler takes a smaller scale for the next step, until there is no smaller one.
         """
-        upstream = torch.where(loss.detach().isfinite(), 1.0, torch.nan)
-        self.scaler.scale(loss).backward(upstream)
+        scaled, upstream = self._scaled(loss)
+        scaled.backward(upstream)
         self.method.before_update(number)
         finite = _all_finite(self._parameters)
         fault = ~finite

@@ -29,6 +29,11 @@ def rank_batch(config: Config, ranks: int) -> int:
     return config.optim.batch_size // ranks
 
 
+def part_batch(config: Config, ranks: int) -> int:
+    """Images that each of `ranks` ranks encodes at a time: a step's, or one of its parts where it accumulates."""
+    return rank_batch(config, ranks) // config.optim.accumulate
+
+
 def check_sizes(config: Config, images: int, ranks: int, *, labelled: bool = True) -> None:
     """Refuse a data set, or a number of ranks, that does not fit the recipe; for every method.
 
@@ -42,6 +47,26 @@ def check_sizes(config: Config, images: int, ranks: int, *, labelled: bool = Tru
         raise ValueError(f"--optim.batch-size {batch} does not divide among {ranks} ranks; use a multiple of {ranks}")
     if batch > images:
         raise ValueError(f"--optim.batch-size {batch} is larger than the data set of {images} images; make it smaller")
+    _check_parts(config, ranks)
     most = max(config.evaluation.ks, default=0)
     if labelled and config.evaluation.every and most > images:
         raise ValueError(f"cannot make {most} clusters of {images} images; set --evaluation.ks to smaller numbers")
+
+
+def _check_parts(config: Config, ranks: int) -> None:
+    batch, parts, rows = config.optim.batch_size, config.optim.accumulate, rank_batch(config, ranks)
+    if parts == 1:
+        return
+    whose = (
+        f"a rank's batch of {rows} images (--optim.batch-size {batch} on {ranks} {'ranks' if ranks > 1 else 'rank'})"
+    )
+    if rows % parts:
+        raise ValueError(
+            f"--optim.accumulate {parts} does not divide {whose}; use a divisor of it, or an --optim.batch-size that "
+            f"is a multiple of {parts * ranks}"
+        )
+    if rows == parts:
+        raise ValueError(
+            f"--optim.accumulate {parts} makes parts of a single image of {whose}, in which batch norm has no batch to "
+            f"take statistics of; use fewer parts"
+        )

@@ -91,6 +91,7 @@ def proto_nce(
     *,
     seed: int | torch.Tensor,
     backend: str = "auto",
+    batch: torch.Tensor | None = None,
 ) -> ContrastResult:
     """Return ProtoNCE of one granularity (equation 11): each query q contrasts its own prototype with others, and the
     score of a prototype c is q.c/phi_c.
@@ -107,6 +108,9 @@ def proto_nce(
         seed: decides the draw; an int, or a 0-d int64 tensor on the query's device, which is read there, so that a CUDA
             graph draws afresh at every replay for which the tensor has changed.
         backend: see the module's docstring.
+        batch: int64 [B], positions of the images of a larger batch, of which the rows are a part: its prototypes are
+            the columns and are not drawn, so that parts of it have the losses that the whole has. None: the rows are
+            all.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, no prototypes, r < 1, a backend that is unknown or cannot
@@ -114,17 +118,18 @@ def proto_nce(
     """
     _check_rows("query", query)
     _check_draw(num_negatives, seed, query.device)
-    _check_prototypes(prototypes, index, query)
+    _check_prototypes(prototypes, index, query, batch)
     fused = _fused(backend, query, prototypes.centroids)
     if fused:
-        _, loss, correct = fused.contrast(query, None, None, 1.0, [prototypes], index, num_negatives, seed)
+        _, loss, correct = fused.contrast(query, None, None, 1.0, [prototypes], index, num_negatives, seed, batch)
         return ContrastResult(loss[0], correct[0])
     positives = prototypes.assignment[index].long()
-    negatives, there = sampling_plain.negative_columns(len(prototypes.centroids), num_negatives, positives, seed)
-    columns = torch.cat([positives, negatives])
+    of_batch = positives if batch is None else prototypes.assignment[batch].long()
+    negatives, there = sampling_plain.negative_columns(len(prototypes.centroids), num_negatives, of_batch, seed)
+    columns = torch.cat([of_batch, negatives])
     weight = 1 / prototypes.concentration
     # Hidden from a row are its own column and those of its twins. The sampled prototypes are nobody's own.
-    hidden = positives[:, None] == positives
+    hidden = positives[:, None] == of_batch
     with _full_precision(query):
         return ContrastResult(
             *contrast_plain.contrast(
@@ -177,13 +182,14 @@ def pcl_loss(
     num_negatives: int | None,
     seed: int | torch.Tensor,
     backend: str = "auto",
+    batch: torch.Tensor | None = None,
 ) -> ProtoNCEResult:
     """Return the whole loss of PCL: mean_i InfoNCE_i + (1/M) sum_m mean_i ProtoNCE_im.
 
     Args:
         query, key, queue, temperature: see `info_nce`.
         prototypes: the M granularities; with none (during warm-up, or for MoCo) the loss is InfoNCE alone.
-        index, num_negatives, seed: see `proto_nce`; granularity m draws its negatives with seed + m.
+        index, num_negatives, seed, batch: see `proto_nce`; granularity m draws its negatives with seed + m.
         backend: see the module's docstring.
 
     Raises:
@@ -195,13 +201,15 @@ def pcl_loss(
         _check_instance(query, key, queue, temperature)
         _check_draw(num_negatives, seed, query.device)
         for granularity in prototypes:
-            _check_prototypes(granularity, index, query)
-        mean, loss, correct = fused.contrast(query, key, queue, temperature, prototypes, index, num_negatives, seed)
+            _check_prototypes(granularity, index, query, batch)
+        mean, loss, correct = fused.contrast(
+            query, key, queue, temperature, prototypes, index, num_negatives, seed, batch
+        )
         results = [ContrastResult(*rows) for rows in zip(loss.unbind(), correct.unbind(), strict=True)]
         return ProtoNCEResult(mean, results[0], results[1:])
     instance = info_nce(query, key, queue, temperature, backend=backend)
     parts = [
-        proto_nce(query, granularity, index, num_negatives, seed=seed + m, backend=backend)
+        proto_nce(query, granularity, index, num_negatives, seed=seed + m, backend=backend, batch=batch)
         for m, granularity in enumerate(prototypes)
     ]
     loss = instance.loss.mean()
@@ -306,7 +314,9 @@ def _check_like(name: str, rows: torch.Tensor, query: torch.Tensor, length: int 
     _check_device(name, rows, query)
 
 
-def _check_prototypes(prototypes: PrototypeSet, index: torch.Tensor, query: torch.Tensor) -> None:
+def _check_prototypes(
+    prototypes: PrototypeSet, index: torch.Tensor, query: torch.Tensor, batch: torch.Tensor | None
+) -> None:
     centroids, concentration, assignment = prototypes
     _check_like("prototypes.centroids", centroids, query)
     fits = concentration.shape == centroids.shape[:1] and concentration.is_floating_point()
@@ -324,8 +334,15 @@ def _check_prototypes(prototypes: PrototypeSet, index: torch.Tensor, query: torc
     _check_device("prototypes.concentration", concentration, query)
     _check_device("prototypes.assignment", assignment, query)
     _check_device("index", index, query)
+    if batch is not None:
+        if batch.ndim != 1 or len(batch) < len(index) or batch.dtype != torch.int64:
+            raise ValueError(
+                f"batch must be int64 [B] with B >= {len(index)}, the rows among them, got {batch.dtype} "
+                f"{list(batch.shape)}"
+            )
+        _check_device("batch", batch, query)
     if not torch.compiler.is_compiling() and (not query.is_cuda or os.environ.get("PCL_FAST_DEBUG") == "1"):
-        _check_values(prototypes, index)
+        _check_values(prototypes, index if batch is None else batch)
 
 
 def _check_values(prototypes: PrototypeSet, index: torch.Tensor) -> None:

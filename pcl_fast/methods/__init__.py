@@ -10,7 +10,7 @@ import torch
 from pcl_fast.config import PRESETS, Config, changed_settings
 from pcl_fast.crop_sizes import epoch_sides
 from pcl_fast.distributed import World
-from pcl_fast.methods.base import FeatureSpec, Inputs, Method, Metric, Step
+from pcl_fast.methods.base import FeatureSpec, Inputs, Method, Metric, Part, Step, join_rows
 from pcl_fast.nn.timm_network import check_image_sizes
 
 __all__ = [
@@ -18,9 +18,11 @@ __all__ = [
     "Inputs",
     "Method",
     "Metric",
+    "Part",
     "Step",
     "build",
     "check_method",
+    "join_rows",
     "method_class",
 ]
 
@@ -62,12 +64,20 @@ def build(config: Config, world: World, images: int) -> Method:
 
 
 def check_method(config: Config) -> None:
-    """Refuse an unknown method, and settings of other methods, which would have no effect.
+    """Refuse an unknown method, settings of other methods, which would have no effect, and a step in parts if the method
+    cannot divide it.
 
     Raises:
         ValueError: names the method's own settings, or the methods.
     """
     kind = method_class(config.method)
+    if config.optim.accumulate > 1 and kind.accumulation is None:
+        able = sorted(other.name for other in Method.named.values() if other.accumulation is not None)
+        raise ValueError(
+            f"--optim.accumulate {config.optim.accumulate}: {kind.name} computes a step as a whole, and not in parts as "
+            f"{', '.join(able)} can; use 1, and a smaller --optim.batch-size than {config.optim.batch_size} if that "
+            "does not fit"
+        )
     start = PRESETS[config.preset][1] if config.preset in PRESETS else Config()
     for name in changed_settings(start, config):
         owners = [other.name for other in Method.named.values() if _reads(other, name)]

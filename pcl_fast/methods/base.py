@@ -8,7 +8,7 @@ an evaluation; neither knows what any method is made of. docs/adding-a-method.md
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -31,12 +31,28 @@ class Inputs(NamedTuple):
 
     views: uint8 [N, size, size, 3], one tensor for every View of the method.
     index: int64 [N], positions of the images in the data set.
-    drawn: what `Method.draw` returned. On a CPU its plain numbers stay so, elsewhere they are 0-d int64 tensors.
+    drawn: what `Method.draw` returned, for the whole step. On a CPU its plain numbers stay so, elsewhere they are 0-d
+        int64 tensors.
+    part: which part of the step's images these are; None where they are all.
     """
 
     views: tuple[torch.Tensor, ...]
     index: torch.Tensor
     drawn: dict[str, torch.Tensor | int]
+    part: Part | None = None
+
+    @property
+    def first(self) -> bool:
+        """Whether the step begins with these: for what a step does once."""
+        return self.part is None or self.part.number == 0
+
+    def divided(self, parts: int) -> list[Inputs]:
+        """Those of so many equal parts of the images, in their order, without a copy."""
+        index, *views = (tensor.chunk(parts) for tensor in (self.index, *self.views))
+        return [
+            Inputs(views, index, self.drawn, Part(number, self))
+            for number, (index, *views) in enumerate(zip(index, *views, strict=True))
+        ]
 
     def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
         """All but the views on another device, by moving a single int64 tensor."""
@@ -54,13 +70,28 @@ class Inputs(NamedTuple):
             ours.copy_(new.drawn[name])
 
 
+class Part(NamedTuple):
+    """Which part of a step's images some inputs are, see `Method.accumulation`.
+
+    number: from 0 on.
+    whole: the inputs of all parts.
+    others: what `Method.represent` has made of the parts before, without a gradient; for the last part of methods that
+        compare the images of a step.
+    """
+
+    number: int
+    whole: Inputs
+    others: tuple[tuple[torch.Tensor, ...], ...] = ()
+
+
 class Step(NamedTuple):
     """What a method's forward pass returns.
 
     loss: 0-d, with a gradient.
     metrics: 0-d tensors on the device, of this rank's batch, named as in `Method.metrics`; "loss" is among them. Some
-        may be missing, but the same ones at all steps of an epoch, and on all ranks.
-    carry: what `after_update` wants of this pass.
+        may be missing, but the same ones at all steps of an epoch, and on all ranks. Where a step has parts, they are
+        means over these.
+    carry: what `after_update` wants of this pass. Where a step has parts, theirs are joined by `Method.join`.
     """
 
     loss: torch.Tensor
@@ -93,6 +124,17 @@ class FeatureSpec(NamedTuple):
     pooled: bool = False
 
 
+def join_rows(parts: Sequence[Any]) -> Any:
+    """One after another, the rows of tensors; those of tuples of tensors, each for itself; None of None."""
+    first = parts[0]
+    if first is None:
+        return None
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(parts))
+    fields = [join_rows(rows) for rows in zip(*parts, strict=True)]
+    return type(first)(*fields) if hasattr(first, "_fields") else tuple(fields)
+
+
 class Method(nn.Module):
     """Base of all methods.
 
@@ -105,10 +147,17 @@ class Method(nn.Module):
         none is.
     settings: the recipe's fields that this method reads and not every method does ("loss.temperature"; "cluster." for
         a whole group). Changing one that belongs to other methods alone is an error.
+    accumulation: how a step can be computed in parts (--optim.accumulate), one part's encoding in memory at a time.
+        "mean": the loss is a mean over images, none of which depends on what the step computes for others. `forward` is
+            called for each part, and the step's loss is the mean of theirs.
+        "compare": the loss compares the images of the step with each other, by what an encoder makes of each: instead
+            of `forward` there are `represent` and `compare`.
+        None: not at all, which is refused in words.
     """
 
     metrics: ClassVar[dict[str, Metric]]
     settings: ClassVar[tuple[str, ...]] = ()
+    accumulation: ClassVar[Literal["mean", "compare"] | None] = None
     named: ClassVar[dict[str, type[Method]]] = {}
     unfused_layers: Collection[str] | None = None
 
@@ -178,7 +227,7 @@ class Method(nn.Module):
 
     def draw(self, batch: Batch, number: int) -> dict[str, torch.Tensor | int]:
         """What step `number` of the run draws on the host: int64 tensors, and integers of 64 bits. They travel to the
-        device in one copy.
+        device in one copy. The batch is that of the whole step, and all its parts are given what is drawn.
         """
         return {}
 
@@ -186,8 +235,33 @@ class Method(nn.Module):
         """Loss and metrics. On the device from end to end, so that a CUDA graph can hold it; collectives are called in
         the same order on all ranks. Every parameter that a gradient may reach takes part, as DistributedDataParallel
         wants it.
+
+        A method gives this, or `represent` and `compare`.
+        """
+        made = self.represent(inputs)
+        if inputs.part is None:
+            return self.compare(made, inputs)
+        return self.compare(join_rows([*inputs.part.others, made]), inputs.part.whole)
+
+    def represent(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """What the encoder makes of some images: tensors with a row for each. Asked again it makes the same, and but for
+        batch norm's running statistics it changes nothing.
         """
         raise TypeError(f"{type(self).__name__} has no forward pass")
+
+    def compare(self, made: tuple[torch.Tensor, ...], inputs: Inputs) -> Step:
+        """Loss and metrics by what `represent` has made of all images of the step.
+
+        Args:
+            inputs: of the whole step.
+        """
+        raise TypeError(f"{type(self).__name__} has no forward pass")
+
+    def join(self, carries: Sequence[Any]) -> Any:
+        """The Step.carry of a whole step, of those of its parts: by default as tensors, or tuples of tensors, with a row
+        for each image.
+        """
+        return join_rows(carries)
 
     def before_update(self, number: int) -> None:
         """Called between the backward pass and the optimiser of step `number`, for heads that are frozen at first

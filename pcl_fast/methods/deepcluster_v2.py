@@ -49,6 +49,7 @@ class DeepClusterV2(Method, name="deepcluster_v2"):
         "loss.temperature",
         "model.sync_bn",
     )
+    accumulation = "mean"
 
     def __init__(self, config: Config, world: World, images: int):
         """
@@ -105,15 +106,14 @@ class DeepClusterV2(Method, name="deepcluster_v2"):
             torch.stack(rows).sum() for rows in ([result.correct for result in results], [x >= 0 for x in labels])
         )
         metrics = {"loss": loss.detach(), "accuracy": 100 * correct / labelled.clamp(min=1)}
-        return Step(loss, metrics, (embeddings.detach(), inputs.index))
+        of_crops = torch.stack(embeddings.detach().to(self.banks[0].keys.dtype).chunk(_CROPS), dim=1)
+        return Step(loss, metrics, (of_crops, inputs.index))
 
     def after_update(self, carry: tuple[torch.Tensor, torch.Tensor], applied: torch.Tensor) -> None:
         """The banks take all ranks' embeddings, whether or not the update was applied: they are of the encoder as it
         was.
         """
-        embeddings, index = carry
-        of_crops = torch.stack(embeddings.to(self.banks[0].keys.dtype).chunk(_CROPS), dim=1)
-        of_crops, index = (all_gather_rows(rows, self.world.group) for rows in (of_crops, index))
+        of_crops, index = (all_gather_rows(rows, self.world.group) for rows in carry)
         for bank, rows in zip(self.banks, of_crops.unbind(1), strict=True):
             bank.put(rows, index)
         self.visited.index_fill_(0, index, True)

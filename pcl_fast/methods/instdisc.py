@@ -41,7 +41,7 @@ class InstDisc(Method, name="instdisc"):
     """An encoder, and a bank of all images, the same on all ranks.
 
     log_partition: log Z, the constant of NCE; see losses/nce.py. The softmax needs none.
-    estimated: whether it is there yet: the first step estimates it.
+    estimated: whether it is there yet: the first step estimates it, by its first part where it has several.
     """
 
     metrics: ClassVar = {
@@ -49,6 +49,7 @@ class InstDisc(Method, name="instdisc"):
         "similarity": Metric("an image and its place in the bank", "cosine similarity"),
     }
     settings = ("loss.temperature", "loss.num_negatives", "model.bank_momentum")
+    accumulation = "mean"
 
     def __init__(self, config: Config, world: World, images: int):
         """

@@ -29,7 +29,7 @@ from pcl_fast.nn.momentum import MovingAverage, momentum_copy
 from pcl_fast.nn.precision import loss_dtype
 from pcl_fast.nn.queue import KeyQueue
 from pcl_fast.nn.shuffle import BatchShuffle
-from pcl_fast.schedule import clusters_before, rank_batch
+from pcl_fast.schedule import clusters_before, part_batch
 from pcl_fast.seeds import Purpose, mix_seeds
 
 # Of unit features: with less spread (see _spread) than this they are all alike. A new ResNet has 0.04 to 0.25.
@@ -60,6 +60,7 @@ class PCL(Method, name="pcl"):
         "model.shuffle_bn",
         "model.bn_splits",
     )
+    accumulation = "mean"
 
     def __init__(self, config: Config, world: World, images: int):
         """
@@ -83,11 +84,12 @@ class PCL(Method, name="pcl"):
 
     @classmethod
     def check(cls, config: Config, images: int, ranks: int) -> None:
-        rows, splits = rank_batch(config, ranks), config.model.bn_splits
+        rows, splits, parts = part_batch(config, ranks), config.model.bn_splits, config.optim.accumulate
         if rows % splits:
+            batch = "batch" if parts == 1 else f"part of --optim.accumulate {parts}, a batch"
             raise ValueError(
-                f"--model.bn-splits {splits} does not divide a rank's batch of {rows}; use a divisor of it, or an "
-                f"--optim.batch-size that is a multiple of {ranks * splits}"
+                f"--model.bn-splits {splits} does not divide a rank's {batch} of {rows}; use a divisor of it, or an "
+                f"--optim.batch-size that is a multiple of {ranks * parts * splits}"
             )
         if splits > 1 and config.model.head.endswith("bn"):
             raise ValueError(
@@ -143,19 +145,25 @@ class PCL(Method, name="pcl"):
     # --- M-step ---------------------------------------------------------------------------------------------------
 
     def draw(self, batch: Batch, number: int) -> dict[str, torch.Tensor | int]:
-        """The seed of the negatives and the shuffle's order (see BatchShuffle.order), each rank's own."""
-        seed = self._seed(Purpose.NEGATIVES, number)
-        order = self.shuffle.order(self._seed(Purpose.SHUFFLE, number))
-        return {"seed": seed} if order is None else {"seed": seed, "order": order}
+        """The seed of the negatives and the shuffle's order (see BatchShuffle.order), each rank's own. Of several parts
+        each has an order, a row.
+        """
+        seed, parts = self._seed(Purpose.NEGATIVES, number), self.config.optim.accumulate
+        if parts == 1:
+            order = self.shuffle.order(self._seed(Purpose.SHUFFLE, number))
+            return {"seed": seed} if order is None else {"seed": seed, "order": order}
+        orders = [self.shuffle.order(self._seed(Purpose.SHUFFLE, number, part)) for part in range(parts)]
+        return {"seed": seed} if orders[0] is None else {"seed": seed, "order": torch.stack(orders)}
 
-    def _seed(self, purpose: Purpose, number: int) -> int:
-        return mix_seeds(self.config.seed, purpose, number, self.world.rank)
+    def _seed(self, purpose: Purpose, number: int, *part: int) -> int:
+        return mix_seeds(self.config.seed, purpose, number, self.world.rank, *part)
 
     def forward(self, inputs: Inputs) -> Step:
-        query_view, key_view = inputs.views
-        arrive = self.shuffle.begin(key_view, inputs.drawn.get("order"))
+        (query_view, key_view), part, order = inputs.views, inputs.part, inputs.drawn.get("order")
+        arrive = self.shuffle.begin(key_view, order if part is None or order is None else order[part.number])
         # While the key's views travel.
-        self.average.update()
+        if inputs.first:
+            self.average.update()
         query = self.encode(self.encoder, query_view)
         key = self._keys(*arrive())
         loss = self.config.loss
@@ -169,6 +177,8 @@ class PCL(Method, name="pcl"):
             num_negatives=loss.num_negatives,
             seed=inputs.drawn["seed"],
             backend=loss.backend,
+            # The prototypes of all the step's images are columns, also of those that other parts encode.
+            batch=None if part is None else part.whole.index,
         )
         return Step(result.loss, {**_metrics(result), **_spread(key)}, (key, inputs.index))
 
@@ -243,11 +253,11 @@ class PCL(Method, name="pcl"):
 def _shuffle(config: Config, world: World) -> BatchShuffle:
     if not config.model.shuffle_bn:
         return _unshuffled(config, world)
-    return BatchShuffle(rank_batch(config, world.size), world.group, config.model.bn_splits)
+    return BatchShuffle(part_batch(config, world.size), world.group, config.model.bn_splits)
 
 
 def _unshuffled(config: Config, world: World) -> BatchShuffle:
-    return BatchShuffle(rank_batch(config, world.size), None)
+    return BatchShuffle(part_batch(config, world.size), None)
 
 
 def _spread(key: torch.Tensor) -> dict[str, torch.Tensor]:

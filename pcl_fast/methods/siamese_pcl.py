@@ -66,6 +66,7 @@ class SiamesePCL(Method, name="siamese_pcl"):
         "cluster.split_by",
         "siamese.",
     )
+    accumulation = "compare"
 
     def __init__(self, config: Config, world: World, images: int):
         """
@@ -132,10 +133,14 @@ class SiamesePCL(Method, name="siamese_pcl"):
 
     # --- M-step ---------------------------------------------------------------------------------------------------
 
-    def forward(self, inputs: Inputs) -> Step:
+    def represent(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """Pooled and unit features of both views, [N, 2, width] and [N, 2, dim]."""
         # In one pass, as batch norm's statistics are of all views.
         pooled, unit = self.encode(self.encoder.both, torch.cat(inputs.views))
-        pooled = pooled.to(unit.dtype)
+        return tuple(rows.unflatten(0, (2, -1)).transpose(0, 1) for rows in (pooled.to(unit.dtype), unit))
+
+    def compare(self, made: tuple[torch.Tensor, ...], inputs: Inputs) -> Step:
+        pooled, unit = (rows.transpose(0, 1).flatten(0, 1) for rows in made)
         clusters = self.assignment[inputs.index].long()
         instance = self._instance(_paired(unit))
         siamese_loss, metric = self._siamese(_paired(pooled), clusters.view(-1, 2))

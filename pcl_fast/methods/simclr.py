@@ -28,6 +28,7 @@ class SimCLR(Method, name="simclr"):
         "similarity": Metric("two views of an image", "cosine similarity"),
     }
     settings = ("loss.temperature", "model.sync_bn")
+    accumulation = "compare"
 
     def __init__(self, config: Config, world: World, images: int):
         """
@@ -55,10 +56,14 @@ class SimCLR(Method, name="simclr"):
     def groups(self) -> list[Group]:
         return norms_and_biases_apart(self)
 
-    def forward(self, inputs: Inputs) -> Step:
+    def represent(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """The features of both views, [N, 2, dim]."""
         # In one pass, as batch norm's statistics are of both views.
         features = self.encode(self.encoder, torch.cat(inputs.views))
-        a, b = features.chunk(2)
+        return (features.unflatten(0, (2, -1)).transpose(0, 1),)
+
+    def compare(self, made: tuple[torch.Tensor, ...], inputs: Inputs) -> Step:
+        a, b = made[0].unbind(1)
         loss = nt_xent(a, b, self.config.loss.temperature, group=self.world.group).mean()
         similarity = (a * b).sum(1).detach().mean()
         return Step(loss, {"loss": loss.detach(), "similarity": similarity})

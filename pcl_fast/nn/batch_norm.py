@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -111,6 +112,19 @@ def batch_norm_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, part in module.named_modules():
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
             yield from part.named_buffers(prefix, recurse=False)
+
+
+@contextmanager
+def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """At the end of this context batch norm's running statistics are what they were at its beginning, in place."""
+    buffers = [buffer for _, buffer in batch_norm_buffers(module)]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
 
 @torch.no_grad()

@@ -48,8 +48,8 @@ class Choices:
         """
         method = learner.method
         kernels = choose_kernels(config, method.settings, world, off=self.kernels_off)
-        sides = [view.size for view in method.views]
-        fusion = choose_fusion(config, method.encoders(), steps, world, kept=self.fusion, sides=sides)
+        sides, passes = [view.size for view in method.views], steps * config.optim.accumulate
+        fusion = choose_fusion(config, method.encoders(), passes, world, kept=self.fusion, sides=sides)
         encoder = method.encoders()[method.features().encoder]
         layers = choose_layers(config, encoder, world, kept=self.unfused_layers, new=self._new)
         self.kernels_off, self.fusion, self.unfused_layers = kernels.off, fusion.way, layers.plain

@@ -17,9 +17,9 @@ from pcl_fast.captured import capture_graph
 from pcl_fast.config import Config
 from pcl_fast.data import normalise
 from pcl_fast.distributed import World
-from pcl_fast.nn.batch_norm import batch_norm_buffers
+from pcl_fast.nn.batch_norm import running_statistics_kept
 from pcl_fast.nn.precision import autocast, encoder_dtype
-from pcl_fast.schedule import rank_batch
+from pcl_fast.schedule import part_batch
 
 _WARM_UP, _ROUNDS = 3, 7
 
@@ -56,13 +56,13 @@ class Passes:
     def of_run(
         cls, config: Config, encoders: Mapping[str, nn.Module], world: World, sides: Sequence[int] = ()
     ) -> Passes:
-        """With as many images as a rank has in a step, of every size that its views have, and in proportion: for one
+        """With as many images as a rank encodes at a time, of every size that its views have, and in proportion: for one
         view of 224 px and three of 96 px, or two and six, there are three times as many images of 96 px.
 
         Args:
             sides: of the method's views in pixels; none: all have the run's size.
         """
-        views, rows = Counter(sides or [config.data.size]), rank_batch(config, world.size)
+        views, rows = Counter(sides or [config.data.size]), part_batch(config, world.size)
         share = math.gcd(*views.values())
         return cls(encoders, [draw_images(config, rows * count // share, world, side) for side, count in views.items()])
 
@@ -87,17 +87,14 @@ class Passes:
         """
         modules = [module for encoder in self.encoders.values() for module in encoder.modules()]
         groups = {module: module.group for module in modules if getattr(module, "group", None) is not None}
-        buffers = [buffer for encoder in self.encoders.values() for _, buffer in batch_norm_buffers(encoder)]
-        before = [buffer.clone() for buffer in buffers]
         for module in groups:
             module.group = None
         try:
-            yield
+            with running_statistics_kept(nn.ModuleDict(self.encoders)):
+                yield
         finally:
             for module, group in groups.items():
                 module.group = group
-            for buffer, value in zip(buffers, before, strict=True):
-                buffer.copy_(value)
 
     def reference(self) -> list[torch.Tensor]:
         """What `compute` would be without rounding to half precision."""

@@ -49,7 +49,7 @@ def choose_fusion(
 
     Args:
         encoders: the method's; "query" is the one with a backward pass.
-        steps: that the run has left.
+        steps: that the run has left; each part of a step counts.
         kept: the way of the run that goes on, which stays.
         sides: of the method's views, see Passes.of_run.
 

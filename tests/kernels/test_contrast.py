@@ -349,7 +349,7 @@ def test_operators_are_sound():
     problem = Problem(3, 16, 10, 20, (30,))
     sets = [[field] for field in problem.sets[0]]
     seed = torch.tensor(3, device=DEVICE)
-    forward = (problem.query, problem.key, problem.queue, 0.1, *sets, problem.index, 10)
+    forward = (problem.query, problem.key, problem.queue, 0.1, *sets, problem.index, None, 10)
     torch.library.opcheck(torch.ops.pcl_fast.contrast.default, (*forward, 3, None))
     torch.library.opcheck(torch.ops.pcl_fast.contrast.default, (*forward, 0, seed))
     mean, _, _, gradient = torch.ops.pcl_fast.contrast(*forward, 3, None)
