@@ -41,6 +41,8 @@ class Options:
     """Images per step over all GPUs together."""
     ks: Integers
     """Numbers of clusters; none is MoCo."""
+    accumulate: int = 1
+    """Parts in which a step is computed (--optim.accumulate)."""
     gpu: str = "v100"
     """v100, a100, h100 or h200."""
     gpus: int = 4
@@ -109,7 +111,7 @@ def plan(options: Options) -> Plan:
     config = replace(
         config,
         epochs=options.epochs,
-        optim=replace(config.optim, batch_size=options.batch_size),
+        optim=replace(config.optim, batch_size=options.batch_size, accumulate=options.accumulate),
         cluster=replace(config.cluster, ks=options.ks),
     )
     given = {
@@ -120,7 +122,8 @@ def plan(options: Options) -> Plan:
     where = replace(machine(options.gpu, Records(options.results)), **given)
     cores = round(where.cores.value * options.gpus) if options.cores is None else options.cores
     job = Job(config, options.images, options.gpus, options.nodes, cores)
-    return Plan(job, where, ours.plan(job, where), ours.projected(job, where), official.plan(job, where))
+    whole = replace(job, config=replace(config, optim=replace(config.optim, accumulate=1)))
+    return Plan(job, where, ours.plan(job, where), ours.projected(job, where), official.plan(whole, where))
 
 
 def _check(options: Options) -> None:
@@ -136,6 +139,10 @@ def _check(options: Options) -> None:
     batch, images, world = options.batch_size, options.images, options.gpus * options.nodes
     if batch % world:
         raise ValueError(f"--batch-size {batch} does not divide among {world} GPUs; use a multiple of {world}")
+    if batch // world % options.accumulate:
+        raise ValueError(
+            f"--accumulate {options.accumulate} does not divide a GPU's {batch // world} images; use a divisor of it"
+        )
     if batch > images:
         raise ValueError(f"--batch-size {batch} is larger than the data set, --images {images}")
     if options.ks and max(options.ks) > images:
@@ -175,6 +182,8 @@ def report(options: Options, found: Plan, console: Console) -> None:
         lines.append(f"At {options.price:g} per GPU and hour: ours {own:,.0f}, official {others:,.0f}.")
     if found.job.world == 1:
         lines.append("The official code does not run on one GPU: its column is what it would take if it did.")
+    if found.job.parts > 1:
+        lines.append("The official code takes a step as a whole: its column is what it would take if that fitted.")
     lines += [_confidence(options.gpu, found, marks), f"Picture: {options.output}"]
     for line in lines:
         console.print(line, highlight=False)
@@ -234,9 +243,10 @@ def _table(title: str, *columns: str) -> Table:
 def _title(options: Options, found: Plan) -> str:
     job = found.job
     machines = f"{job.nodes} machines of " if job.nodes > 1 else ""
+    parts = f" in {job.parts} parts" if job.parts > 1 else ""
     return (
         f"{options.preset}, {options.epochs} epochs of {options.images:,} images on {machines}{job.gpus} "
-        f"{found.machine.name}, {job.cores} cores, {job.rows} images per GPU and step"
+        f"{found.machine.name}, {job.cores} cores, {job.rows} images per GPU and step{parts}"
     )
 
 

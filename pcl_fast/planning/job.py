@@ -10,7 +10,7 @@ from typing import NamedTuple
 from pcl_fast.config import Config, DataConfig
 from pcl_fast.planning.encoder import EncoderCount, count
 from pcl_fast.planning.figures import Constant
-from pcl_fast.schedule import clusters_before, evaluates_before, rank_batch
+from pcl_fast.schedule import clusters_before, evaluates_before, part_batch, rank_batch
 
 # In the order in which tables and pictures have them; ours and the official way share the names.
 PHASES = (
@@ -55,6 +55,16 @@ class Job:
     def rows(self) -> int:
         """Images per GPU and step."""
         return rank_batch(self.config, self.world)
+
+    @property
+    def parts(self) -> int:
+        """Of a step, one after another."""
+        return self.config.optim.accumulate
+
+    @property
+    def part_rows(self) -> int:
+        """Images that a GPU encodes at a time."""
+        return part_batch(self.config, self.world)
 
     @property
     def steps(self) -> int:

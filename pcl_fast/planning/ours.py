@@ -89,11 +89,11 @@ def relative(job: Job, machine: Machine, precision: Precision, pass_name: str) -
 
 
 def supervised(job: Job, machine: Machine, precision: Precision) -> tuple[float, tuple[Constant, ...]]:
-    """Seconds of a supervised step: N / (rate on so many GPUs * rate with batch N by that with the published batch) *
-    relative encoder.
+    """Seconds of a supervised step: N / (rate on so many GPUs * rate with batch N, or a part of it, by that with the
+    published batch) * relative encoder.
     """
     rate = precision.training(job.gpus)
-    share = precision.share(job.rows, precision.batch)
+    share = precision.share(job.part_rows, precision.batch)
     seconds = job.rows / (rate.value * share.value) * relative(job, machine, precision, "training")
     return seconds, (rate, share) if share.value != 1 else (rate,)
 
@@ -107,7 +107,7 @@ def _encoder(job: Job, machine: Machine) -> Phase:
     if step is None:
         seconds, constants = supervised(job, machine, machine.half)
         return Phase(seconds * job.encoder.step, formula, constants)
-    share = machine.half.share(job.rows, step.batch)
+    share = machine.half.share(job.part_rows, step.batch)
     together, alone = (machine.half.training(gpus) for gpus in (job.gpus, 1))
     rate = step.rate.value * together.value / alone.value * share.value
     seconds = job.rows / rate * relative(job, machine, machine.half, "training")
@@ -120,7 +120,7 @@ def _fastest(job: Job, machine: Machine) -> MeasuredStep | None:
     usable = [step for step in machine.steps if job.world == 1 or not step.captured]
 
     def rate(step: MeasuredStep) -> float:
-        return machine.half.share(job.rows, step.batch).value * step.rate.value
+        return machine.half.share(job.part_rows, step.batch).value * step.rate.value
 
     return max(usable, key=rate, default=None)
 
@@ -143,12 +143,12 @@ def _fused_encoder(job: Job, machine: Machine) -> Phase:
 
 
 def _loss(job: Job, machine: Machine, prototypes: bool) -> Phase:
-    """Half-precision banks read once, times what the kernels are expected to take by that; or columns * measured *
-    max(1, N / 64), as up to 64 rows share a pass over the banks.
+    """Half-precision banks read once for each part of a step, times what the kernels are expected to take by that; or
+    columns * measured * max(1, N / 64) for the N rows of each part, as up to 64 rows share a pass over the banks.
     """
-    columns = job.columns(prototypes)
+    columns = job.parts * job.columns(prototypes)
     if machine.loss is not None:
-        seconds = machine.loss.value * columns * max(1.0, job.rows / 64)
+        seconds = machine.loss.value * columns * max(1.0, job.part_rows / 64)
         return Phase(seconds, "steps x columns x measured x max(1, N / 64)", (machine.loss,))
     seconds = _LOSS_OVERHEAD.value * 2 * columns * job.config.model.dim / machine.bandwidth.value
     return Phase(seconds, "steps x overhead x 2 B x d x columns / bandwidth", (_LOSS_OVERHEAD, machine.bandwidth))
@@ -164,7 +164,10 @@ def reduce_seconds(size: float, job: Job, machine: Machine) -> float:
 
 
 def gradients_seconds(job: Job, machine: Machine, backward: float) -> float:
-    """What of the gradients' all-reduce does not fit beside the backward pass, which the last bucket never does."""
+    """What of the gradients' all-reduce does not fit beside the backward pass (of a step's last part, if it has
+    several), which the last bucket never does.
+    """
+    backward /= job.parts
     size = 4 * job.encoder.parameters
     return max(reduce_seconds(min(size, _BUCKET), job, machine), reduce_seconds(size, job, machine) - backward)
 

@@ -173,6 +173,13 @@ def test_flags_change_the_recipe(monkeypatch, tmp_path, capsys):
     assert "does not run on one GPU" in said
 
 
+def test_a_step_in_parts_is_said(monkeypatch, tmp_path, capsys):
+    run(monkeypatch, "moco_v2", "--batch-size", "4096", "--accumulate", "8", "--output", str(tmp_path / "plan.png"))
+    said = capsys.readouterr().out
+    assert "1024 images per GPU and step in 8 parts" in " ".join(said.split())
+    assert "official code takes a step as a whole" in said
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -180,6 +187,8 @@ def test_flags_change_the_recipe(monkeypatch, tmp_path, capsys):
         ("--gpus 0", "--gpus must be positive, got 0"),
         ("--gpus 3", "--batch-size 256 does not divide among 3 GPUs; use a multiple of 3"),
         ("--cores 0", "--cores must be positive"),
+        ("--accumulate 0", "--accumulate must be positive, got 0"),
+        ("--accumulate 7", "--accumulate 7 does not divide a GPU's 64 images; use a divisor of it"),
         ("--images 100", "--batch-size 256 is larger than the data set, --images 100"),
         ("--images 9000", "--ks: cannot make 100000 clusters of 9000 images"),
         ("--ks 10 0", "--ks must be positive"),

@@ -244,3 +244,21 @@ def test_a_smaller_encoder_takes_less():
         less, more = named(way.plan(small, known)), named(way.plan(large, known))
         assert less[ENCODER] < 0.5 * more[ENCODER]
     assert named(ours.plan(small, known))[FEATURES] < 0.5 * named(ours.plan(large, known))[FEATURES]
+
+
+def test_a_step_in_parts_by_hand():
+    """Banks are read once a part, small parts encode more slowly, and gradients hide behind the last part alone."""
+    known, config = machine("v100", RECORDS), PRESETS["pcl_v2"][1]
+
+    def of(parts: int) -> dict[str, float]:
+        optim = replace(config.optim, batch_size=4096, accumulate=parts)
+        return named(ours.plan(job(optim=optim), known))
+
+    whole, parts = of(1), of(16)
+    assert parts[ENCODER] > whole[ENCODER]
+    assert parts[ENCODER] == pytest.approx(
+        whole[ENCODER] * known.half.share(1024, 256).value / known.half.share(64, 256).value
+    )
+    # Every 64 of 1024 rows have a pass, in parts of 64 as in the whole; without a figure of that, one for each part.
+    assert parts[LOSS] == pytest.approx(whole[LOSS] * (1 if known.loss is not None else 16))
+    assert parts[EXCHANGE] >= whole[EXCHANGE]
