@@ -1,14 +1,14 @@
 """A step in parts, of which one at a time is in memory: batches that are larger than the GPUs.
 
-The batch is that of the whole step, and so are loss, gradient, draws, keys and metrics. Only batch norm sees a part: its
-statistics are of that, and its running statistics move once for each.
+The batch is that of the whole step, and so are loss, gradient, draws, keys and metrics. Only batch norm sees a part:
+its statistics are of that, and its running statistics move once for each.
 
 A method whose loss is a mean over images adds the gradients of its parts, each with the part's share of the loss.
 
 One that compares the images of a step with each other takes two passes, as GradCache does (Gao et al. 2021). The first
 encodes all parts and keeps what comes out, but nothing of what a backward pass would need; the loss of all, and its
-gradient with respect to that, cost little. The second encodes each part again, with that gradient for its backward pass.
-By the chain rule the sum over the parts is the gradient of the loss of the whole, exactly.
+gradient with respect to that, cost little. The second encodes each part again, with that gradient for its backward
+pass. By the chain rule the sum over the parts is the gradient of the loss of the whole, exactly.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def pass_in_parts(forward: Method | DistributedDataParallel, inputs: Inputs, par
         inputs: of the whole step.
 
     Returns:
-        A loss whose gradient, added to those that parameters have by now, is the step's. Metrics and carry of all parts.
+        A loss whose gradient, added to those that parameters have by now, is the step's; metrics and carry of all.
     """
     method = forward.module if isinstance(forward, DistributedDataParallel) else forward
     if method.accumulation == "compare":

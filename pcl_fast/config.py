@@ -407,11 +407,11 @@ def view_of(data: DataConfig) -> View:
 
 
 # What may differ between a run and its continuation: where things lie, what computes them and what is printed, not
-# what is learned. (Which images there are is compared apart.)
+# what is learned. (Which images there are is compared apart.) A step's parts are as many ranks would be, to batch norm.
 _NOT_RECIPE = (
     "preset", "output", "resume_from", "init", "log_every", "data.root", "data.format", "data.loader", "data.workers",
     "data.prefetch", "data.decoder_mib", "data.cache", "data.skip_broken", "loss.backend", "cluster.backend",
-    "evaluation.", "checkpoint.", "strict_kernels", "deterministic", "model.fusion",
+    "evaluation.", "checkpoint.", "strict_kernels", "deterministic", "model.fusion", "optim.accumulate",
 )  # fmt: skip
 
 

@@ -74,7 +74,7 @@ class Learner:
         return {**metrics, FINITE: 1.0 - fault.float()}
 
     def _pass(self, inputs: Inputs) -> Step:
-        """The forward pass; in parts, and with their backward passes but for the last one's, where a step has several."""
+        """The forward pass; where a step has several parts, with the backward passes of all but the last."""
         parts = self.config.optim.accumulate
         return self._forward(inputs) if parts == 1 else pass_in_parts(self._forward, inputs, parts, self._scaled)
 

@@ -64,8 +64,8 @@ def build(config: Config, world: World, images: int) -> Method:
 
 
 def check_method(config: Config) -> None:
-    """Refuse an unknown method, settings of other methods, which would have no effect, and a step in parts if the method
-    cannot divide it.
+    """Refuse an unknown method, settings of other methods, which would have no effect, and a step in parts if the
+    method cannot divide it.
 
     Raises:
         ValueError: names the method's own settings, or the methods.
@@ -74,8 +74,8 @@ def check_method(config: Config) -> None:
     if config.optim.accumulate > 1 and kind.accumulation is None:
         able = sorted(other.name for other in Method.named.values() if other.accumulation is not None)
         raise ValueError(
-            f"--optim.accumulate {config.optim.accumulate}: {kind.name} computes a step as a whole, and not in parts as "
-            f"{', '.join(able)} can; use 1, and a smaller --optim.batch-size than {config.optim.batch_size} if that "
+            f"--optim.accumulate {config.optim.accumulate}: {kind.name} computes a step as a whole, and not in parts, "
+            f"as {', '.join(able)} can; use 1, and a smaller --optim.batch-size than {config.optim.batch_size} if that "
             "does not fit"
         )
     start = PRESETS[config.preset][1] if config.preset in PRESETS else Config()

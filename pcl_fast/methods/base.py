@@ -50,7 +50,7 @@ class Inputs(NamedTuple):
         """Those of so many equal parts of the images, in their order, without a copy."""
         index, *views = (tensor.chunk(parts) for tensor in (self.index, *self.views))
         return [
-            Inputs(views, index, self.drawn, Part(number, self))
+            Inputs(tuple(views), index, self.drawn, Part(number, self))
             for number, (index, *views) in enumerate(zip(index, *views, strict=True))
         ]
 
@@ -244,8 +244,8 @@ class Method(nn.Module):
         return self.compare(join_rows([*inputs.part.others, made]), inputs.part.whole)
 
     def represent(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
-        """What the encoder makes of some images: tensors with a row for each. Asked again it makes the same, and but for
-        batch norm's running statistics it changes nothing.
+        """What the encoder makes of some images: tensors with a row for each. Asked again it makes the same, and but
+        for batch norm's running statistics it changes nothing.
         """
         raise TypeError(f"{type(self).__name__} has no forward pass")
 
@@ -258,8 +258,8 @@ class Method(nn.Module):
         raise TypeError(f"{type(self).__name__} has no forward pass")
 
     def join(self, carries: Sequence[Any]) -> Any:
-        """The Step.carry of a whole step, of those of its parts: by default as tensors, or tuples of tensors, with a row
-        for each image.
+        """The Step.carry of a whole step, of those of its parts: by default as tensors, or tuples of tensors, with a
+        row for each image.
         """
         return join_rows(carries)
 

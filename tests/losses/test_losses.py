@@ -238,6 +238,40 @@ def test_parts_are_what_the_whole_is_made_of(generator):
     torch.testing.assert_close(warm.loss, instance.loss.mean())
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("negatives", [7, None])
+def test_parts_of_a_batch_have_the_losses_of_the_whole(generator, backend, negatives):
+    """Told of the whole batch: prototypes of other parts' rows are columns too, and are not drawn. Gradients with a
+    random upstream.
+    """
+    query = unit(9, generator).float().to(DEVICE)
+    case = fused_case(generator, rows=9) | {"query": query, "num_negatives": negatives, "backend": backend}
+    upstream = torch.randn(9, generator=generator).to(DEVICE)
+
+    def losses(rows: slice, batch: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        given = case | {name: case[name][rows] for name in ("query", "key", "index")}
+        given["query"] = given["query"].detach().requires_grad_()
+        result = pcl_loss(**given, batch=batch)
+        loss = torch.stack([each.loss for each in (result.instance, *result.prototype)])
+        (gradient,) = torch.autograd.grad((loss * upstream[rows]).sum(), given["query"])
+        return loss.detach(), torch.stack([each.correct for each in result.prototype]), gradient
+
+    whole = losses(slice(None), None)
+    parts = [losses(slice(start, start + 3), case["index"]) for start in (0, 3, 6)]
+    for found, expected, dim in zip(zip(*parts, strict=True), whole, (1, 1, 0), strict=True):
+        torch.testing.assert_close(torch.cat(found, dim), expected, rtol=1e-5, atol=1e-6)
+    alone = losses(slice(0, 3), None)[0]
+    assert not torch.allclose(alone[1:], whole[0][1:, :3])
+
+
+def test_a_batch_that_cannot_hold_the_rows_is_refused(generator):
+    case = fused_case(generator) | {"query": unit(6, generator).float().to(DEVICE)}
+    with pytest.raises(
+        ValueError, match=r"batch must be int64 \[B\] with B >= 6, the rows among them, got .*int64 \[5\]"
+    ):
+        pcl_loss(**case, batch=case["index"][:5])
+
+
 def test_a_seed_on_the_device(generator):
     query, case = unit(6, generator).float().to(DEVICE), fused_case(generator)
     on_device = {**case, "seed": torch.tensor(17, device=DEVICE)}

@@ -314,7 +314,7 @@ def observe(world: World, config: Config, stop_after: int | None = None) -> Seen
 
     def watched_update(self, carry, applied):
         after_update(self, carry, applied)
-        seen.steps.append((carry[1].clone(), torch.stack(carry[0].chunk(2))))
+        seen.steps.append((carry[1].clone(), carry[0].transpose(0, 1).clone()))
         if len(seen.steps) == stop_after and world.is_main:
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -62,21 +62,29 @@ def with_gradients_reduced(method: Method) -> DistributedDataParallel:
 
 
 def recipes(ranks: int) -> Iterator[tuple[str, Config]]:
-    """A small recipe of every method; with the batch in one part and in four, where the method divides it, and with
-    keys as features, where it can cluster these.
+    """A small recipe of every method; with batch norm of the whole batch and of its fourths, where the method divides
+    it, with keys as features, where it can cluster these, and with steps in two parts, where it can take these.
     """
     for name in METHODS:
-        for splits, features in ((1, "pass"), (4, "pass"), (1, "keys")):
+        for splits, features, parts in ((1, "pass", 1), (4, "pass", 1), (1, "keys", 1), (1, "pass", 2)):
+            if parts > 1 and method_class(name).accumulation is None:
+                continue
             if splits > 1 and not reads(name, "model.bn_splits"):
                 continue
             if features == "keys" and not reads(name, "cluster.features"):
                 continue
             config = tiny(
-                name, model__dim=16, optim__batch_size=32, model__bn_splits=splits, cluster__features=features
+                name,
+                model__dim=16,
+                optim__batch_size=32,
+                optim__accumulate=parts,
+                model__bn_splits=splits,
+                cluster__features=features,
             )
             check_method(config)
             method_class(name).check(config, IMAGES * ranks, ranks)
-            yield f"{name}, bn_splits {splits}" + ", keys as features" * (features == "keys"), config
+            others = ", keys as features" * (features == "keys") + f", {parts} parts" * (parts > 1)
+            yield f"{name}, bn_splits {splits}{others}", config
 
 
 def batch_of(method: Method, rows: int) -> Batch:
