@@ -15,7 +15,7 @@ from methods.test_every_method import EPOCHS, IMAGES, ROWS, SIGNALLED, STEPS, re
 from ranks import run_ranks
 from steps import batch, part, small_config
 
-from pcl_fast.config import PRESETS, Config, validate
+from pcl_fast.config import PRESETS, Config, recipe_differences, to_dict, validate
 from pcl_fast.data import normalise
 from pcl_fast.distributed import World, shard_bounds
 from pcl_fast.learner import FINITE, Learner
@@ -246,6 +246,11 @@ def test_a_run_stopped_within_an_epoch_goes_on_bit_for_bit(name, image_folder, t
     same_state(whole, stopped)
     same_rows(whole, stopped)
     same(load_checkpoint(whole)["ranks"], load_checkpoint(stopped)["ranks"], "ranks")
+
+
+def test_a_run_may_go_on_in_other_parts():
+    before, now = (to_dict(with_parts("simclr", parts)) for parts in (1, 4))
+    assert recipe_differences(before, now) == []
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
