@@ -65,6 +65,8 @@ AUGMENTATIONS: dict[str, View] = {
     "no_blur": View(jitter=(0.4, 0.4, 0.4, 0.1), jitter_share=0.8, grey_share=0.2, flip_share=0.5),
     # SimCLR's (Chen et al. 2020, appendix A), with its crops of 0.08 to 1 of the image (--data.min-crop-area).
     "simclr": View(jitter=(0.8, 0.8, 0.8, 0.2), jitter_share=0.8, grey_share=0.2, blur_share=0.5, flip_share=0.5),
+    # BYOL's (Grill et al. 2020, appendix), with crops of 0.08 to 1. BYOL draws its second view otherwise, see there.
+    "byol": View(jitter=(0.4, 0.4, 0.2, 0.1), jitter_share=0.8, grey_share=0.2, blur_share=1.0, flip_share=0.5),
     # What classifiers are trained on, with crops of 0.08 to 1 of the image.
     "crop": View(min_area=0.08, flip_share=0.5),
     # For grey handwriting that fills its image, where colour means nothing and a flip or a crop changes the class.

@@ -37,8 +37,8 @@ class DataConfig:
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     """What decodes and crops; auto is DALI wherever it can be imported."""
     views: _Augmentation = "v1"
-    """Augmentation: the paper's v1 or v2 (adds blur), v2 without blur for small images, SimCLR's, crop and flip alone,
-    or one for handwritten digits."""
+    """Augmentation: the paper's v1 or v2 (adds blur), v2 without blur for small images, SimCLR's, BYOL's, crop and flip
+    alone, or one for handwritten digits."""
     size: int = 224
     """Side of the crops, in pixels."""
     sizes: Stages = ()
@@ -87,13 +87,16 @@ class ModelConfig:
     timm's networks (timm/convnext_tiny, ...)."""
     small_stem: bool = False
     """3x3 stem without pooling, for images of 64 px and less (torchvision ResNets only)."""
-    head: Literal["linear", "mlp", "mlp_bn", "mlp_inner_bn"] = "linear"
+    head: Literal["linear", "mlp", "mlp_bn", "mlp_inner_bn", "mlp_unbiased_bn"] = "linear"
     """Projection to the features: one linear layer; two with a ReLU between; or these with batch norm after each; or
-    after the first alone."""
+    after the first alone; or so and without biases."""
+    hidden: int | None = None
+    """Width between the two layers of such a head. None: that of the backbone's features."""
     dim: int = 128
     """Length of the unit features."""
     momentum: float = 0.999
-    """Share of itself that the momentum encoder keeps at each step."""
+    """Share of itself that the momentum encoder keeps at each step. BYOL's grows from this to 1 in the course of the
+    run."""
     queue_size: int = 16384
     """Number of momentum keys kept as negatives for InfoNCE."""
     bank_momentum: float = 0.5
@@ -109,7 +112,7 @@ class ModelConfig:
     by torch.compile. auto: what is fastest on the run's GPUs, timed at its start; on a CPU and with deterministic
     eager."""
     sync_bn: bool = False
-    """Batch norm takes its statistics from all ranks' batches together, for methods that have no momentum encoder."""
+    """Batch norm takes its statistics from all ranks' batches together, for methods that shuffle no keys."""
 
 
 @dataclass(frozen=True)
@@ -372,6 +375,15 @@ _SWAV = _derive(
     model={"head": "mlp_inner_bn"},
     optim={"optimizer": "larc", "lr": 0.6, "final_share": 0.001, "warmup_epochs": 0},
 )
+# The recipe of 1000 epochs with 200: its learning rate is 0.2 for a batch of 256, and is not scaled.
+_BYOL = _derive(
+    _SIMCLR,
+    "byol",
+    method="byol",
+    data={"views": "byol"},
+    model={"head": "mlp_unbiased_bn", "hidden": 4096, "dim": 256, "momentum": 0.996},
+    optim={"lr": 0.2, "weight_decay": 1.5e-6},
+)
 _DEMO = _derive(
     _PCL_V1,
     "demo",
@@ -395,6 +407,7 @@ PRESETS: dict[str, tuple[str, Config]] = {
     "siamese_pcl": ("Siamese PCL: SimCLR, and pairs of images within and across clusters.", _SIAMESE_PCL),
     "deepcluster_v2": ("DeepCluster-v2: pseudo-labels by spherical k-means of the last epoch.", _DEEPCLUSTER_V2),
     "swav": ("SwAV with a batch of 256: a crop predicts the codes of others, multi-crop, LARC.", _SWAV),
+    "byol": ("BYOL with a batch of 256: a view predicts the other's target, and nothing is contrasted.", _BYOL),
     "pcl_v2_fast": ("PCL v2 in less time, not quite the paper: small crops at first, clusters of keys.", _PCL_V2_FAST),
     "imagenet100": ("PCL v2 with a ResNet-18, for some 100,000 photographs.", _IMAGENET100),
     "cifar": ("PCL on 32 px: MoCo's recipe for CIFAR-10, ResNet-18 with a small stem.", _CIFAR),
@@ -536,6 +549,7 @@ def validate(config: Config) -> None:
         "--data.prefetch": config.data.prefetch,
         "--data.decoder-mib": config.data.decoder_mib,
         "--swav.small-size": config.swav.small_size,
+        "--model.hidden": config.model.hidden,
     }
     for flag, value in optional.items():
         if value is not None and value < 1:
@@ -574,6 +588,11 @@ def validate(config: Config) -> None:
     if not 0 <= config.optim.final_share <= 1:
         raise ValueError(
             f"--optim.final-share is a share of the learning rate from 0 to 1, got {config.optim.final_share}"
+        )
+    if config.model.hidden is not None and config.model.head == "linear":
+        raise ValueError(
+            f"--model.hidden {config.model.hidden} is the width between two layers, and --model.head linear has one; "
+            "choose another head, or leave --model.hidden out"
         )
     if not 0 <= config.optim.momentum < 1:
         raise ValueError(f"--optim.momentum is a share in [0, 1), got {config.optim.momentum}")

@@ -1,5 +1,6 @@
 """The losses that users call."""
 
+from pcl_fast.losses.byol import byol
 from pcl_fast.losses.contrast import (
     ContrastResult,
     ProtoNCEResult,
@@ -20,6 +21,7 @@ __all__ = [
     "ContrastResult",
     "ProtoNCEResult",
     "SiameseResult",
+    "byol",
     "estimate_log_partition",
     "info_nce",
     "nce",

@@ -22,6 +22,7 @@ from pcl_fast.distributed import World, all_gather_rows
 from pcl_fast.fitting import automatic_ks
 from pcl_fast.losses import ProtoNCEResult, pcl_loss
 from pcl_fast.methods.base import FeatureSpec, Inputs, Method, Metric, Step
+from pcl_fast.methods.collapse import COLLAPSED, spread
 from pcl_fast.nn.bank import KeyBank
 from pcl_fast.nn.batch_norm import has_batch_norm
 from pcl_fast.nn.encoder import Encoder
@@ -32,8 +33,6 @@ from pcl_fast.nn.shuffle import BatchShuffle
 from pcl_fast.schedule import clusters_before, part_batch
 from pcl_fast.seeds import Purpose, mix_seeds
 
-# Of unit features: with less spread (see _spread) than this they are all alike. A new ResNet has 0.04 to 0.25.
-_COLLAPSED = 0.01
 # Multiples of the time, in steps, in which the momentum encoder forgets what it was; before that it tells little.
 _PATIENCE = 5
 _LOSS, _ACCURACY = "loss", "accuracy against the negatives, %"
@@ -131,11 +130,11 @@ class PCL(Method, name="pcl"):
     def warning(self, means: dict[str, float], step: int) -> str | None:
         """A collapse: the momentum encoder makes the same of all images."""
         model, optim = self.config.model, self.config.optim
-        spread = means.get("key_spread", 1.0)
-        if spread >= _COLLAPSED or step * (1 - model.momentum) < _PATIENCE:
+        key_spread = means.get("key_spread", 1.0)
+        if key_spread >= COLLAPSED or step * (1 - model.momentum) < _PATIENCE:
             return None
         return (
-            f"the momentum features of different images are nearly the same (cosine similarity {1 - spread:.3f} on "
+            f"the momentum features of different images are nearly the same (cosine similarity {1 - key_spread:.3f} on "
             "average): they have collapsed, and the clusters mean nothing. If the images do differ, start again with "
             f"a lower learning rate (--optim.lr {optim.lr:g}) or a warm-up (--optim.warmup-epochs "
             f"{optim.warmup_epochs}), less weight decay (--optim.weight-decay {optim.weight_decay:g}) or a slower "
@@ -261,12 +260,9 @@ def _unshuffled(config: Config, world: World) -> BatchShuffle:
 
 
 def _spread(key: torch.Tensor) -> dict[str, torch.Tensor]:
-    """How far the keys [N, dim] of a batch are apart: 1 less the mean cosine similarity of two of them."""
-    rows = len(key)
-    if rows < 2:
-        return {}
-    similarities = key.float().sum(0).square().sum() - rows  # of all ordered pairs
-    return {"key_spread": 1 - similarities / (rows * (rows - 1))}
+    """Of the keys [N, dim] of a batch, if it has two."""
+    found = spread(key)
+    return {} if found is None else {"key_spread": found}
 
 
 def _metrics(result: ProtoNCEResult) -> dict[str, torch.Tensor]:

@@ -30,15 +30,17 @@ class Encoder(nn.Module):
         super().__init__()
         self.backbone, width = build_backbone(config)
         self.width = width
+        hidden = width if config.hidden is None else config.hidden
         if config.head == "mlp":
-            self.head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, config.dim))
+            self.head = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, config.dim))
         elif config.head == "mlp_bn":
             # No biases before batch norm, which would take them away.
-            layers = nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()
-            self.head = nn.Sequential(*layers, nn.Linear(width, config.dim, bias=False), nn.BatchNorm1d(config.dim))
+            layers = nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()
+            self.head = nn.Sequential(*layers, nn.Linear(hidden, config.dim, bias=False), nn.BatchNorm1d(config.dim))
         elif config.head == "mlp_inner_bn":
-            layers = nn.Linear(width, width, bias=False), nn.BatchNorm1d(width), nn.ReLU()
-            self.head = nn.Sequential(*layers, nn.Linear(width, config.dim))
+            self.head = mlp_inner_bn(width, hidden, config.dim)
+        elif config.head == "mlp_unbiased_bn":
+            self.head = mlp_inner_bn(width, hidden, config.dim, bias=False)
         else:
             self.head = nn.Linear(width, config.dim)
         if config.bn_splits > 1:
@@ -56,6 +58,23 @@ class Encoder(nn.Module):
         pooled = self.backbone(images)
         # In float32 even under autocast: half precision would leave |q| off by 1e-3, times 1/tau in every logit.
         return pooled, F.normalize(self.head(pooled).float(), dim=1)
+
+
+    def projected(self, images: torch.Tensor) -> torch.Tensor:
+        """What the head makes of the images, [N, dim] in the precision of its products, not yet unit features.
+
+        What torch.compile has made of `forward` is not used here.
+        """
+        return self.head(self.backbone(images))
+
+
+def mlp_inner_bn(width: int, hidden: int, dim: int, *, bias: bool = True) -> nn.Sequential:
+    """Return two linear layers, [N, width] -> [N, hidden] -> [N, dim], with batch norm and a ReLU between them.
+
+    bias: of the second layer; the first has none, which batch norm would take away.
+    """
+    layers = nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU()
+    return nn.Sequential(*layers, nn.Linear(hidden, dim, bias=bias))
 
 
 class Pooled(nn.Module):
