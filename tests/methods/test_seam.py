@@ -106,7 +106,9 @@ def test_a_setting_is_not_taken_for_one_that_begins_like_it(monkeypatch):
 
     config = replace(PRESETS["pcl_v1"][1], method="later")
     check_method(config)
-    with pytest.raises(ValueError, match=r"--model\.momentum is a setting of pcl, and this run's method is later"):
+    with pytest.raises(
+        ValueError, match=r"--model\.momentum is a setting of byol, pcl, and this run's method is later"
+    ):
         check_method(replace(config, model=replace(config.model, momentum=0.5)))
 
 

@@ -12,7 +12,7 @@ from pcl_fast.nn.momentum import MovingAverage, momentum_copy
 from pcl_fast.nn.queue import KeyQueue
 
 
-@pytest.mark.parametrize("head", ["linear", "mlp", "mlp_bn", "mlp_inner_bn"])
+@pytest.mark.parametrize("head", ["linear", "mlp", "mlp_bn", "mlp_inner_bn", "mlp_unbiased_bn"])
 @pytest.mark.parametrize(("arch", "small_stem"), [("resnet18", False), ("resnet18", True), ("cifar_resnet8", False)])
 def test_features_are_unit_vectors(arch, small_stem, head):
     encoder = Encoder(ModelConfig(arch=arch, small_stem=small_stem, head=head, dim=40))
