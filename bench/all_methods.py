@@ -8,9 +8,9 @@ same command, and more seeds are added by a larger --seeds. The record is <out>/
 preset the median over the seeds of the run's time (median_ms), means of the scores, and the seeds one by one. Presets
 that are not asked for keep what the record has of them.
 
-Scores are of the encoder that represents the images (the momentum encoder, where there is one): AMI and leave-one-out
-kNN of its 128 features and of its backbone's; and, of the query encoder's backbone, a linear classifier from 4,000
-labels and SVMs from 1 and 8 labels of a class, in percent of 1,000 test digits.
+Scores are of the encoder that represents the images (of methods that cluster a momentum encoder's features, that one):
+AMI and leave-one-out kNN of its 128 features and of its backbone's; and, of the query encoder's backbone, a linear
+classifier from 4,000 labels and SVMs from 1 and 8 labels of a class, in percent of 1,000 test digits.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from pcl_fast.methods import method_class
 from pcl_fast.pretrained import read_pretrained
 
 # One of each method, and both of PCL's and MoCo's newest recipes.
-METHODS = ("pcl_v2", "moco_v2", "simclr", "siamese_pcl", "deepcluster_v2", "instdisc", "swav")
+METHODS = ("pcl_v2", "moco_v2", "simclr", "siamese_pcl", "deepcluster_v2", "instdisc", "swav", "byol")
 SHOWN_SHOTS = (1, 8)
 SCORES = {
     "ami_10": "AMI, k = 10",
@@ -83,8 +83,7 @@ def measure(preset: str, seed: int, runs: Path, data: Digits) -> dict[str, float
     config, output = replace(demo.small(preset), seed=seed), runs / f"{preset}-{seed}"
     demo.train(config, output, data.folder)
     views = torch.cat(list(clustering_loader(data.images, config.data, batch_size=500, world=_CPU)))
-    represents = "momentum" if "momentum" in encoders_of(preset) else "query"
-    backbone, features = demo.encoded(read_pretrained(output, represents), views)
+    backbone, features = demo.encoded(read_pretrained(output, representing(preset)), views)
     of_features, of_backbone = demo.score(features, data.labels), demo.score(backbone, data.labels)
     learned, _ = demo.encoded(read_pretrained(output, "query"), views)
     linear, low_shot = score_features(learned[~data.tested], learned[data.tested], data.labelled)
@@ -97,9 +96,10 @@ def measure(preset: str, seed: int, runs: Path, data: Digits) -> dict[str, float
     }
 
 
-def encoders_of(preset: str) -> set[str]:
+def representing(preset: str) -> str:
+    """Return the name of the encoder that represents the images."""
     config = demo.small(preset)
-    return set(method_class(config.method)(config, _CPU, 5000).encoders())
+    return method_class(config.method)(config, _CPU, 5000).features().encoder
 
 
 def figures(seeds: Sequence[dict[str, float]]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ def byol(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         target: z, [N, d] likewise, of the same dtype. They are constants: no gradient goes through them.
 
     Returns:
-        [N], from 0 to 4. Differentiable in prediction; rows never mix.
+        [N], from 0 to 4. Differentiable in prediction; rows never mix. A prediction of zeros has no direction: its loss
+        is 1, and its gradient 0.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit.
@@ -25,7 +26,10 @@ def byol(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     _check(prediction, target)
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     with torch.autocast(prediction.device.type, enabled=False):
-        unit = F.normalize(prediction.to(dtype), dim=1)
+        prediction = prediction.to(dtype)
+        length = prediction.norm(dim=1, keepdim=True)
+        # All of a predictor's ReLUs may be off. F.normalize would send a gradient of 1e12 to such a row.
+        unit = prediction / length.masked_fill(length == 0, torch.inf)
         # As a sum of squares: 2 - 2 cos would cancel where they agree, and be negative of some rows.
         return (unit - F.normalize(target.detach().to(dtype), dim=1)).square().sum(1)
 

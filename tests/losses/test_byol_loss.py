@@ -74,6 +74,16 @@ def test_rows_that_nearly_agree_keep_their_digits():
     assert found[0].tolist() == pytest.approx([-4e-11, 2 * 1e-5 / 5], rel=1e-2, abs=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_row_of_zeros_has_no_gradient(dtype):
+    prediction, target = (part.to(dtype) for part in rows(3))
+    prediction[1] = 0
+    assert byol(prediction, target)[1].item() == pytest.approx(1, abs=1e-3)
+    found = gradient(byol, prediction, target, torch.ones(3))
+    assert found.isfinite().all()
+    assert found.any(1).tolist() == [True, False, True]
+
+
 def test_targets_are_constants():
     prediction, target = (part.requires_grad_() for part in rows(5))
     byol(prediction, target).sum().backward()
