@@ -190,6 +190,8 @@ def test_a_resize_that_hides_most_of_every_image_is_doubted():
         ("data", "min_crop_area", 0.0, "--data.min-crop-area"),
         ("data", "resize", 100, "--data.resize 100 is smaller than the crop, --data.size 224"),
         ("model", "bn_splits", 0, "--model.bn-splits must be positive, got 0"),
+        ("model", "hidden", 0, "--model.hidden must be positive, got 0"),
+        ("model", "hidden", 64, "--model.hidden 64 is the width between two layers, and --model.head linear has one"),
         ("cluster", "ks", (5, 0), "--cluster.ks"),
         ("cluster", "alpha", 0.0, "--cluster.alpha"),
         ("cluster", "warmup_epochs", -1, "--cluster.warmup-epochs must not be negative, got -1"),

@@ -153,11 +153,14 @@ class Method(nn.Module):
         "compare": the loss compares the images of the step with each other, by what an encoder makes of each: instead
             of `forward` there are `represent` and `compare`.
         None: not at all, which is refused in words.
+    knows_its_end: whether its steps depend on how many the run will have, by a schedule other than the learning rate's.
+        A run that has begun is then not made longer but by --resume-from.
     """
 
     metrics: ClassVar[dict[str, Metric]]
     settings: ClassVar[tuple[str, ...]] = ()
     accumulation: ClassVar[Literal["mean", "compare"] | None] = None
+    knows_its_end: ClassVar[bool] = False
     named: ClassVar[dict[str, type[Method]]] = {}
     unfused_layers: Collection[str] | None = None
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pcl_fast.config import Config, optim_config, recipe_differences, to_dict
+from pcl_fast.methods import method_class
 from pcl_fast.optim import learning_rate
 
 # What `--resume-from` may change: how fast and how far a run goes on, not what it has learned so far.
@@ -18,7 +19,7 @@ _MAY_CHANGE = (
 
 def check_same_run(state: dict[str, Any], config: Config, fingerprint: str) -> list[str]:
     """Refuse another run's checkpoint in config.output. The number of epochs may change where the learning rates so far
-    would have been the same.
+    would have been the same, and what the method has of its own that depends on it.
 
     Returns:
         Lines for the log about what has changed.
@@ -31,6 +32,7 @@ def check_same_run(state: dict[str, Any], config: Config, fingerprint: str) -> l
     if [line.partition(":")[0] for line in differences] == ["epochs"]:
         _check_length(config.output, config.epochs, state["epoch"] + (state["step"] > 0))
         _check_rates(state, config)
+        _check_method_s_schedule(state, config)
         return differences
     if differences:
         raise ValueError(
@@ -88,10 +90,28 @@ def _check_rates(state: dict[str, Any], config: Config) -> None:
         if before != now:
             raise ValueError(
                 f"the {config.optim.schedule} schedule of {config.epochs} epochs is not that of {saved}: in epoch "
-                f"{epoch + 1} {place} had a learning rate of {before:.6g}, and would have had {now:.6g}. Go back to "
-                f"--epochs {saved}, train anew in another --output, or accept the jump: --resume-from "
-                f"{place / 'checkpoint.pt'} --output NEW --epochs {config.epochs}"
+                f"{epoch + 1} {place} had a learning rate of {before:.6g}, and would have had {now:.6g}. "
+                + _ways_out(saved, config)
             )
+
+
+def _check_method_s_schedule(state: dict[str, Any], config: Config) -> None:
+    """Refuse another number of epochs if the method's own schedule depends on it, and a step is done."""
+    saved, has_begun = state["config"]["epochs"], state["epoch"] or state["step"]
+    if has_begun and method_class(config.method).knows_its_end:
+        raise ValueError(
+            f"the steps of {config.method} depend on the run's length, as its momentum does: those that "
+            f"{config.output} has done would have been others with --epochs {config.epochs}. "
+            + _ways_out(saved, config)
+        )
+
+
+def _ways_out(saved: int, config: Config) -> str:
+    """saved: number of epochs of the run that is there."""
+    return (
+        f"Go back to --epochs {saved}, train anew in another --output, or accept the jump: --resume-from "
+        f"{config.output / 'checkpoint.pt'} --output NEW --epochs {config.epochs}"
+    )
 
 
 def _differences(state: dict[str, Any], config: Config, fingerprint: str) -> list[str]:

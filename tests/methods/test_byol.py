@@ -19,7 +19,7 @@ from steps import batch, part, same
 
 import pcl_fast.methods.byol
 from pcl_fast.augmentations import View
-from pcl_fast.config import PRESETS, Config, with_settings
+from pcl_fast.config import PRESETS, Config, to_dict, with_settings
 from pcl_fast.data import normalise
 from pcl_fast.demo import small
 from pcl_fast.distributed import World, shard_bounds
@@ -30,6 +30,7 @@ from pcl_fast.nn.batch_norm import batch_norm_buffers
 from pcl_fast.pretrained import read_pretrained
 from pcl_fast.pretrained.beginning import begin_with
 from pcl_fast.run.checkpoint import load_checkpoint
+from pcl_fast.run.continuing import check_same_run, check_taken_up
 from pcl_fast.run.metrics import read_rows
 from pcl_fast.train import run
 
@@ -261,6 +262,21 @@ def test_images_by_themselves_are_refused(sync_bn, size, ranks, least):
     ):
         method_class("byol").check(config, 100, ranks)
     method_class("byol").check(tiny(model__sync_bn=True, optim__batch_size=2), 100, 2)
+
+
+def test_a_run_that_has_begun_is_not_made_longer_but_by_accepting_the_jump(tmp_path):
+    """Not even where its learning rates would be the same: its momentum would have been another."""
+    config = tiny(output=tmp_path, optim__schedule="step", optim__milestones=())
+    longer = replace(config, epochs=2 * EPOCHS)
+    state = {"config": to_dict(config), "data": "images", "epoch": 0, "step": 0}
+    assert check_same_run(state, longer, "images") == [f"epochs: {EPOCHS} -> {2 * EPOCHS}"]
+    with pytest.raises(
+        ValueError, match=r"byol depend on the run's length.*--epochs 8\. Go back to --epochs 4"
+    ) as said:
+        check_same_run({**state, "step": 1}, longer, "images")
+    assert f"--resume-from {tmp_path / 'checkpoint.pt'} --output NEW --epochs 8" in str(said.value)
+    taken_up = replace(longer, resume_from=tmp_path, output=tmp_path / "new")
+    assert check_taken_up({**state, "step": 1}, taken_up, "images")[1:] == [f"epochs: {EPOCHS} -> {2 * EPOCHS}"]
 
 
 @pytest.mark.parametrize(
