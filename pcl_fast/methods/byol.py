@@ -1,7 +1,7 @@
 """BYOL (Grill et al., NeurIPS 2020): what a momentum encoder makes of one view is predicted from the other view.
 
-Nothing is contrasted, so that there are neither negatives nor a queue; there are a predictor, which the momentum encoder
-has not, and a momentum that grows to 1. The recipe is that of a batch of 256 and 200 epochs; see docs/methods.md.
+Nothing is contrasted: there are neither negatives nor a queue, but a predictor, which the momentum encoder has not, and
+a momentum that grows to 1. The recipe is that of a batch of 256 and 200 epochs; see docs/methods.md.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class BYOL(Method, name="byol"):
         return {
             "model.dim": 128,
             "model.hidden": 256,
-            "model.momentum": 0.99,
+            "model.momentum": 0.97,
             "optim.lr": 3.0,
             "optim.warmup_epochs": 2,
         }
@@ -94,8 +94,8 @@ class BYOL(Method, name="byol"):
             return None
         model, optim = self.config.model, self.config.optim
         return (
-            f"the features of different images are nearly the same (cosine similarity {1 - found:.3f} on average): they "
-            "have collapsed, and the low loss means nothing. If the images do differ, start again with a lower "
+            f"the features of different images are nearly the same (cosine similarity {1 - found:.3f} on average): "
+            "they have collapsed, and a low loss means nothing. If the images do differ, start again with a lower "
             f"learning rate (--optim.lr {optim.lr:g}), less weight decay (--optim.weight-decay {optim.weight_decay:g}) "
             f"or a slower momentum encoder (--model.momentum {model.momentum:g}, nearer to 1)"
         )

@@ -100,9 +100,8 @@ def _check_method_s_schedule(state: dict[str, Any], config: Config) -> None:
     saved, has_begun = state["config"]["epochs"], state["epoch"] or state["step"]
     if has_begun and method_class(config.method).knows_its_end:
         raise ValueError(
-            f"the steps of {config.method} depend on the run's length, as its momentum does: those that "
-            f"{config.output} has done would have been others with --epochs {config.epochs}. "
-            + _ways_out(saved, config)
+            f"what a step of {config.method} does depends on the run's length: those that {config.output} has done "
+            f"would have been others with --epochs {config.epochs}. " + _ways_out(saved, config)
         )
 
 
