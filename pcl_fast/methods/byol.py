@@ -69,8 +69,8 @@ class BYOL(Method, name="byol"):
         return {
             "model.dim": 128,
             "model.hidden": 256,
-            "model.momentum": 0.97,
-            "optim.lr": 3.0,
+            "model.momentum": 0.9,
+            "optim.lr": 6.0,
             "optim.warmup_epochs": 2,
         }
 

@@ -249,7 +249,7 @@ def test_a_collapse_is_said(alone):
     assert method.warning({}, 10) is None
     text = method.warning({"feature_spread": 0.001}, 10)
     assert "(cosine similarity 0.999 on average): they have collapsed" in text
-    for flag in ("--optim.lr ", "--optim.weight-decay 1.5e-06", "--model.momentum 0.97"):
+    for flag in ("--optim.lr ", "--optim.weight-decay 1.5e-06", "--model.momentum 0.9"):
         assert flag in text
 
 
