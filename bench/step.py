@@ -17,9 +17,11 @@ the device. With the loader on, photographs come from the official code's transf
 from our loader (ours and encoder-only).
 
 The other methods, each by its preset, have a case with the loader off, and the providers encoder-only and ours.
-Encoder-only is there a pass of all views of a batch, one for each of their sizes, and its backward pass, for none of
-them has a momentum encoder. SwAV has a case without its small crops, too. Steps are those of the midst of a run: SwAV's
-prototypes are no longer frozen, and its queue is in use.
+Encoder-only is there a pass of all views of a batch, one for each of their sizes, and its backward pass; and where
+there is a momentum encoder (in BYOL), a pass of that over all views too. Steps are those of the midst of a run: SwAV's
+prototypes are no longer frozen, and its queue is in use. SwAV has a case without its small crops, too, and SimCLR one
+with a batch that is larger than the device, computed in parts (--optim.accumulate): encoder-only takes their passes one
+after another, ours encodes all of them twice, as the loss needs what all are before any has a gradient.
 
 Every round of a provider follows one of encoder-only, so that both see the machine in the same state. A provider's
 share of encoder-only's speed is the median of the rounds' ratios, and times_official is the ratio of two shares.
@@ -78,22 +80,28 @@ class Case(NamedTuple):
     loader: str  # "off" or "on"
     method: str = "pcl"
     small_crops: int | None = None  # None: as many as the preset has
+    parts: int = 1  # --optim.accumulate
 
     def __str__(self) -> str:
-        config, name = self.config, "" if self.has_twin else f"{self.method}, "
+        config, name = self.config, "" if self.is_pcl else f"{self.method}, "
         name += "" if self.small_crops is None else f"small crops {self.small_crops}, "
-        return f"{name}{config.model.arch}, {config.data.size} px, batch {self.batch}, loader {self.loader}"
+        batch = f"batch {self.batch}" + (f" in {self.parts} parts" if self.parts > 1 else "")
+        return f"{name}{config.model.arch}, {config.data.size} px, {batch}, loader {self.loader}"
 
     @property
     def config(self) -> Config:
-        if self.has_twin:
+        if self.is_pcl:
             return recipe.step_recipe(self.batch)
-        config = recipe.method_recipe(self.method, self.batch)
-        return config if self.small_crops is None else with_settings(config, {"swav.small_crops": self.small_crops})
+        settings = {"optim.accumulate": self.parts}
+        if self.small_crops is not None:
+            settings["swav.small_crops"] = self.small_crops
+        return with_settings(recipe.method_recipe(self.method, self.batch), settings)
 
     @property
-    def has_twin(self) -> bool:
-        """Return whether there is a momentum encoder, which makes keys of the other view: in PCL alone."""
+    def is_pcl(self) -> bool:
+        """Return whether each network encodes a view of its own, the query or the key; in all other methods each
+        encodes all views.
+        """
         return self.method == "pcl"
 
     @property
@@ -101,6 +109,8 @@ class Case(NamedTuple):
         """Return the steps of a round; with a loader so many that batches made in advance count for little."""
         if self.loader == "on":
             return 32 if device.CUDA else 512 // self.batch
+        if self.parts > 1:
+            return 1
         return 8 if device.CUDA else 256 // self.batch
 
     @property
@@ -117,9 +127,10 @@ class Case(NamedTuple):
             "size": config.data.size,
             **({"views": [view.size for view in views_of(self)]} if len(by_size(views_of(self))) > 1 else {}),
             "batch": self.batch,
+            **({"parts": self.parts} if self.parts > 1 else {}),
             "loader": self.loader,
             "ranks": 1,
-            **({"queue": config.model.queue_size} if self.has_twin else {}),
+            **({"queue": config.model.queue_size} if self.is_pcl else {}),
             "ks": list(config.cluster.ks),
             "negatives": config.loss.num_negatives,
             "parameters": parameters,
@@ -133,9 +144,17 @@ class Case(NamedTuple):
 @functools.cache
 def views_of(case: Case) -> tuple[View, ...]:
     """Return the views of an image that a step has."""
-    if case.has_twin:
-        return (view_of(case.config.data),) * 2
-    return build(case.config, recipe.WORLD, recipe.CLUSTERED).views
+    return (view_of(case.config.data),) * 2 if case.is_pcl else method_of(case).views
+
+
+def has_twin(case: Case) -> bool:
+    """Return whether there is a momentum encoder."""
+    return case.is_pcl or "momentum" in method_of(case).encoders()
+
+
+@functools.cache
+def method_of(case: Case) -> Method:
+    return build(case.config, recipe.WORLD, recipe.CLUSTERED)
 
 
 def by_size(views: tuple[View, ...]) -> dict[int, list[int]]:
@@ -149,16 +168,16 @@ def by_size(views: tuple[View, ...]) -> dict[int, list[int]]:
 @functools.cache
 def count_work(case: Case) -> tuple[int, int]:
     """Return (floating point operations of encoder-only's step, parameters of one encoder)."""
-    views = views_of(case)[:1] if case.has_twin else views_of(case)
+    views = views_of(case)[:1] if case.is_pcl else views_of(case)
     with torch.device("meta"):
         encoder = Encoder(case.config.model)
         passes = [torch.empty(case.batch * len(places), 3, size, size) for size, places in by_size(views).items()]
     with FlopCounterMode(display=False) as counter:
         for images in passes:
             encoder(images).sum().backward()
-        if case.has_twin:
-            with torch.no_grad():
-                encoder(passes[0])
+            if has_twin(case):
+                with torch.no_grad():
+                    encoder(images)
     return counter.get_total_flops(), sum(parameter.numel() for parameter in encoder.parameters())
 
 
@@ -225,29 +244,30 @@ def encoder_only(case: Case, way: str = fusion.WAYS[0], *, graph: bool = False) 
     use(way, encoder, key_encoder)
     batches, ahead = our_batches(case)
 
-    # With a twin the first view is the query's and the second the key's; else all views of one size are a pass.
-    passes = [[0]] if case.has_twin else list(by_size(views_of(case)).values())
-    keys = [1] if case.has_twin else []
+    # Of PCL the first view is the query's and the second the key's; else all views of one size are a pass.
+    passes = [[0]] if case.is_pcl else list(by_size(views_of(case)).values())
+    keys = [[1]] if case.is_pcl else passes if has_twin(case) else []
 
-    def prepared(batch: Batch) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        def images(places: list[int]) -> torch.Tensor:
-            views = [batch.views[place] for place in places]
-            return normalise(views[0] if len(views) == 1 else torch.cat(views), dtype)
+    def images(views: tuple[torch.Tensor, ...], places: list[int]) -> torch.Tensor:
+        return normalise(views[places[0]] if len(places) == 1 else torch.cat([views[place] for place in places]), dtype)
 
-        return [images(places) for places in passes], [images([place]) for place in keys]
+    def prepared(batch: Batch) -> list[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Return what the encoder and the momentum encoder encode of every part of a batch."""
+        parts = zip(*(view.chunk(case.parts) for view in batch.views), strict=True)
+        return [tuple([images(views, places) for places in whose] for whose in (passes, keys)) for views in parts]
 
-    prepared_batches = itertools.repeat(prepared(next(batches))) if case.loader == "off" else map(prepared, batches)
-    rows = case.batch * sum(map(len, passes))
+    batches = itertools.repeat(prepared(next(batches))) if case.loader == "off" else map(prepared, batches)
+    rows = case.batch // case.parts * sum(map(len, passes))
     upstream = torch.randn(rows, config.model.dim, device=DEVICE)
 
     def step() -> None:
-        query_views, key_views = next(prepared_batches)
-        for key_view in key_views:
+        for queries, others in next(batches):
             with torch.no_grad(), autocast(DEVICE):
-                key_encoder(key_view)
-        with autocast(DEVICE):
-            queries = [encoder(view) for view in query_views]
-        (queries[0] if len(queries) == 1 else torch.cat(queries)).backward(upstream)
+                for images in others:
+                    key_encoder(images)
+            with autocast(DEVICE):
+                features = torch.cat([encoder(images) for images in queries])
+            features.backward(upstream)
         encoder.zero_grad(set_to_none=True)
 
     return Runner(captured(step) if graph else step, ahead)
@@ -255,7 +275,7 @@ def encoder_only(case: Case, way: str = fusion.WAYS[0], *, graph: bool = False) 
 
 def ours(case: Case, way: str = fusion.WAYS[0], *, graph: bool = False) -> Runner:
     batches, ahead = our_batches(case)
-    learner = recipe.ready_learner(case.config) if case.has_twin else recipe.ready_method(case.config)
+    learner = recipe.ready_learner(case.config) if case.is_pcl else recipe.ready_method(case.config)
     use(way, *learner.method.encoders().values())
     numbers = itertools.count(midst(case))
     if not graph:
@@ -306,6 +326,9 @@ OFF = [case for case in CASES if case.loader == "off"]
 RUNS = [(case, provider) for case in CASES for provider in PLAIN]
 OTHERS = [Case(BATCHES[0], "off", name) for name in sorted(Method.named) if name != "pcl"]
 OTHERS.append(Case(BATCHES[0], "off", "swav", small_crops=0))
+# What a step of SimCLR's published batch takes where only a part of it fits: here on one device, or in small on a CPU.
+LARGE = Case(4096, "off", "simclr", parts=32) if device.CUDA else Case(256, "off", "simclr", parts=4)
+OTHERS.append(LARGE)
 RUNS += [(case, provider) for case in OTHERS for provider in (REFERENCE, "ours")]
 if device.CUDA:
     RUNS += [(case, provider) for provider in PROVIDERS if provider not in PLAIN for case in OFF]

@@ -6,6 +6,7 @@ a momentum that grows to 1. The recipe is that of a batch of 256 and 200 epochs;
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -38,6 +39,7 @@ class BYOL(Method, name="byol"):
     }
     settings = ("model.momentum", "model.sync_bn")
     knows_its_end = True
+    accumulation = "mean"
 
     def __init__(self, config: Config, world: World, images: int):
         """
@@ -118,6 +120,10 @@ class BYOL(Method, name="byol"):
     def _predict(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         projection = self.encoder.projected(images)
         return projection.detach(), self.predictor(projection)
+
+    def join(self, carries: Sequence[torch.Tensor | int]) -> torch.Tensor | int:
+        """All parts have the step's number."""
+        return carries[0]
 
     def after_update(self, carry: torch.Tensor | int, applied: torch.Tensor) -> None:
         self.average.update(carry, applied)

@@ -45,6 +45,7 @@ class SwAV(Method, name="swav"):
         "spread": Metric("1 - cosine of two images", "spread of the embeddings"),
     }
     settings = ("swav.", "loss.temperature", "model.sync_bn")
+    accumulation = "compare"
 
     def __init__(self, config: Config, world: World, images: int):
         """
@@ -140,15 +141,11 @@ class SwAV(Method, name="swav"):
         used = self.config.swav.queue_size > 0 and number >= self._queued_from
         return {_QUEUE: 1} if used else {}
 
-    def forward(self, inputs: Inputs) -> Step:
-        return self.compare(self.represent(inputs), inputs)
-
     def represent(self, inputs: Inputs) -> tuple[torch.Tensor, ...]:
         """The embeddings of all crops, [N, crops, dim]."""
         return (self.embed(inputs.views).transpose(0, 1),)
 
     def compare(self, made: tuple[torch.Tensor, ...], inputs: Inputs) -> Step:
-        """Loss and metrics by what `represent` has made of all images of the step."""
         self._normalise_prototypes()
         embeddings = made[0].transpose(0, 1)
         # In float32: epsilon and tau make much of a rounded score.

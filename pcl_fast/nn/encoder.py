@@ -59,7 +59,6 @@ class Encoder(nn.Module):
         # In float32 even under autocast: half precision would leave |q| off by 1e-3, times 1/tau in every logit.
         return pooled, F.normalize(self.head(pooled).float(), dim=1)
 
-
     def projected(self, images: torch.Tensor) -> torch.Tensor:
         """What the head makes of the images, [N, dim] in the precision of its products, not yet unit features.
 

@@ -56,8 +56,8 @@ class Passes:
     def of_run(
         cls, config: Config, encoders: Mapping[str, nn.Module], world: World, sides: Sequence[int] = ()
     ) -> Passes:
-        """With as many images as a rank encodes at a time, of every size that its views have, and in proportion: for one
-        view of 224 px and three of 96 px, or two and six, there are three times as many images of 96 px.
+        """With as many images as a rank encodes at a time, of every size that its views have, and in proportion: for
+        one view of 224 px and three of 96 px, or two and six, there are three times as many images of 96 px.
 
         Args:
             sides: of the method's views in pixels; none: all have the run's size.
