@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from pcl_fast.__main__ import COMMANDS, main
 from pcl_fast.command import command
 from pcl_fast.garbage import wait_for_imports
 from pcl_fast.interrupts import command_in
+from pcl_fast.threads import wait_asleep
 
 PACKAGE = Path(pcl_fast.__file__).parent
 
@@ -79,6 +81,24 @@ def test_only_a_command_s_own_process_passes_over_imports(name, passed_over, mon
         called.append("the command")
     expected = ["disable", "freeze", "enable", "the command"]
     assert called == (expected if passed_over else ["the command"])
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [("pcl_fast.train", None, "PASSIVE"), ("pcl_fast.train", "ACTIVE", "ACTIVE"), ("pytest", None, None)],
+)
+def test_only_a_command_s_own_threads_wait_asleep(name, before, after, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", name])
+    monkeypatch.setattr(os, "environ", {} if before is None else {"OMP_WAIT_POLICY": before})
+    wait_asleep()
+    assert os.environ.get("OMP_WAIT_POLICY") == after
+
+
+def test_openmp_hears_of_it(tmp_path):
+    """It must be said before PyTorch is imported: OpenMP shows what it has heard."""
+    words = [sys.executable, "-m", "pcl_fast.embed", "--help"]
+    done = subprocess.run(words, env={**os.environ, "OMP_DISPLAY_ENV": "TRUE"}, capture_output=True, text=True)
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
 
 
 @pytest.mark.slow
