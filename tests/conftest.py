@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from class_folders import write_images
 
 from pcl_fast.distributed import World
 
@@ -24,22 +25,6 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
     return write_images(tmp_path_factory.mktemp("images"))
-
-
-def write_images(root: Path) -> Path:
-    """53 JPEGs of 3 classes (18, 18, 17): smooth colour patterns of different sizes."""
-    import numpy as np  # not above: tests of kernels run on machines that have neither
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for label in range(3):
-        (root / f"class_{label}").mkdir(parents=True)
-        for number in range(18 if label < 2 else 17):
-            coarse = rng.integers(0, 256, (3 + label, 3 + label, 3), dtype=np.uint8)
-            side = (36 + number % 3, 34 + number % 5)
-            image = Image.fromarray(coarse).resize(side, Image.Resampling.BICUBIC)
-            image.save(root / f"class_{label}" / f"{number:02d}.jpg")
-    return root
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def _checksum(rows) -> str:
 
 
 def renew() -> None:
-    from conftest import write_images
+    from class_folders import write_images
 
     records = json.loads(RECORDS.read_text()) if RECORDS.exists() else {}
     with tempfile.TemporaryDirectory() as folder:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_images
+from class_folders import write_images
 from launches import execute
 
 TASKS = ("ami", "cluster-sizes", "knn", "linear", "map", "mutual-information", "semi", "svm")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_images
+from class_folders import write_images
 from launches import evaluate as run
 from ranks import run_ranks
 from steps import small_config

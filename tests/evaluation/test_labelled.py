@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import write_images
+from class_folders import write_images
 
 from pcl_fast.errors import ImageError
 from pcl_fast.evaluation.labelled import holds_labelled, holds_labels, open_labelled, open_training

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import write_images
+from class_folders import write_images
 from launches import evaluate as run
 from ranks import run_ranks
 from rich.console import Console

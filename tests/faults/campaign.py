@@ -32,7 +32,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from conftest import write_images
+from class_folders import write_images
 from faults.forked import start_training
 from faults.injuries import KINDS, Injury, Running, descendants, injure, wait_for_end
 from launches import FLAGS, same, same_state

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conftest import write_images
+from class_folders import write_images
 
 from pcl_fast.data.sources.places import find_places, holds_places
 from pcl_fast.errors import ImageError
