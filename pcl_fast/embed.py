@@ -106,7 +106,8 @@ def embed(options: Options) -> None:
     if options.features == "head" and pretrained.head is None:
         raise ValueError(f"--features head: {pretrained.path} has no projection head; use --features backbone")
     images = open_set(options.data, options.format, apart_from=options.output.parent)
-    check_headers(images)
+    for line in check_headers(images):
+        print(line)
     data = _reading(options, pretrained)
     print(f"{pretrained.source}: {pretrained.path}", *pretrained.notes, sep="\n  ")
     print(images.describe())

@@ -96,7 +96,9 @@ def open_images(config: Config, world: World) -> ImageSet:
     advice = "--data must hold the same images on every machine"
     check_same("the data set that they find", images.fingerprint(), world, advice=advice)
     if not data.skip_broken:
-        all_or_none(lambda: check_headers(images, world.rank, world.size), world)
+        lines = all_or_none(lambda: check_headers(images, world.rank, world.size), world)
+        for line in lines if world.is_main else ():
+            print(line, flush=True)
         return images
     if world.is_main:
         print(f"looking for broken images among {len(images)}", flush=True)

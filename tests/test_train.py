@@ -204,7 +204,7 @@ def test_a_broken_image_ends_the_run_or_is_left_out(image_folder, tmp_path):
     broken.write_bytes(broken.read_bytes()[:-200])
     text = train(tmp_path / "data", tmp_path / "ended", "--cluster.ks", code=1)
     assert f"cannot read image {broken}" in text
-    assert "pcl_fast.train leaves them out with --data.skip-broken" in text
+    assert "or leave them out of training with --data.skip-broken" in text
     assert "Traceback" not in text
     for time in ("first", "again"):
         text = train(tmp_path / "data", tmp_path / "run", "--cluster.ks", "--data.skip-broken", ranks=2)

@@ -70,8 +70,11 @@ def _fault(images: ImageSet, index: int, unreadable: bool) -> str | None:
     return None
 
 
-def check_headers(images: ImageSet, rank: int = 0, size: int = 1) -> None:
+def check_headers(images: ImageSet, rank: int = 0, size: int = 1) -> list[str]:
     """Open the header of every image, or of some 20,000 evenly spaced ones of a larger set; each rank does its share.
+
+    Returns:
+        Lines about what may not be meant so: that some images can be transparent, which is passed over.
 
     Raises:
         ImageError: some of them are no images; names the first.
@@ -79,17 +82,24 @@ def check_headers(images: ImageSet, rank: int = 0, size: int = 1) -> None:
     step = max(1, len(images) // _HEADERS_CHECKED)
     indices = range(0, len(images), step)[rank::size]
     with ThreadPoolExecutor(8) as pool:
-        broken = [fault for fault in pool.map(lambda index: _header_fault(images, index), indices) if fault]
-    if broken:
+        headers = list(pool.map(lambda index: _header(images, index), indices))
+    if broken := [fault for fault, _ in headers if fault]:
         raise ImageError(f"{len(broken)} of {len(indices)} files looked at are no images, the first is {broken[0]}")
+    if transparent := sum(found for _, found in headers):
+        return [
+            f"warning: {transparent} of {len(indices)} files looked at say how transparent their pixels are. That is "
+            "passed over, and what is hidden becomes visible; lay such images on a ground first (docs/training.md)"
+        ]
+    return []
 
 
-def _header_fault(images: ImageSet, index: int) -> str | None:
+def _header(images: ImageSet, index: int) -> tuple[str | None, bool]:
+    """Return what is wrong with a file, and whether its pixels can be transparent."""
     try:
-        with images.open(index) as file, open_image(file):
-            return None
+        with images.open(index) as file, open_image(file) as image:
+            return None, image.has_transparency_data
     except Exception as error:  # PIL's plugins raise whatever their parsers run into
-        return f"{images.name(index)}: {reason_of(error)}"
+        return f"{images.name(index)}: {reason_of(error)}", False
 
 
 def usable(images: ImageSet, record: Path, world: World, *, threads: int) -> tuple[ImageSet, int]:

@@ -89,7 +89,7 @@ class ImageSet(ABC):
         """Return the error to raise when image `index` cannot be used because of `error`."""
         return ImageError(
             f"cannot read image {self.name(index)}: {reason_of(error)}. `python -m pcl_fast.data check DIR` finds all "
-            "such images; pcl_fast.train leaves them out with --data.skip-broken"
+            "such images. Move them away, or leave them out of training with --data.skip-broken"
         )
 
     def describe(self) -> str:
@@ -133,4 +133,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         grey = np.asarray(image).astype(np.uint32)
         image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.convert("RGBA")  # or PIL would warn, though the colours are the same
     return image.convert("RGB")

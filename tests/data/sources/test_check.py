@@ -10,6 +10,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from ranks import run_ranks
@@ -104,6 +105,20 @@ def test_headers_of_files_are_read_without_the_rest(images, monkeypatch):
     check_headers(images.subset([0, 1, 2, images.paths.index("b/cut.jpg")]))
     with pytest.raises(ImageError, match=r"3 of 13 files .*b/empty\.jpg: it is empty"):
         check_headers(images)
+
+
+@pytest.mark.filterwarnings("error")
+def test_transparency_is_told_and_passed_over(tmp_path):
+    plain = Image.new("RGB", (8, 8), "red")
+    plain.save(tmp_path / "0.png")
+    assert check_headers(find_images(tmp_path)) == []
+    plain.convert("RGBA").save(tmp_path / "1.png")
+    plain.quantize(2).save(tmp_path / "2.png", transparency=bytes([0, 128]))
+    images = find_images(tmp_path)
+    [line] = check_headers(images)
+    assert line.startswith("warning: 2 of 3 files looked at say how transparent their pixels are.")
+    for index in range(3):
+        assert np.array_equal(images.read(index), np.asarray(plain))
 
 
 def test_headers_of_members(root, tmp_path):
