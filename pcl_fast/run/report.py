@@ -44,7 +44,7 @@ def write_report(folder: Path, metrics: dict[str, Metric]) -> Path:
     down = -(-len(panels) // across)
     figure = Figure(figsize=(5 * across, 4 * down), layout="constrained")
     grid = figure.subplots(down, across).flat
-    for axes, (title, draw) in zip(grid, panels, strict=False):
+    for (title, draw), axes in zip(panels, grid, strict=False):
         draw(axes, rows)
         axes.set_title(title)
         if axes.get_legend_handles_labels()[0]:

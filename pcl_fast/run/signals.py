@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -59,6 +60,11 @@ class StopSignals:
 
     def _note(self, number: int, frame: Any) -> None:
         """May be called again and again: a launcher passes on what the terminal has already sent."""
+        if not self.asked and not self._at_once and os.environ.get("RANK", "0") == "0":
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                os.write(
+                    2, f"{signal.Signals(number).name}: what is under way ends first, then all is saved\n".encode()
+                )
         self.asked = True
         if self._at_once:
             self._at_once = False
