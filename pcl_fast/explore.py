@@ -107,7 +107,13 @@ def explore(options: Options) -> None:
     notes.append(source)
     print(f"  {source}", flush=True)
     known = gather(images, features, prototypes, bar)
-    story = Story(pretrained.path.parent.name, notes, history_of(pretrained), sampled=len(images) < total)
+    story = Story(
+        pretrained.path.parent.name,
+        notes,
+        history_of(pretrained),
+        sampled=len(images) < total,
+        complete=all(len(found.assignment) == len(images) == total for found in prototypes),
+    )
     threads = pick_resources(data, world.device).threads
     with written_beside(options.output, force=options.force) as folder:
         write_site(folder, known, story, bar, on_map=options.on_map, threads=threads)
@@ -153,7 +159,8 @@ def _open(options: Options, pretrained: Pretrained, trained_on: dict[str, str]) 
     images = open_set(root, format, apart_from=options.output)
     if len(images) < 2:
         raise ImageError(f"{root} has one image; there is nothing to compare it with")
-    check_headers(images)
+    for line in check_headers(images):
+        print(line, flush=True)
     data = replace(pretrained.data or DataConfig(), root=root, format=format, loader=options.loader)
     data = replace(data, workers=options.workers, cache=None, skip_broken=False)
     if options.size not in (None, data.size):

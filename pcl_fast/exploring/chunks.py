@@ -91,7 +91,7 @@ def _table(known: Knowledge, granularity: Granularity, begins: list[int]) -> dic
 def _cluster(granularity: Granularity, cluster: int, overlaps: list[tuple[int, list[list[tuple[int, int]]]]]) -> Any:
     members = granularity.members(cluster)
     margin = granularity.margin[members]
-    border = members[np.argsort(margin, kind="stable")][:BORDERLINE]
+    border = members[np.argsort(margin, kind="stable")][: min(BORDERLINE, len(members) // 2)]
     return {
         "images": members.tolist(),
         "border": border.tolist() if np.isfinite(margin).all() else [],

@@ -43,18 +43,18 @@ class Finding:
     images: tuple[str, ...] = ()
 
 
-def find(known: Knowledge, greys: np.ndarray, *, sampled: bool) -> list[Finding]:
+def find(known: Knowledge, greys: np.ndarray, *, complete: bool) -> list[Finding]:
     """Return all findings.
 
     Args:
         known: what is known of n images.
         greys: uint8 [n, GREY_SIDE, GREY_SIDE], see `grey`.
-        sampled: the images are a sample, of which an empty cluster says nothing.
+        complete: the images are all that were clustered; of others an empty cluster says nothing.
     """
     found = [_duplicates(known, greys), _outliers(known)]
     if known.labels is not None:
         found.append(_disagreements(known))
-    if not sampled:
+    if complete:
         found.append(_empty(known))
     return [*found, _overlarge(known)]
 
@@ -102,8 +102,8 @@ def _outliers(known: Knowledge) -> Finding:
     return Finding(
         "outliers",
         "Outliers",
-        f"The {count} images that are farthest from their neighbours: by the distance to the {_AMONG}th nearest, which "
-        "is at most 2.",
+        f"The {count} images that are farthest from their neighbours, by the distance of their features to those of "
+        f"the {_AMONG}th nearest image: from 0, the same, to 2, the opposite.",
         ("image", "distance"),
         [(int(image), round(float(distance[image, -1]), 4)) for image in farthest],
         ("image",),

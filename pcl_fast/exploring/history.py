@@ -49,7 +49,7 @@ def _facts(pretrained: Pretrained, config: dict[str, Any]) -> list[tuple[str, st
             ("method", str(config.get("method"))),
             ("trained on", as_text(str(data.get("root")))),
             ("epochs", f"{pretrained.facts.get('epoch', '?')} of {config.get('epochs')}"),
-            ("batch", f"{optim.get('batch_size')} images a rank"),
+            ("batch", f"{optim.get('batch_size')} images a step"),
             ("image size", f"{data.get('size')} px"),
             ("learning rate", str(optim.get("lr"))),
         ]

@@ -38,12 +38,14 @@ class Story:
     notes: sentences on what is shown: whether it is a sample, where the clusters come from.
     history: how the encoder was trained.
     sampled: whether the images are a sample.
+    complete: whether they are all that were clustered.
     """
 
     title: str
     notes: list[str]
     history: History
     sampled: bool
+    complete: bool
 
 
 def templates() -> Any:
@@ -87,7 +89,7 @@ def write_site(folder: Path, known: Knowledge, story: Story, bar: Bar, *, on_map
     tile = tile_of(known.images)
     with bar.phase("thumbnails", len(known.paths)) as progress:
         greys = write_sheets(known.images, sheets, tile, threads=threads, progress=progress)
-    found = find(known, greys, sampled=story.sampled)
+    found = find(known, greys, complete=story.complete)
     with bar.phase("map", 1):
         projection = project(known, on_map)
     _write_data(folder / "data", known, tile, found, projection)

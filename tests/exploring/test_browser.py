@@ -61,8 +61,8 @@ def settle(page: Any) -> None:
 def sizes(page: Any) -> list[int]:
     """Of the clusters whose cards are shown."""
     ids = page.locator("#cards strong").all_inner_texts()
-    table = data(Path(page.url.removeprefix("file://")).parent, f"clusters/{ids[0].split(' / ')[0]}")
-    return [table["size"][int(text.split(" / ")[1])] for text in ids]
+    table = data(Path(page.url.removeprefix("file://")).parent, f"clusters/{ids[0].split(' of ')[1]}")
+    return [table["size"][int(text.split()[1])] for text in ids]
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ def test_each_finding():
     sizes = [20, 0, 4, 3, 2, 2, 2]
     labels = [0] * 33
     labels[5] = labels[21] = 1  # one in the pure cluster, one in a small one
-    found = find(known(sizes, labels), np.zeros((33, GREY_SIDE, GREY_SIDE), np.uint8), sampled=False)
+    found = find(known(sizes, labels), np.zeros((33, GREY_SIDE, GREY_SIDE), np.uint8), complete=True)
     rows = {finding.name: finding.rows for finding in found}
     assert rows["outliers"][0] == (1, 1.3)
     assert rows["label-disagreements"] == [(5, "dog", "cat", 7, 0, 0.95)]
@@ -69,7 +69,7 @@ def test_duplicates_look_the_same():
     plain = Image.new("RGB", (96, 96), (120, 120, 120))
     images = [picture, picture.resize((61, 61), Image.BICUBIC), shifted, negative, plain, plain, *[negative] * 10]
     greys = np.stack([grey(image) for image in images[:6]] + [random.integers(0, 256, (16, 16)) for _ in range(10)])
-    found = find(known([16], [0] * 16), greys.astype(np.uint8), sampled=True)[0]
+    found = find(known([16], [0] * 16), greys.astype(np.uint8), complete=False)[0]
     assert sorted(row[:2] for row in found.rows) == [(0, 1), (4, 5)]
     # The most alike come first.
     assert [row[2] for row in found.rows] == sorted(row[2] for row in found.rows)
