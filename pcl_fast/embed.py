@@ -18,7 +18,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, NamedTuple
 
@@ -38,7 +38,6 @@ from pcl_fast.distributed import World, connect
 from pcl_fast.errors import MissingPackageError, UserError
 from pcl_fast.evaluation.features import frozen_backbone
 from pcl_fast.files import write_whole
-from pcl_fast.nn.timm_network import check_image_sizes
 from pcl_fast.pretrained import Pretrained, read_pretrained
 from pcl_fast.schedule import CLUSTERING_BATCH, ENCODED_ON_GPU
 
@@ -108,7 +107,8 @@ def embed(options: Options) -> None:
     images = open_set(options.data, options.format, apart_from=options.output.parent)
     for line in check_headers(images):
         print(line)
-    data = _reading(options, pretrained)
+    where = {"root": options.data, "format": options.format}
+    data = pretrained.reading(options.size, loader=options.loader, workers=options.workers, cache=None, **where)
     print(f"{pretrained.source}: {pretrained.path}", *pretrained.notes, sep="\n  ")
     print(images.describe())
     kind = options.features or ("backbone" if pretrained.head is None else "head")
@@ -129,20 +129,6 @@ def _check(options: Options) -> None:
             raise UserError(f"{file} is there already; choose another --output, or overwrite it with --force")
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
-
-
-def _reading(options: Options, pretrained: Pretrained) -> DataConfig:
-    """Return how images are read and cropped.
-
-    Raises:
-        ValueError: the encoder does not take images of this size.
-    """
-    data = replace(pretrained.data or DataConfig(), root=options.data, format=options.format, loader=options.loader)
-    data = replace(data, workers=options.workers, cache=None, skip_broken=False)
-    if options.size not in (None, data.size):
-        data = replace(data, size=options.size, resize=None)
-    check_image_sizes(pretrained.arch, [data.size])
-    return data
 
 
 @torch.inference_mode()

@@ -32,7 +32,6 @@ from pcl_fast.exploring.knowledge import gather
 from pcl_fast.exploring.place import check_place, written_beside
 from pcl_fast.exploring.progress import Bar
 from pcl_fast.exploring.site import Story, templates, write_site
-from pcl_fast.nn.timm_network import check_image_sizes
 from pcl_fast.pretrained import Pretrained
 from pcl_fast.pretrained.files import locate, read
 from pcl_fast.pretrained.ours import is_ours
@@ -161,12 +160,8 @@ def _open(options: Options, pretrained: Pretrained, trained_on: dict[str, str]) 
         raise ImageError(f"{root} has one image; there is nothing to compare it with")
     for line in check_headers(images):
         print(line, flush=True)
-    data = replace(pretrained.data or DataConfig(), root=root, format=format, loader=options.loader)
-    data = replace(data, workers=options.workers, cache=None, skip_broken=False)
-    if options.size not in (None, data.size):
-        data = replace(data, size=options.size, resize=None)
-    check_image_sizes(pretrained.arch, [data.size])
-    return images, data
+    where = {"root": root, "format": format}
+    return images, pretrained.reading(options.size, loader=options.loader, workers=options.workers, cache=None, **where)
 
 
 @torch.inference_mode()

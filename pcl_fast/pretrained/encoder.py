@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import nn
 
 from pcl_fast.clustering.types import PrototypeSet
 from pcl_fast.config import DataConfig
+from pcl_fast.nn.timm_network import check_image_sizes
 
 THE_ONLY_ONE = "the only one"
 
@@ -46,6 +47,23 @@ class Pretrained:
     notes: tuple[str, ...]
     facts: dict[str, Any]
     prototypes: tuple[PrototypeSet, ...] = ()
+
+    def reading(self, size: int | None = None, **options: Any) -> DataConfig:
+        """Return how images are read and cropped for this encoder: as those that it learned from, if the file says.
+
+        Args:
+            size: side of the centre crops, in pixels, if not what it learned from; of 256/224 of that an image's
+                shorter side then is.
+            options: the other fields of DataConfig that are the caller's: root, format, loader, workers, cache.
+
+        Raises:
+            ValueError: the encoder does not take images of this size.
+        """
+        data = replace(self.data or DataConfig(), skip_broken=False, **options)
+        if size not in (None, data.size):
+            data = replace(data, size=size, resize=None)
+        check_image_sizes(self.arch, [data.size])
+        return data
 
     def to(self, device: torch.device) -> Pretrained:
         """Move the networks to a device, in channels_last, and return this object."""

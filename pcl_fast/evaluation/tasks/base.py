@@ -21,7 +21,6 @@ from pcl_fast.distributed import World, all_or_none, check_same, main_first, sha
 from pcl_fast.evaluation.continuation import Continuation
 from pcl_fast.evaluation.features import Features, encode_set
 from pcl_fast.evaluation.labelled import Labelled, open_labelled, open_training
-from pcl_fast.nn.timm_network import check_image_sizes
 from pcl_fast.pretrained import Pretrained
 
 
@@ -135,11 +134,8 @@ class Task(Options, ABC):
         Raises:
             ValueError: the encoder does not take images of this size.
         """
-        data = replace(pretrained.data or DataConfig(), root=self.data, format=self.format, loader=self.loader)
-        data = replace(data, workers=self.workers, cache=self.cache, skip_broken=False)
-        if self.size not in (None, data.size):
-            data = replace(data, size=self.size, resize=None)
-        check_image_sizes(pretrained.arch, [data.size])
+        options = {"loader": self.loader, "workers": self.workers, "cache": self.cache}
+        data = pretrained.reading(self.size, root=self.data, format=self.format, **options)
         return replace(data, resize=self.resize or data.shorter_side)
 
     def settings(self) -> dict[str, Any]:
