@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from launches import evaluate as run
-from runs import save_run
+from saved_runs import save_run
 
 from pcl_fast.evaluation.tasks.cluster_sizes import ClusterSizes
 

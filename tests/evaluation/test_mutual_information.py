@@ -17,6 +17,7 @@ from class_folders import write_images
 from launches import evaluate as run
 from ranks import run_ranks
 from rich.console import Console
+from saved_runs import ALONE, save_run
 from scipy.special import digamma
 from sklearn.feature_selection import mutual_info_classif
 from sklearn.metrics import mutual_info_score
@@ -28,7 +29,6 @@ from pcl_fast.evaluation.mutual_information import cluster_information, feature_
 from pcl_fast.evaluation.tasks.mutual_information import MutualInformation
 from pcl_fast.pretrained import read_pretrained
 from pcl_fast.run.checkpoint import kept_checkpoints
-from runs import ALONE, save_run
 
 
 def case(n: int = 150, classes: int = 6, d: int = 3) -> tuple[torch.Tensor, torch.Tensor]:

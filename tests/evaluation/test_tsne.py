@@ -14,6 +14,7 @@ from class_folders import write_images
 from launches import evaluate as run
 from ranks import run_ranks
 from rich.console import Console
+from saved_runs import ALONE, save_run
 from sklearn.manifold import trustworthiness as theirs
 from threadpoolctl import threadpool_limits
 
@@ -21,7 +22,6 @@ from pcl_fast import evaluate
 from pcl_fast.evaluation import tsne as module
 from pcl_fast.evaluation.tasks.map import Map
 from pcl_fast.evaluation.tsne import embed, map_neighbours, neighbour_accuracy, trustworthiness
-from runs import ALONE, save_run
 
 
 def blobs(n: int = 90, d: int = 60) -> tuple[torch.Tensor, torch.Tensor]:
