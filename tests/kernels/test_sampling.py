@@ -51,7 +51,7 @@ def listed_columns(size: int, negatives: int | None, positives: torch.Tensor, se
     bank = kernels._set(torch.empty(size, 16, device=DEVICE), concentration, positives.int(), n, negatives)
     (launch,) = kernels._plan(torch.empty(n, 16, device=DEVICE), [bank])
     on_device = seed if isinstance(seed, torch.Tensor) else None
-    ids, weights, stride = kernels._draw(launch, index, n, 0, 0 if on_device is not None else seed, on_device)
+    ids, weights, stride = kernels._draw(launch, index, 0, 0 if on_device is not None else seed, on_device)
     assert ids.shape == weights.shape == (1, stride)
     shown = weights[0] != 0
     torch.testing.assert_close(weights[0][shown], 1 / concentration[ids[0][shown].long()])
