@@ -108,7 +108,7 @@ const ON_CARD = 8;
 function card(site, k, table, id, note = "") {
   const pictures = make("span", { className: "pictures" });
   const link = make("a", { href: `cluster.html#${k}/${id}` },
-    make("strong", {}, `Cluster ${id} of ${k}`), `, ${plural(table.size[id], "image")}`, pictures,
+    make("strong", {}, `Cluster ${id} of ${k}`), ` ${plural(table.size[id], "image").replace(" ", "\u00a0")}`, pictures,
     make("span", { className: "small" },
       [labelled(site, table, id), `φ ${table.concentration[id]}`, note].filter(Boolean).join(" · ")));
   if (table.size[id]) {
