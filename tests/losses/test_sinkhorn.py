@@ -63,11 +63,15 @@ def test_half_precision_is_computed_in_float32_under_autocast_too():
 
 
 def test_rows_and_columns_have_their_marginals():
-    scores = scores_of(64, 16)
-    for iterations, tolerance in ((3, 0.5), (400, 1e-4)):
+    """Rows at once; columns nearer with every iteration, and in the end."""
+    scores, before = scores_of(64, 16), torch.inf
+    for iterations in (1, 3, 30, 400):
         codes = sinkhorn(scores.float(), epsilon=0.05, iterations=iterations)
         torch.testing.assert_close(codes.sum(1), torch.ones(64), rtol=0, atol=1e-5)
-        torch.testing.assert_close(codes.sum(0), torch.full((16,), 4.0), rtol=tolerance, atol=0)
+        farthest = (codes.sum(0) / 4 - 1).abs().max()
+        assert farthest <= before + 1e-5
+        before = farthest
+    assert before < 1e-4
 
 
 @pytest.mark.parametrize("epsilon", [1e-1, 1e-3, 1e-5])
