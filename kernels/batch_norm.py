@@ -4,8 +4,8 @@ Forward in training:
 partial_statistics  Program (part of the rows, block of channels, group) keeps mean and sum of squared deviations by
                     thread, several rows at a time, and combines them (Chan et al. 1979): nothing is the difference of
                     large sums, so that a channel of large mean and small variance has its variance.
-merge_statistics    combines the parts, and moves the running statistics. With an exchange between ranks it runs twice:
-                    for the parts of a rank, then for the lines of all ranks.
+merge_statistics    combines the parts, moves the running statistics and counts the batch. With an exchange between
+                    ranks it runs twice: for the parts of a rank, then for the lines of all ranks.
 normalise_rows      y = relu(bn(x) + residual). With a residual it also writes a bit a value: is y > 0? Without one the
                     backward pass computes that again from x.
 Backward:
@@ -71,6 +71,7 @@ def batch_norm_act(
     splits: int = 1,
     exchange: Exchange | None = None,
     fork: bool = False,
+    batches: torch.Tensor | None = None,
 ):
     """Return y = relu(bn(x) + residual), bn(x) = (x - mean) / sqrt(variance + eps) weight + bias.
 
@@ -90,6 +91,7 @@ def batch_norm_act(
             weight and bias get the gradients of the rank's own.
         fork: return y twice, for two consumers, whose gradients the backward pass adds itself if there is a residual:
             the next block's first convolution and its shortcut. The two share their memory.
+        batches: [], int64: in training one is added, in place; None to count nothing.
 
     Returns:
         y like x, in channels_last; a pair of them with `fork`.
@@ -99,7 +101,9 @@ def batch_norm_act(
             than two values in training.
     """
     settings = Settings(relu, training, momentum, eps, splits, exchange, fork)
-    return batch_norm_function.run(OPERATIONS, x, weight, bias, running_mean, running_var, residual, settings)
+    return batch_norm_function.run(
+        OPERATIONS, x, weight, bias, (running_mean, running_var, batches), residual, settings
+    )
 
 
 # --- operators ----------------------------------------------------------------------------------------------------
@@ -107,10 +111,10 @@ def batch_norm_act(
 # call.
 
 _library = torch.library.Library("pcl_fast", "FRAGMENT")
+_RUNNING = "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? batches"
 for _schema in (
-    "batch_norm_statistics(Tensor x, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum, SymInt splits) "
-    "-> Tensor",
-    "batch_norm_merge(Tensor lines, Tensor(a!)? running_mean, Tensor(b!)? running_var, float momentum) -> Tensor",
+    f"batch_norm_statistics(Tensor x, {_RUNNING}, float momentum, SymInt splits) -> Tensor",
+    f"batch_norm_merge(Tensor lines, {_RUNNING}, float momentum) -> Tensor",
     "batch_norm_apply(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor statistics, bool relu, float eps, "
     "bool keep) -> (Tensor y, Tensor kept)",
     "batch_norm_sums(Tensor dy, Tensor? second, Tensor x, Tensor? kept, Tensor weight, Tensor bias, Tensor statistics, "
@@ -121,11 +125,11 @@ for _schema in (
     _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
 
 
-def _new_statistics(x, running_mean, running_var, momentum, splits):
+def _new_statistics(x, running_mean, running_var, batches, momentum, splits):
     return x.new_empty((splits, line_width(x.shape[1])), dtype=torch.float32)
 
 
-def _new_merged(lines, running_mean, running_var, momentum):
+def _new_merged(lines, running_mean, running_var, batches, momentum):
     return lines.new_empty((1, lines.shape[1]))
 
 
@@ -149,7 +153,7 @@ def _new_like(x):
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _statistics(x, running_mean, running_var, momentum, splits):
+def _statistics(x, running_mean, running_var, batches, momentum, splits):
     shape = _Shape.of(x, splits)
     launch = shape.summed(x)
     lines = x.new_empty((splits, launch.parts, line_width(shape.channels)), dtype=torch.float32)
@@ -157,21 +161,21 @@ def _statistics(x, running_mean, running_var, momentum, splits):
         partial_statistics[launch.grid(splits)](
             x, lines, shape.rows, shape.channels, launch.part_rows, lines.shape[2], **launch.constants()
         )
-        return _merged(lines, running_mean, running_var, momentum)
+        return _merged(lines, running_mean, running_var, batches, momentum)
 
 
-def _merge(lines, running_mean, running_var, momentum):
+def _merge(lines, running_mean, running_var, batches, momentum):
     with on(lines):
-        return _merged(lines.contiguous()[None], running_mean, running_var, momentum)
+        return _merged(lines.contiguous()[None], running_mean, running_var, batches, momentum)
 
 
-def _merged(lines, running_mean, running_var, momentum):
+def _merged(lines, running_mean, running_var, batches, momentum):
     groups, parts, width = lines.shape
     channels = (width - line_width(0)) // 2
     statistics = lines.new_empty((groups, width))
     merge_statistics[_blocks(channels)](
-        lines, statistics, running_mean, running_var, groups, parts, channels, width, momentum,
-        **MERGED, TRACK=running_mean is not None,
+        lines, statistics, running_mean, running_var, batches, groups, parts, channels, width, momentum,
+        **MERGED, TRACK=running_mean is not None, COUNT=batches is not None,
     )  # fmt: skip
     return statistics
 

@@ -24,15 +24,15 @@ class Exchange(Protocol):
 class Operations(NamedTuple):
     """How a device does it. Tensors [N, C, H, W] are in channels_last, results in x's dtype.
 
-    statistics(x, running_mean, running_var, momentum, splits) -> [splits, width]: of `splits` parts of the rows
-    merge(lines [n, width], running_mean, running_var, momentum) -> [1, width]: of all together
+    statistics(x, *running, momentum, splits) -> [splits, width]: of `splits` parts of the rows
+    merge(lines [n, width], *running, momentum) -> [1, width]: of all together
     apply(x, residual, weight, bias, statistics, relu, eps, keep) -> y; and if `keep`, where ReLU is not 0, for `sums`
     sums(dy, second, x, kept, weight, bias, statistics, relu, eps)
         -> [splits, 2 C] of g and of g (x - mean), d_weight, d_bias, g: the sum of both gradients, masked by ReLU. Empty
         if it is dy, but for a mask that x tells: see `stores_gradient`.
     differentiate(g, x, weight, bias, statistics, sums, relu, training, eps) -> dx
 
-    Both first ones move the running statistics if there are any.
+    Both first ones move `running`, which is running_mean, running_var and batches: what there is of them.
     """
 
     statistics: Callable[..., torch.Tensor]
@@ -69,18 +69,17 @@ def run(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
+    running: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
     residual: torch.Tensor | None,
     settings: Settings,
 ) -> Any:
-    """batch_norm_act with these operations."""
-    check(x, weight, bias, running_mean, running_var, residual, settings)
+    """batch_norm_act with these operations; `running` is (running_mean, running_var, batches)."""
+    check(x, weight, bias, *running[:2], residual, settings)
     x = x.contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
-        statistics = _statistics(operations, x, running_mean, running_var, settings)
+        statistics = _statistics(operations, x, running, settings)
     leaves = [x, weight, bias] if residual is None else [x, weight, bias, residual]
     if torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves):
         y = _BatchNormAct.apply(x, residual, weight, bias, statistics, operations, settings)
@@ -124,15 +123,16 @@ def _check_batch(x: torch.Tensor, settings: Settings) -> None:
         )
 
 
-def _statistics(operations, x, running_mean, running_var, settings: Settings) -> torch.Tensor:
+def _statistics(operations, x, running, settings: Settings) -> torch.Tensor:
     if not settings.training:
+        running_mean, running_var, _ = running
         padding = running_mean.new_zeros(line_width(len(running_mean)) - 2 * len(running_mean))
         line = torch.cat([running_mean, running_var, padding])[None]
         return line.to(torch.promote_types(torch.float32, x.dtype))
-    running = running_mean, running_var, settings.momentum
     if settings.exchange is None:
-        return operations.statistics(x, *running, settings.splits)
-    return operations.merge(settings.exchange.gather(operations.statistics(x, None, None, 0.0, 1)), *running)
+        return operations.statistics(x, *running, settings.momentum, settings.splits)
+    own = operations.statistics(x, None, None, None, 0.0, 1)
+    return operations.merge(settings.exchange.gather(own), *running, settings.momentum)
 
 
 class _BatchNormAct(torch.autograd.Function):

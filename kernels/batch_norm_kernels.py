@@ -99,10 +99,10 @@ def partial_statistics(
 
 @triton.jit(do_not_specialize=_SIZES)
 def merge_statistics(
-    partial, statistics, running_mean, running_var, groups, parts, channels, width, momentum,
-    PARTS: tl.constexpr, COLUMNS: tl.constexpr, TRACK: tl.constexpr,
+    partial, statistics, running_mean, running_var, batches, groups, parts, channels, width, momentum,
+    PARTS: tl.constexpr, COLUMNS: tl.constexpr, TRACK: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Write `statistics` [groups, width] and move the running ones. Grid: 1, blocks of channels.
+    """Write `statistics` [groups, width], move the running ones and add one to `batches`. Grid: 1, blocks of channels.
 
     Moves: reads 8 bytes a channel and part, and 4 a part and block; writes a line a group; reads and writes the running
     statistics.
@@ -140,6 +140,9 @@ def merge_statistics(
         tl.store(running_mean + column, before + momentum * (mean_of_groups / groups - before), mask=inside)
         before = tl.load(running_var + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(running_var + column, before + momentum * (variance_of_groups / groups - before), mask=inside)
+    if COUNT:  # noqa: SIM102 (what is known when this is compiled stands alone)
+        if tl.program_id(1) == 0:
+            tl.store(batches, tl.load(batches) + 1)
 
 
 @triton.jit

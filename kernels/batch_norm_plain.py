@@ -24,10 +24,13 @@ def batch_norm_act(
     splits: int = 1,
     exchange: Exchange | None = None,
     fork: bool = False,
+    batches: torch.Tensor | None = None,
 ):
     """Do what batch_norm.batch_norm_act does, up to rounding."""
     settings = Settings(relu, training, momentum, eps, splits, exchange, fork)
-    return batch_norm_function.run(OPERATIONS, x, weight, bias, running_mean, running_var, residual, settings)
+    return batch_norm_function.run(
+        OPERATIONS, x, weight, bias, (running_mean, running_var, batches), residual, settings
+    )
 
 
 def _rows(x: torch.Tensor, groups: int) -> torch.Tensor:
@@ -42,8 +45,10 @@ def _values(rows: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return rows.to(x.dtype).reshape(n, height, width, channels).permute(0, 3, 1, 2)
 
 
-def _track(lines: torch.Tensor, running_mean, running_var, momentum: float) -> None:
+def _track(lines: torch.Tensor, running_mean, running_var, batches, momentum: float) -> None:
     """As PyTorch, with the unbiased variance; of several parts, their mean."""
+    if batches is not None:
+        batches.add_(1)
     if running_mean is None:
         return
     channels = len(running_mean)
@@ -53,12 +58,12 @@ def _track(lines: torch.Tensor, running_mean, running_var, momentum: float) -> N
     running_var.lerp_(variance.mean(0).to(running_var.dtype), momentum)
 
 
-def _statistics(x, running_mean, running_var, momentum: float, splits: int) -> torch.Tensor:
+def _statistics(x, running_mean, running_var, batches, momentum: float, splits: int) -> torch.Tensor:
     rows = _rows(x, splits)
     mean = rows.mean(1)
     variance = (rows - mean[:, None]).square().mean(1)
     lines = _lines(mean, variance, mean.new_full((splits, 1), rows.shape[1]))
-    _track(lines, running_mean, running_var, momentum)
+    _track(lines, running_mean, running_var, batches, momentum)
     return lines
 
 
@@ -67,7 +72,7 @@ def _lines(mean: torch.Tensor, variance: torch.Tensor, count: torch.Tensor) -> t
     return torch.cat([mean, variance, count, padding], dim=1)
 
 
-def _merge(lines: torch.Tensor, running_mean, running_var, momentum: float) -> torch.Tensor:
+def _merge(lines: torch.Tensor, running_mean, running_var, batches, momentum: float) -> torch.Tensor:
     """Chan et al. 1979: nothing is the difference of large sums."""
     channels = (lines.shape[1] - line_width(0)) // 2
     means, variances, counts, _ = lines.split([channels, channels, 1, line_width(0) - 1], dim=1)
@@ -75,7 +80,7 @@ def _merge(lines: torch.Tensor, running_mean, running_var, momentum: float) -> t
     mean = means[:1] + (share * (means - means[:1])).sum(0, keepdim=True)
     variance = (share * (variances + (means - mean).square())).sum(0, keepdim=True)
     merged = _lines(mean, variance, counts.sum(0, keepdim=True))
-    _track(merged, running_mean, running_var, momentum)
+    _track(merged, running_mean, running_var, batches, momentum)
     return merged
 
 

@@ -9,8 +9,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 # Modules of kernels that have a plain twin: the loss, nearest centroids, sums over clusters, images, batch norm, max
-# pooling. The twin of assign_held is assign with its own sweep, that of max_pool is PyTorch's.
-KERNELS = ("contrast", "assign_held", "assign", "segment", "normalise", "photometric", "batch_norm", "max_pool")
+# pooling, the first convolution. The twin of assign_held is assign with its own sweep, those of max_pool and stem are
+# PyTorch's.
+KERNELS = (
+    "contrast", "assign_held", "assign", "segment", "normalise", "photometric", "batch_norm", "max_pool", "stem",
+)  # fmt: skip
 _off: frozenset[str] = frozenset()
 
 

@@ -25,6 +25,7 @@ from pcl_fast.methods.base import FeatureSpec, Inputs, Method, Metric, Step
 from pcl_fast.methods.collapse import COLLAPSED, spread
 from pcl_fast.nn.bank import KeyBank
 from pcl_fast.nn.batch_norm import has_batch_norm
+from pcl_fast.nn.branch import branch
 from pcl_fast.nn.encoder import Encoder
 from pcl_fast.nn.momentum import MovingAverage, momentum_copy
 from pcl_fast.nn.precision import loss_dtype
@@ -163,8 +164,8 @@ class PCL(Method, name="pcl"):
         # While the key's views travel.
         if inputs.first:
             self.average.update()
-        query = self.encode(self.encoder, query_view)
-        key = self._keys(*arrive())
+        keys = branch(lambda: self._keys(*arrive()), self.world.device)
+        query, key = self.encode(self.encoder, query_view), keys()
         loss = self.config.loss
         result = pcl_loss(
             query,

@@ -26,6 +26,8 @@ from pcl_fast.nn.batch_norm import fold_batch_norm
 from pcl_fast.nn.fused_batch_norm import unfuse_batch_norm
 from pcl_fast.nn.fused_convolution import FusedConvolution, is_taken, suits
 from pcl_fast.nn.max_pool import FusedMaxPool2d
+from pcl_fast.nn.stem import StemConvolution
+from pcl_fast.nn.stem import suits as suits_stem
 
 # Rows that are also computed in the next finer type, to compare with.
 _COMPARED = 8
@@ -72,7 +74,7 @@ def fused_encoder(encoder: nn.Module, plain: Collection[str] = ()) -> nn.Module:
     _drop_identities(traced)
     _fuse(traced, plain)
     _pool_first(traced)
-    _pool_by_kernels(traced)
+    _stem_and_pooling_by_kernels(traced)
     _overwrite(traced)
     if any(tensor.is_cuda for tensor in traced.parameters()):
         join_biases(traced)
@@ -177,11 +179,13 @@ def _pool_first(graph: fx.GraphModule) -> None:
         after.args = (pool,)
 
 
-def _pool_by_kernels(graph: fx.GraphModule) -> None:
+def _stem_and_pooling_by_kernels(graph: fx.GraphModule) -> None:
     for node in graph.graph.nodes:
-        module = _module(graph, node, nn.MaxPool2d)
+        module = _module(graph, node, (nn.Conv2d, nn.MaxPool2d))
         if type(module) is nn.MaxPool2d:
             module.__class__ = FusedMaxPool2d
+        elif type(module) is nn.Conv2d and suits_stem(module):
+            module.__class__ = StemConvolution
 
 
 def _overwrite(graph: fx.GraphModule) -> None:

@@ -1,5 +1,5 @@
 """ResNets whose batch norms, and the additions and ReLUs after them, are one operation (kernels/batch_norm.py). Their
-max pooling is a kernel too (max_pool.py).
+first convolution and their max pooling are kernels too (stem.py, max_pool.py).
 
 Only forward passes are replaced: modules, their names and their state stay, so that copies, checkpoints, folded and
 synchronised batch norm go on as before. What a forward pass finds that the kernels do not take (a tensor that is not on
@@ -22,6 +22,7 @@ from pcl_fast.distributed import all_gather_rows, all_reduce_sum
 from pcl_fast.kernels import switches
 from pcl_fast.nn.batch_norm import SplitBatchNorm
 from pcl_fast.nn.max_pool import pool
+from pcl_fast.nn.stem import convolve
 from pcl_fast.nn.sync_batch_norm import SyncBatchNorm2d
 
 try:
@@ -95,13 +96,11 @@ def norm_act(
             y += residual
         return y if act is None else act(y)
     training = norm.training
-    if training:
-        norm.num_batches_tracked.add_(1)
     group = getattr(norm, "group", None)
     return operation(
         x, norm.weight, norm.bias, norm.running_mean, norm.running_var, residual=residual, relu=act is not None,
         training=training, momentum=norm.momentum, eps=norm.eps, splits=getattr(norm, "splits", 1) if training else 1,
-        exchange=_Ranks(group) if group is not None and training else None, fork=fork,
+        exchange=_Ranks(group) if group is not None and training else None, fork=fork, batches=norm.num_batches_tracked,
     )  # fmt: skip
 
 
@@ -179,7 +178,7 @@ class _FusedBottleneck(_FusedBlock, Bottleneck):
 
 class _FusedResNet(ResNet):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = pool(self.maxpool, norm_act(self.bn1, self.conv1(x), self.relu))
+        x = pool(self.maxpool, norm_act(self.bn1, convolve(self.conv1, x), self.relu))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

@@ -18,6 +18,7 @@ from pcl_fast.losses.contrast import takes_kernels
 from pcl_fast.nn.fused_batch_norm import takes_batch_norm
 from pcl_fast.nn.max_pool import takes_pooling
 from pcl_fast.nn.precision import encoder_dtype, loss_dtype
+from pcl_fast.nn.stem import takes_stem
 from pcl_fast.run.feature_choice import may_fuse_features
 from pcl_fast.run.self_check import find_faults
 
@@ -31,6 +32,7 @@ PURPOSE = {
     "photometric": "colours and blur",
     "batch_norm": "the encoder's batch norms",
     "max_pool": "the encoder's max pooling",
+    "stem": "the encoder's first convolution",
 }
 # What takes a kernel's place, where that is not plain PyTorch.
 TWIN, PLAIN = {"assign_held": "the kernel assign"}, "plain PyTorch"
@@ -84,6 +86,7 @@ def used_kernels(config: Config, settings: Sequence[str], device: torch.device) 
     query, bank = torch.empty(1, dim, device=device), torch.empty(1, dim, device=device, dtype=dtype)
     clusters = bool(config.cluster.ks or config.evaluation.ks)
     searches = config.cluster.backend in ("auto", "triton") and obstacle(device, dtype, dim) is None
+    fuses = _may_fuse(config) or may_fuse_features(config)
     used = {
         "contrast": "loss.backend" in settings and takes_kernels(config.loss.backend, query, bank),
         "assign_held": clusters and searches and assign.holds(bank),
@@ -92,7 +95,8 @@ def used_kernels(config: Config, settings: Sequence[str], device: torch.device) 
         "normalise": True,
         "photometric": pick_loader(config.data.loader) == "dali",
         "batch_norm": _may_fuse(config) and takes_batch_norm(encoder_dtype(device), device),
-        "max_pool": (_may_fuse(config) or may_fuse_features(config)) and takes_pooling(encoder_dtype(device), device),
+        "max_pool": fuses and takes_pooling(encoder_dtype(device), device),
+        "stem": fuses and takes_stem(encoder_dtype(device), device),
     }
     return [name for name in switches.KERNELS if used[name]]
 

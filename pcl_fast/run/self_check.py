@@ -28,6 +28,7 @@ from pcl_fast.kernels import (
     photometric_plain,
     segment,
     segment_plain,
+    stem,
     switches,
 )
 from pcl_fast.kernels.photometric_plain import Op
@@ -65,6 +66,7 @@ def find_faults(kernels: Sequence[str], device: torch.device, *, dim: int, granu
         "photometric": lambda: check_photometric(device),
         "batch_norm": lambda: check_batch_norm(device),
         "max_pool": lambda: check_max_pool(device),
+        "stem": lambda: check_stem(device),
     }
     found = {name: _fault(name, checks[name], device) for name in kernels}
     return {name: fault for name, fault in found.items() if fault is not None}
@@ -287,6 +289,27 @@ def check_max_pool(device: torch.device) -> str | None:
             _differs("gradients", (gradient.double() - of_exact).abs() / (2 + of_exact.abs()), torch.finfo(dtype).eps),
         ]
     )
+
+
+def check_stem(device: torch.device) -> str | None:
+    """`stem` and its filters' gradient against PyTorch's convolution in float64. Entries are -1, 0 and 1, and sums so
+    small that half precision holds them: whatever the order of the sums, nothing is rounded.
+    """
+    generator, dtype = torch.Generator().manual_seed(_SEED), encoder_dtype(device)
+
+    def whole(*shape: int) -> torch.Tensor:
+        numbers = torch.randint(-1, 2, shape, generator=generator).to(device, dtype)
+        return numbers.contiguous(memory_format=torch.channels_last)
+
+    x, weight = whole(3, 3, 61, 38), whole(64, 3, 7, 7).float()
+    with torch.enable_grad():
+        leaf, exact = weight.requires_grad_(), weight.detach().double().requires_grad_()
+        found, expected = stem.stem(x, leaf), F.conv2d(x.double(), exact, stride=2, padding=3)
+        upstream = whole(*expected.shape)
+        (gradient,) = torch.autograd.grad(found, leaf, upstream)
+        (of_exact,) = torch.autograd.grad(expected, exact, upstream.double())
+    pairs = {"values": (found.detach(), expected.detach()), "gradients": (gradient, of_exact)}
+    return _first(_differs(name, (ours - theirs).abs(), 0.0) for name, (ours, theirs) in pairs.items())
 
 
 def _differs(what: str, error: torch.Tensor, tolerance: float) -> str | None:

@@ -72,7 +72,7 @@ POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf1
 INTEGERS = {
     "index": "*i64", "assignment": "*i32", "list_ids": "*i32", "ends": "*i32", "correct": "*u8", "found": "*i32",
     "order": "*i64", "bounds": "*i64", "images": "*u8", "jittered": "*u8", "source": "*u8",
-    "ops": "*i32", "luma": "*i32", "kept": "*i32", "taps": "*u8",
+    "batches": "*i64", "ops": "*i32", "luma": "*i32", "kept": "*i32", "taps": "*u8",
 }  # fmt: skip
 FLOATS = ("queue_weight", "first_share", "other_share", "mean", "std", "momentum", "eps")
 FEATURES = (
@@ -221,7 +221,7 @@ def cases_of_pooling(activations: torch.dtype) -> Iterator[Case]:
 def cases_of_merging() -> Iterator[Case]:
     merged = dict(batch_norm.MERGED)
     options = {"num_warps": merged.pop("num_warps")}
-    for name, constants in (("merge_statistics", merged | {"TRACK": True}), ("merge_sums", merged)):
+    for name, constants in (("merge_statistics", merged | {"TRACK": True, "COUNT": True}), ("merge_sums", merged)):
         kernel = getattr(batch_norm_kernels, name)
         yield Case(name, kernel, constants, torch.float32, options, products=False)
 

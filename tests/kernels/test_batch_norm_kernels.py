@@ -267,9 +267,9 @@ def test_ranks_are_one_batch(run):
 def test_ranks_of_different_sizes(operations):
     """One row on one of them."""
     x = (torch.randn(9, 20, 1, 1, device=DEVICE) * 0.1 + 1e3).to(memory_format=torch.channels_last)
-    lines = [operations.statistics(part, None, None, 0.0, 1) for part in x.split([1, 5, 3])]
+    lines = [operations.statistics(part, None, None, None, 0.0, 1) for part in x.split([1, 5, 3])]
     running = torch.zeros(20, device=DEVICE), torch.zeros(20, device=DEVICE)
-    merged = operations.merge(torch.cat(lines), *running, 1.0)
+    merged = operations.merge(torch.cat(lines), *running, None, 1.0)
     assert merged[0, 40] == 9
     for found, expected in (
         (merged[0, :20], x.double().mean((0, 2, 3))),
@@ -278,6 +278,17 @@ def test_ranks_of_different_sizes(operations):
         (running[1], x.double().var((0, 2, 3))),
     ):
         torch.testing.assert_close(found.double(), expected, rtol=3e-3, atol=0)
+
+
+@both
+@pytest.mark.parametrize("options", [{}, {"splits": 2}, {"exchange": Twins()}], ids=["whole", "splits", "ranks"])
+def test_batches_are_counted_in_training_alone(run, options):
+    problem, batches = Problem((4, 70, 2, 2), torch.float32), torch.full((), 2**40, dtype=torch.int64, device=DEVICE)
+    arguments = problem.x, problem.weight, problem.bias, *problem.running
+    run(*arguments, **options, batches=batches)
+    run(*arguments, **options, batches=batches)
+    run(*arguments, training=False, batches=batches)
+    assert batches == 2**40 + 2
 
 
 # --- as an operation ------------------------------------------------------------------------------------------------
@@ -374,10 +385,11 @@ def test_operators_are_sound():
     """Their schema, what they change and their fake tensors are right, and torch.compile can trace them."""
     problem, operators = Problem((4, 9, 2, 2), torch.float16), torch.ops.pcl_fast
     parameters = problem.weight, problem.bias
-    first = (problem.x, *problem.running, 0.1, 2)
+    batches = torch.zeros((), dtype=torch.int64, device=DEVICE)
+    first = (problem.x, *problem.running, batches, 0.1, 2)
     torch.library.opcheck(operators.batch_norm_statistics.default, first)
     lines = operators.batch_norm_statistics(*first)
-    torch.library.opcheck(operators.batch_norm_merge.default, (lines, *problem.running, 0.1))
+    torch.library.opcheck(operators.batch_norm_merge.default, (lines, *problem.running, batches, 0.1))
     for residual in (None, problem.residual):
         rest = (*parameters, lines, True, EPS)
         forward = (problem.x, residual, *rest, residual is not None)

@@ -17,6 +17,7 @@ from pcl_fast.kernels import (
     photometric,
     photometric_plain,
     segment,
+    stem,
     switches,
 )
 from pcl_fast.kernels.launch import Tile
@@ -128,6 +129,16 @@ def test_a_pooled_value_of_another_pixel_and_its_gradient_are_found(monkeypatch)
         max_pool, "max_pool", lambda x, *window: pool(x * (x > 0.01) + x.detach() * (x <= 0.01), *window)
     )
     assert "gradients differ" in faults("max_pool")["max_pool"]
+
+
+def test_a_product_of_the_stem_that_is_left_out_and_its_gradient_are_found(monkeypatch):
+    convolve = stem.stem
+    corner = torch.zeros(64, 3, 7, 7, device=DEVICE)
+    corner[5, 2, 6, 6] = 1
+    monkeypatch.setattr(stem, "stem", lambda x, weight: convolve(x, weight * (1 - corner)))
+    assert "values differ" in faults("stem")["stem"]
+    monkeypatch.setattr(stem, "stem", lambda x, weight: convolve(x, weight * (1 - corner) + weight.detach() * corner))
+    assert "gradients differ" in faults("stem")["stem"]
 
 
 @pytest.mark.parametrize("wrong", [0.1, float("nan")])
