@@ -174,12 +174,18 @@ def _moved(view: torch.Tensor, resources: Resources) -> torch.Tensor:
 
 def worker_options(resources: Resources, prefetch: int) -> dict:
     """Return the options of a DataLoader whose worker processes outlive an epoch, and a signal to the trainer."""
-    pin = resources.gpu is not None
-    if resources.workers == 0:
-        return {"num_workers": 0, "pin_memory": pin}
-    return {
+    options = {
         "num_workers": resources.workers,
-        "pin_memory": pin,
+        "pin_memory": resources.gpu is not None,
+        # Every time it is iterated a DataLoader draws a seed for its workers, which need none here. Drawn from PyTorch's
+        # own generator, it would let a run that begins an epoch twice, because it was stopped in its midst, draw other
+        # numbers from there on.
+        "generator": torch.Generator(),
+    }
+    if resources.workers == 0:
+        return options
+    return {
+        **options,
         "persistent_workers": True,
         "prefetch_factor": prefetch,
         "worker_init_fn": _begin_worker,

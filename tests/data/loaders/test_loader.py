@@ -147,6 +147,19 @@ def test_an_epoch_left_early_leaves_nothing_behind(folder, kind):
         assert all(equal(*pair) for pair in zip(training.epoch(1), expected, strict=True))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_loader_draws_from_pytorch_s_generator(folder, kind, workers):
+    """Or a run that begins an epoch a second time, having been stopped in its midst, would draw other numbers."""
+    config = replace(CONFIG, loader=kind, workers=workers)
+    before = torch.get_rng_state()
+    next(iter(clustering_loader(folder, config, batch_size=4, world=rank_of(0, 1))))
+    training = loader(folder, rank_of(0, 1), kind, workers=workers)
+    for first in (0, 4):
+        assert len(list(training.epoch(1, first))) == training.steps - first
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_workers_serve_epoch_after_epoch(folder, kind):
     training = loader(folder, rank_of(0, 1), kind, workers=1)
