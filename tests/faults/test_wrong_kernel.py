@@ -1,11 +1,13 @@
 """A kernel that is wrong on a GPU: named, left to its plain twin on all ranks, and left so when the run goes on.
 
-On a CPU no kernel is used; the runs here are made to believe that they use two, in Triton's interpreter.
+Without a GPU no kernel is used, and with one others are too; the runs here are made to believe that they use two, which
+Triton's interpreter does where there is no GPU.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from tiny import tiny
 
 import pcl_fast.data.batch
 from pcl_fast.clustering.backends import obstacle, pick_backend, pick_sums
+from pcl_fast.config import Config
 from pcl_fast.data import normalise
 from pcl_fast.data.views.draws import Draws
 from pcl_fast.data.views.finish import Finisher
@@ -28,6 +31,8 @@ from pcl_fast.run.checkpoint import load_checkpoint, save_checkpoint
 from pcl_fast.run.kernel_choice import choose_kernels
 from pcl_fast.run.metrics import read_rows
 from pcl_fast.train import run
+
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -46,13 +51,23 @@ def used(monkeypatch):
         total[clusters[7]] -= values[7].float()
         return total, counts
 
-    if not torch.cuda.is_available():
-        monkeypatch.setattr(kernel_choice, "used_kernels", lambda *given: ["segment", "normalise"])
+    monkeypatch.setattr(kernel_choice, "used_kernels", lambda *given: ["segment", "normalise"])
     monkeypatch.setattr(segment, "segment_sums", broken)
 
 
-def test_a_run_goes_on_without_it_and_stays_so(used, image_folder, tmp_path, alone, capsys):
-    assert run(tiny(image_folder, tmp_path, epochs=1), alone)
+@pytest.fixture
+def one_rank() -> World:
+    """Where kernels compute."""
+    return World(0, 1, DEVICE, None)
+
+
+def eager(data: Path, output: Path, **changes) -> Config:
+    """On a GPU every run would else begin by timing other ways to compute."""
+    return tiny(data, output, model__fusion="eager", **changes)
+
+
+def test_a_run_goes_on_without_it_and_stays_so(used, image_folder, tmp_path, one_rank, capsys):
+    assert run(eager(image_folder, tmp_path, epochs=1), one_rank)
     assert "the kernel segment (the sums over clusters) is wrong: " in (printed := capsys.readouterr().out)
     assert "Plain PyTorch takes its place" in printed
     assert load_checkpoint(tmp_path)["choices"]["kernels_off"] == ["segment"]
@@ -61,7 +76,7 @@ def test_a_run_goes_on_without_it_and_stays_so(used, image_folder, tmp_path, alo
 
     # Whatever it would be found to be now.
     segment.segment_sums = None
-    assert run(tiny(image_folder, tmp_path, epochs=2), alone)
+    assert run(eager(image_folder, tmp_path, epochs=2), one_rank)
     printed = capsys.readouterr().out
     assert "kernels that were found wrong when this run began stay off: segment" in printed
     assert "warning: the kernel" not in printed
@@ -72,20 +87,20 @@ def test_a_run_goes_on_without_it_and_stays_so(used, image_folder, tmp_path, alo
     # Another run decides anew.
     segment.segment_sums = segment_plain.segment_sums
     other = tmp_path / "other"
-    assert run(tiny(image_folder, other, epochs=3, resume_from=tmp_path / "checkpoint.pt"), alone)
+    assert run(eager(image_folder, other, epochs=3, resume_from=tmp_path / "checkpoint.pt"), one_rank)
     assert load_checkpoint(other)["choices"]["kernels_off"] == []
 
 
 def test_a_run_that_was_killed_between_its_first_two_checkpoints_begins_anew(
-    used, image_folder, tmp_path, alone, monkeypatch, capsys
+    used, image_folder, tmp_path, one_rank, monkeypatch, capsys
 ):
     """What was found of the kernels is not in the record before there are two."""
     stop_after(1, monkeypatch)
     with pytest.raises(Halt):
-        run(tiny(image_folder, tmp_path, epochs=1), alone)
+        run(eager(image_folder, tmp_path, epochs=1), one_rank)
     monkeypatch.setattr("pcl_fast.run.saving.save_checkpoint", save_checkpoint)
     (tmp_path / "checkpoint.pt").write_bytes(b"")
-    assert run(tiny(image_folder, tmp_path, epochs=1), alone)
+    assert run(eager(image_folder, tmp_path, epochs=1), one_rank)
     assert "the run begins anew" in capsys.readouterr().out
     assert [row["off"] for row in read_rows(tmp_path) if row["kind"] == "kernels"] == [["segment"]]
 
@@ -94,12 +109,12 @@ def test_without_a_gpu_nothing_is_checked(alone):
     assert choose_kernels(small_config(), ("loss.backend",), alone) == ([], [], None)
 
 
-def test_strict_kernels_ends_the_run(used, image_folder, tmp_path, alone):
+def test_strict_kernels_ends_the_run(used, image_folder, tmp_path, one_rank):
     with pytest.raises(ValueError, match="--strict-kernels: the kernel segment is wrong"):
-        run(tiny(image_folder, tmp_path, strict_kernels=True), alone)
-    assert run(tiny(image_folder, tmp_path, epochs=1), alone)
+        run(eager(image_folder, tmp_path, strict_kernels=True), one_rank)
+    assert run(eager(image_folder, tmp_path, epochs=1), one_rank)
     with pytest.raises(ValueError, match="the kernel segment was found wrong when this run began"):
-        run(tiny(image_folder, tmp_path, epochs=2, strict_kernels=True), alone)
+        run(eager(image_folder, tmp_path, epochs=2, strict_kernels=True), one_rank)
 
 
 @pytest.mark.parametrize(("name", "group"), [("contrast", "loss"), ("assign", "cluster")])
@@ -122,7 +137,7 @@ def test_the_other_sweep_takes_the_place_of_points_held_in_registers(monkeypatch
     choice = choose_kernels(replace(config, cluster=replace(config.cluster, backend="triton")), (), alone)
     assert choice.off == ["assign_held"]
     assert choice.notes[-1].endswith("is wrong. The kernel assign takes its place, which is slower")
-    assert obstacle(torch.device("cpu"), torch.float16, 4) is None
+    assert obstacle(DEVICE, torch.float16, 4) is None
 
 
 def choice_of_rank(world: World):
@@ -154,17 +169,16 @@ class OnGPU(torch.Tensor):
 
 
 def test_what_is_switched_off_is_not_used(monkeypatch):
-    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
-    query = torch.ones(2, 4)
+    gpu, query = torch.device("cuda", 0), torch.ones(2, 4, device=DEVICE)
     assert takes_kernels("triton", query, query)
     assert pick_sums(gpu) is segment.segment_sums
     switches.switch_off(["contrast", "assign", "segment", "normalise", "photometric"])
     with pytest.raises(ValueError, match="is switched off"):
         takes_kernels("triton", query, query)
-    assert "is switched off" in obstacle(cpu, torch.float16, 4)
+    assert "is switched off" in obstacle(DEVICE, torch.float16, 4)
     assert pick_sums(gpu) is segment_plain.segment_sums
     switches.switch_off(["segment"])
-    assert pick_backend("triton", cpu, torch.float16, 4).sums is segment_plain.segment_sums
+    assert pick_backend("triton", DEVICE, torch.float16, 4).sums is segment_plain.segment_sums
     switches.switch_off(["normalise", "photometric"])
     images = torch.randint(0, 256, (2, 6, 5, 3), dtype=torch.uint8)
     on_gpu = images.as_subclass(OnGPU)
