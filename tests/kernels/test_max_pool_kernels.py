@@ -58,8 +58,8 @@ def test_the_first_of_equal_values_gets_the_gradient():
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), float("inf")])
 def test_values_that_are_no_numbers(value):
-    """As PyTorch has them on a CPU. On a GPU, in channels_last, PyTorch takes the image's first pixel for the maximum of
-    a window that is all -inf, and loses the gradient if that pixel does not lie in the window.
+    """As PyTorch has them on a CPU. On a GPU, in channels_last, it takes the image's first pixel for the maximum of a
+    window that is all -inf, and loses the gradient if that pixel does not lie in the window.
     """
     x = activations((2, 16, 6, 6), torch.float32, seed=0)
     x[0, :, 2, 3], x[1] = value, value

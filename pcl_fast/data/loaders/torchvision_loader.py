@@ -177,8 +177,8 @@ def worker_options(resources: Resources, prefetch: int) -> dict:
     options = {
         "num_workers": resources.workers,
         "pin_memory": resources.gpu is not None,
-        # Every time it is iterated a DataLoader draws a seed for its workers, which need none here. Drawn from PyTorch's
-        # own generator, it would let a run that begins an epoch twice, because it was stopped in its midst, draw other
+        # Whenever it is iterated a DataLoader draws a seed for its workers, which need none here. Taken from PyTorch's
+        # own generator, it would let a run that begins an epoch twice, because it was stopped within it, draw other
         # numbers from there on.
         "generator": torch.Generator(),
     }
