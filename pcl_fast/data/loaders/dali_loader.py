@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from itertools import chain, islice
 
@@ -55,9 +56,11 @@ class TrainingLoader:
             drawn.append([self._draw(read, epoch, number) for number in range(len(self.views))])
             return tuple(array for draws in drawn[-1] for array in _geometry(draws))
 
-        for index, crops in self._decoder.run(self.order.batches(epoch, first_step), describe):
-            views = (self.finisher(crop, draws) for crop, draws in zip(crops, drawn.popleft(), strict=True))
-            yield Batch(tuple(views), torch.from_numpy(index))
+        # Python 3.12 leaves what a closed generator has under way as it is, until nobody holds the generator any more.
+        with closing(self._decoder.run(self.order.batches(epoch, first_step), describe)) as decoded:
+            for index, crops in decoded:
+                views = (self.finisher(crop, draws) for crop, draws in zip(crops, drawn.popleft(), strict=True))
+                yield Batch(tuple(views), torch.from_numpy(index))
 
     def _draw(self, read: Read, epoch: int, number: int) -> Draws:
         view, seed = self.views[number], self.order.seed
@@ -89,8 +92,9 @@ class ClusteringLoader:
         indices = np.arange(self.shard.start, self.shard.stop)
         batches = (indices[at : at + self.batch_size] for at in starts)
         crops = partial(centre_crops, resize=self.config.shorter_side, size=self.config.size)
-        for _, (view,) in self._decoder.run(batches, lambda read: crops(read.sizes)):
-            yield view
+        with closing(self._decoder.run(batches, lambda read: crops(read.sizes))) as decoded:
+            for _, (view,) in decoded:
+                yield view
 
 
 def _inputs(view: View) -> list[Input]:
