@@ -11,6 +11,9 @@ import device
 import machine
 import pytest
 
+_RATIO = "times_faster_than_first"
+_passed: set[str] = set()
+
 
 def pytest_addoption(parser) -> None:
     parser.addoption("--results", type=Path, default=machine.HERE / "results", help="folder of the benchmarks' records")
@@ -22,10 +25,16 @@ def described() -> tuple[dict, str]:
     return machine.describe()
 
 
+def pytest_runtest_logreport(report) -> None:
+    if report.when == "call" and report.passed:
+        _passed.add(report.nodeid)
+
+
 def pytest_sessionfinish(session) -> None:
     by_module: dict[str, list] = {}
     for benchmark in session.config._benchmarksession.benchmarks:
-        if benchmark.stats.data and not benchmark.has_error:
+        # One that was interrupted has fewer rounds, and not all of its figures.
+        if benchmark.stats.data and benchmark.fullname in _passed:
             by_module.setdefault(Path(benchmark.fullname.split("::")[0]).stem, []).append(benchmark)
     for module, entries in by_module.items():
         found, slug = machine.describe()
@@ -46,7 +55,7 @@ def pytest_sessionfinish(session) -> None:
         print(f"\nwritten: {path}")
         for group, case in record["cases"].items():
             for provider, row in case["providers"].items():
-                print(f"  {group}, {provider}: {row['median_ms']} ms, {row['times_faster_than_first']}x")
+                print(f"  {group}, {provider}: {row['median_ms']} ms, {row.get(_RATIO, '-')}x")
 
 
 def is_complete(session) -> bool:
@@ -57,14 +66,30 @@ def is_complete(session) -> bool:
 
 
 def with_earlier(now: dict[str, dict], before: dict) -> dict[str, dict]:
-    """Return the cases that were measured now, and those of an earlier record that were not, which say when they were.
+    """Return the cases and providers that were measured now, and those of an earlier record that were not, which say
+    when they were.
 
     before: the record.
     """
     when = {"commit": before["commit"], "date": before["date"]}
     earlier = {group: {"measured": when, **case} for group, case in before["cases"].items()}
     order = [*earlier, *(group for group in now if group not in earlier)]
-    return {group: now.get(group, earlier.get(group)) for group in order}
+    return {
+        group: _with_providers(now[group], earlier.get(group)) if group in now else earlier[group] for group in order
+    }
+
+
+def _with_providers(case: dict, before: dict | None) -> dict:
+    """Add a case's earlier providers, in their order. What was measured now is compared with the first of them only if
+    that ran too.
+    """
+    if before is None:
+        return case
+    earlier, now = before["providers"], case["providers"]
+    if next(iter(earlier)) not in now:
+        now = {name: {key: row[key] for key in row if key != _RATIO} for name, row in now.items()}
+    kept = {name: {"measured": before["measured"], **row} for name, row in earlier.items()}
+    return {**case, "providers": kept | now}
 
 
 def cases(entries: list, found: dict) -> dict[str, dict]:
@@ -94,7 +119,7 @@ def figures(entry, found: dict, first_ms: float | None) -> dict:
         "p20_ms": round(times[len(times) // 5], 4),
         "p80_ms": round(times[len(times) * 4 // 5], 4),
         "rounds": len(times),
-        "times_faster_than_first": round((first_ms or median) / median, 2),
+        _RATIO: round((first_ms or median) / median, 2),
         **{rate: round(case[work] / unit / median, 3) for rate, (work, unit) in rates.items() if work in case},
         **share_of_matmul(case, found, median),
         "peak_extra_bytes": entry.extra_info.get("peak_extra_bytes"),

@@ -78,7 +78,7 @@ def real_run(record: dict[str, Any]) -> str:
 def benchmark(name: str, record: dict[str, Any]) -> str:
     """Return a record's table. In each case the first provider is what the others are compared with."""
     rows = [
-        (f"{case}{_when(content)}", provider, figures)
+        (f"{case}{_when(content)}", f"{provider}{_when(figures)}", figures)
         for case, content in record["cases"].items()
         for provider, figures in content["providers"].items()
     ]
@@ -87,9 +87,9 @@ def benchmark(name: str, record: dict[str, Any]) -> str:
     return table(heads, [(case, by, *(_cell(figures, *column[1:]) for column in used)) for case, by, figures in rows])
 
 
-def _when(case: dict[str, Any]) -> str:
-    """Say when a case was measured that the last run of its benchmark left out."""
-    return " ({date}, {commit})".format(**case["measured"]) if "measured" in case else ""
+def _when(measured: dict[str, Any]) -> str:
+    """Say when a case or a provider was measured that the last run of its benchmark left out."""
+    return " ({date}, {commit})".format(**measured["measured"]) if "measured" in measured else ""
 
 
 def _cell(figures: dict[str, Any], key: str, form: str) -> str:

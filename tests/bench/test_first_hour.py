@@ -168,10 +168,12 @@ def test_parts_are_recorded_beside_those_of_earlier_runs_and_shown(place):
 
 @pytest.mark.parametrize("folder", sorted(path for path in (BENCH / "results").iterdir() if path.is_dir()))
 def test_all_records_are_shown(folder):
+    def when(measured: dict) -> str:
+        return " ({date}, {commit})".format(**measured["measured"]) if "measured" in measured else ""
+
     text = summary.summary(folder)
     for path in folder.glob("*.json"):
         for case, content in json.loads(path.read_text())["cases"].items():
-            when = " ({date}, {commit})".format(**content["measured"]) if "measured" in content else ""
             for provider, figures in content.get("providers", {}).items():
                 first = f"{figures['median_ms']:,.4g} |" if "median_ms" in figures else ""
-                assert f"| {case}{when} | {provider} | {first}" in text
+                assert f"| {case}{when(content)} | {provider}{when(figures)} | {first}" in text

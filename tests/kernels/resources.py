@@ -43,6 +43,7 @@ from pcl_fast.kernels import (
     photometric,
     sampling,
     segment,
+    stem,
     stream,
 )
 from pcl_fast.kernels.contrast import DRAW_BLOCK, TRITON_TYPES, chunk, parts_at_once
@@ -77,12 +78,14 @@ INTEGERS = {
 FLOATS = ("queue_weight", "first_share", "other_share", "mean", "std", "momentum", "eps")
 FEATURES = (
     "query", "key", "bank", "out", "points", "values", "x", "y", "residual", "dy", "second", "stored", "g", "dx",
+    "folded", "gradient",
 )  # fmt: skip
 HALF = ("high", "low")
 NUMBERS = (
     "n", "size", "columns", "height", "width", "length", "begin", "granularity", "stride", "first_bank", "first_part",
     "part_columns", "seed_low", "seed_high", "banks", "bank_stride", "row_stride", "k", "padded", "tiles",
     "pixels", "rows", "entries", "channels", "part_rows", "groups", "parts", "h", "w", "out_h", "out_w",
+    "filter_stride", "colour_stride", "row_stride", "column_stride",
 )  # fmt: skip
 
 
@@ -133,6 +136,7 @@ def cases(capability: int) -> Iterator[Case]:
     for activations in half:
         yield from cases_of_batch_norm(activations)
         yield from cases_of_pooling(activations)
+        yield from cases_of_stem(activations)
     yield from cases_of_merging()
 
 
@@ -216,6 +220,13 @@ def cases_of_pooling(activations: torch.dtype) -> Iterator[Case]:
         name, constants = f"pool {kind}{' taps' * keep}", window | tile | {"KEEP": keep}
         yield Case(name, max_pool.pool, constants, activations, {}, **options)
     yield Case(f"unpool {kind}", max_pool.unpool, window | tile, activations, {}, **options)
+
+
+def cases_of_stem(activations: torch.dtype) -> Iterator[Case]:
+    kind, rows, block = POINTER[activations][1:], {"ROWS": stem.ROWS}, {"BLOCK": stem.BLOCK}
+    yield Case(f"stack_blocks {kind}", stem.stack_blocks, rows, activations, {}, products=False, wide=True)
+    for kernel in (stem.fold_filters, stem.unfold_filters):
+        yield Case(f"{kernel.__name__} {kind}", kernel, block, activations, {}, products=False)
 
 
 def cases_of_merging() -> Iterator[Case]:

@@ -42,6 +42,8 @@ def test_kernels_compile_without_spills_in_loops_and_use_the_matrix_units(target
         "merge_statistics",
         "pool fp16 taps",
         "unpool fp16",
+        "stack_blocks fp16",
+        "unfold_filters fp16",
     ):
         assert f"sm_{target}  {kernel}" in done.stdout
     assert ("sweep_held" in done.stdout) == (target == "90")
