@@ -2,11 +2,11 @@
 
     python bench/decoding.py [--batches 16] [--threads 16]
 
-- reading: files and headers by the loader's threads, without decoding.
+- reading: files and headers, without decoding, by one thread, by four, and by as many as the loader has.
 - decoding: DALI's decoder alone, from bytes that are in memory, on the CPU; and where there is a GPU, on it, with each
   share of the hardware's engines (hw_decoder_load), and with PIL's way to enlarge colours (jpeg_fancy_upsampling, which
   the loader takes) or without.
-- clustering views: the loader as it is.
+- clustering views: the loader as it is, with --data.decode-on gpu and cpu.
 
 The most that the engines for JPEG were busy is shown where the driver tells.
 """
@@ -18,6 +18,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import device
 import numpy as np
@@ -26,6 +27,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 
 from pcl_fast.data import ImageFolder, clustering_loader
+from pcl_fast.data.loaders.dali_decoder import for_dali
 from pcl_fast.data.loaders.resources import pick_resources
 
 BATCH, WARM_UP = 256 if device.CUDA else 32, 3
@@ -35,7 +37,7 @@ LOADS = (0.0, 0.65, 0.9, 1.0)
 def reading(images: ImageFolder, batches: int, threads: int) -> float:
     with ThreadPoolExecutor(threads) as pool:
         begin = time.perf_counter()
-        count = sum(1 for _ in pool.map(images.encoded, places(len(images), batches)))
+        count = sum(1 for _ in pool.map(lambda index: for_dali(images, index), places(len(images), batches)))
         return count / (time.perf_counter() - begin)
 
 
@@ -57,8 +59,9 @@ def decoding(encoded: list[np.ndarray], batches: int, threads: int, **options) -
     return rate(made.run, batches)
 
 
-def clustering_views(images: ImageFolder, batches: int) -> float:
-    loader = clustering_loader(images, recipe.pcl_v2(BATCH, "dali").data, batch_size=BATCH, world=recipe.WORLD)
+def clustering_views(images: ImageFolder, batches: int, decode_on: str) -> float:
+    config = replace(recipe.pcl_v2(BATCH, "dali").data, decode_on=decode_on)
+    loader = clustering_loader(images, config, batch_size=BATCH, world=recipe.WORLD)
     stream: Iterator[torch.Tensor] = itertools.chain.from_iterable(itertools.repeat(loader))
     return rate(lambda: next(stream), batches)
 
@@ -104,7 +107,10 @@ def main() -> None:
     images = recipe.folder()[0].subset(list(range(8 * BATCH if device.CUDA else 2 * BATCH)))
     encoded = [np.frombuffer(images.encoded(index), np.uint8) for index in range(len(images))]
     cases: dict[str, Callable[[], float]] = {
-        "reading": lambda: reading(images, batches, threads),
+        f"reading by {some} threads": lambda some=some: reading(images, batches, some)
+        for some in sorted({1, 4, threads})
+    }
+    cases |= {
         "decoding on the CPU": lambda: decoding(encoded, batches, threads, device="cpu"),
     }
     if device.CUDA:
@@ -112,7 +118,9 @@ def main() -> None:
             name = f"decoding on the GPU, {load:.0%} by its engines{'' if fancy else ', colours not interpolated'}"
             options = {"device": "mixed", "hw_decoder_load": load, "jpeg_fancy_upsampling": fancy}
             cases[name] = lambda options=options: decoding(encoded, batches, threads, **options)
-    cases["clustering views"] = lambda: clustering_views(images, batches)
+    for decode_on in ("gpu", "cpu") if device.CUDA else ("cpu",):
+        name = f"clustering views, decoded on the {decode_on.upper()}"
+        cases[name] = lambda decode_on=decode_on: clustering_views(images, batches, decode_on)
     print(f"{len(images)} photographs, {threads} threads, batches of {BATCH}")
     for name, case in cases.items():
         engines = Engines()

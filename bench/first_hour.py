@@ -66,6 +66,7 @@ PARTS = {
     "kmeans": Part("k-means, an iteration", _benchmark("kmeans")),
     "estep": Part("the whole E-step", _benchmark("estep")),
     "data": Part("loaders", _benchmark("data")),
+    "decoding": Part("the DALI loader's stages", ("bench/decoding.py",)),
     "features": Part("the encoder's pass over the images", _benchmark("features")),
     "step": Part("a training step", _benchmark("step")),
     "profile": Part("where a step spends its time", ("bench/profile_step.py", "--out={machine}")),

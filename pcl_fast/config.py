@@ -36,6 +36,9 @@ class DataConfig:
     """webdataset: tar files of name.jpg (png, webp, ...) and, if there are labels, name.cls."""
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     """What decodes and crops; auto is DALI wherever it can be imported."""
+    decode_on: Literal["gpu", "cpu"] = "gpu"
+    """DALI, where a GPU trains: what decodes the images, the GPU with the cores or the cores alone; the GPU makes the
+    views either way. Which is faster depends on how many cores there are to a GPU: bench/decoding.py tells."""
     views: _Augmentation = "v1"
     """Augmentation: the paper's v1 or v2 (adds blur), v2 without blur for small images, SimCLR's, BYOL's, crop and flip
     alone, or one for handwritten digits."""
@@ -422,9 +425,10 @@ def view_of(data: DataConfig) -> View:
 # What may differ between a run and its continuation: where things lie, what computes them and what is printed, not
 # what is learned. (Which images there are is compared apart.) A step's parts are as many ranks would be, to batch norm.
 _NOT_RECIPE = (
-    "preset", "output", "resume_from", "init", "log_every", "data.root", "data.format", "data.loader", "data.workers",
-    "data.prefetch", "data.decoder_mib", "data.cache", "data.skip_broken", "loss.backend", "cluster.backend",
-    "evaluation.", "checkpoint.", "strict_kernels", "deterministic", "model.fusion", "optim.accumulate",
+    "preset", "output", "resume_from", "init", "log_every", "data.root", "data.format", "data.loader", "data.decode_on",
+    "data.workers", "data.prefetch", "data.decoder_mib", "data.cache", "data.skip_broken", "loss.backend",
+    "cluster.backend", "evaluation.", "checkpoint.", "strict_kernels", "deterministic", "model.fusion",
+    "optim.accumulate",
 )  # fmt: skip
 
 

@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
+from PIL import Image
 
 from pcl_fast.data.loaders.resources import Resources
 from pcl_fast.data.sources.images import ImageSet, open_image, to_rgb
+from pcl_fast.data.sources.jpeg import jpeg_size
 from pcl_fast.errors import ImageError, UserError
 
 # A job of a thread reads so many images: few enough to spread a batch over the threads, enough that jobs cost nothing.
@@ -153,7 +155,7 @@ class Decoder:
             self._reading.append((index, [self._readers.submit(self._read, chunk) for chunk in chunks]))
 
     def _read(self, indices: list[int]) -> list[tuple[np.ndarray, int, int]]:
-        return [_for_dali(self.images, index) for index in indices]
+        return [for_dali(self.images, index) for index in indices]
 
     def _decoded_on_cpu(self, error: RuntimeError) -> Iterator[tuple[np.ndarray, list[torch.Tensor]]]:
         """Yield what `run` does for all batches that were under way when the GPU's decoder raised `error`, and begin
@@ -278,8 +280,8 @@ def _outputs(pipeline: Pipeline, gpu: torch.device | None) -> list[torch.Tensor]
 
 
 def decodes_on_gpu(resources: Resources) -> bool:
-    """Return whether there is a GPU's decoder, which the CPU's can stand in for."""
-    return resources.gpu is not None
+    """Return whether there is a GPU's decoder in use, which the CPU's can stand in for."""
+    return resources.decodes_on_gpu
 
 
 def is_cuda_error(error: RuntimeError) -> bool:
@@ -291,13 +293,16 @@ def is_cuda_error(error: RuntimeError) -> bool:
     return isinstance(error, accelerator_error) or any(mark in str(error) for mark in _CUDA_ERRORS)
 
 
-def _for_dali(images: ImageSet, index: int) -> tuple[np.ndarray, int, int]:
+def for_dali(images: ImageSet, index: int) -> tuple[np.ndarray, int, int]:
     """Return (bytes that DALI decodes as PIL does, height, width) of an image.
 
     Raises:
         ImageError: the image cannot be read or is none; names it.
     """
     data = images.encoded(index)
+    size = jpeg_size(data)
+    if size is not None and size[0] * size[1] <= Image.MAX_IMAGE_PIXELS:  # of larger ones PIL warns
+        return np.frombuffer(data, np.uint8), *size
     try:
         with open_image(io.BytesIO(data)) as image:
             if image.format not in _FORMATS or image.mode not in _MODES:
@@ -318,8 +323,9 @@ def _collect(index: np.ndarray, jobs: list[Future]) -> Read:
 def _decode(encoded: types.DataNode, resources: Resources) -> types.DataNode:
     """Decode to RGB as PIL's convert("RGB") does, and leave EXIF's orientation alone."""
     options = {"output_type": types.RGB, "adjust_orientation": False}
-    if resources.gpu is None:
-        return fn.decoders.image(encoded, device="cpu", **options)
+    if not resources.decodes_on_gpu:
+        decoded = fn.decoders.image(encoded, device="cpu", **options)
+        return decoded if resources.gpu is None else decoded.gpu()
     return fn.decoders.image(
         encoded,
         device="mixed",

@@ -1,4 +1,4 @@
-"""Loaders built on DALI: an image is decoded once, on the GPU where there is one, and all views are made there.
+"""Loaders built on DALI: an image is decoded once, and all its views are made on the GPU where there is one.
 
 DALI does what changes an image's shape (decode, crop, resize, flip), the Finisher does the rest. Neither has any random
 state: every number comes with the batch (see draws.py), so that a run can go on at any step of an epoch, and makes the

@@ -99,7 +99,7 @@ def describe_loader(config: DataConfig, world: World) -> str:
     more += f"; {describe_stages(config.sizes, config.size)}" if config.sizes else ""
     if loader == "torchvision":
         return f"images: torchvision, {resources.workers} processes, {ahead} of each{more}"
-    where = "CPU" if resources.gpu is None else f"GPU with {resources.decoder_mib} MiB a thread"
+    where = f"GPU with {resources.decoder_mib} MiB a thread" if resources.decodes_on_gpu else "CPU"
     return f"images: dali, {resources.threads} threads, {ahead}, decoding on the {where}{more}"
 
 
@@ -109,6 +109,7 @@ def _maker(config: DataConfig, resources: Resources) -> str:
     if pick_loader(config.loader) == "torchvision":
         return f"torchvision {version('torchvision')}, {pillow}"
     where = "the CPU" if resources.gpu is None else torch.cuda.get_device_name(resources.gpu)
+    where += ", decoded by the CPU" if resources.gpu is not None and not resources.decodes_on_gpu else ""
     return f"DALI {importlib.import_module('nvidia.dali').__version__} on {where}, {pillow}"
 
 

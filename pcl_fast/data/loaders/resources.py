@@ -16,14 +16,21 @@ class Resources:
 
     workers: threads that read and decode (torchvision: processes; 0 is the training process itself).
     prefetch: batches at a time in each stage of the loader.
-    gpu: the device on which DALI decodes, or None for the CPU.
+    gpu: the device on which DALI makes the views, or None for the CPU.
     decoder_mib: GPU memory that each of DALI's threads sets aside for decoding, in MiB.
+    decode_on: "gpu" or "cpu", what decodes where there is a GPU.
     """
 
     workers: int
     prefetch: int
     gpu: torch.device | None
     decoder_mib: int
+    decode_on: str = "gpu"
+
+    @property
+    def decodes_on_gpu(self) -> bool:
+        """Return whether a GPU takes part in decoding."""
+        return self.gpu is not None and self.decode_on == "gpu"
 
     @property
     def threads(self) -> int:
@@ -46,6 +53,6 @@ def pick_resources(config: DataConfig, device: torch.device) -> Resources:
         return Resources(workers, config.prefetch or 2, None, 0)
     memory = torch.cuda.get_device_properties(device).total_memory
     share = memory // 100 // 2**20 // max(1, workers)
-    return Resources(
-        workers, config.prefetch or (3 if memory >= 32e9 else 2), device, config.decoder_mib or max(1, min(16, share))
-    )
+    prefetch = config.prefetch or (3 if memory >= 32e9 else 2)
+    decoder_mib = config.decoder_mib or max(1, min(16, share))
+    return Resources(workers, prefetch, device, decoder_mib, config.decode_on)

@@ -103,6 +103,19 @@ class ImageSet(ABC):
         return f"{len(self)} images, sha256 {hashlib.sha256(names).hexdigest()[:16]}"
 
 
+def read_whole(descriptor: int) -> bytes:
+    """Return what a file holds, from its beginning, which usually takes the system one call more than its size."""
+    size = os.fstat(descriptor).st_size
+    data = os.read(descriptor, size)
+    if len(data) == size:
+        return data
+    # The system may give less at a time, of large files and of some file systems.
+    parts = [data]
+    while part := os.read(descriptor, 1 << 20):
+        parts.append(part)
+    return b"".join(parts)
+
+
 def forget(descriptor: int, offset: int = 0, length: int = 0) -> None:
     """Let the system drop a file, or a part of it, from its memory. It reads from the disk when it is wanted again."""
     if hasattr(os, "posix_fadvise"):

@@ -33,7 +33,8 @@ from pcl_fast.errors import ImageError, UserError
 
 WORLD = World(0, 1, torch.device("cpu"), None)
 # Where DALI runs: with a GPU there too, held to the same reference.
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+BY_CPU = "cuda, decoding by the CPU"
+DEVICES = ["cpu", *(["cuda", BY_CPU] if torch.cuda.is_available() else [])]
 
 
 def config(kind: str, **changes) -> DataConfig:
@@ -41,8 +42,12 @@ def config(kind: str, **changes) -> DataConfig:
     return replace(DataConfig(size=96, resize=112, workers=workers), loader=kind, **changes)
 
 
+def config_on(kind: str, device: str) -> DataConfig:
+    return config(kind, decode_on="cpu" if device == BY_CPU else "gpu")
+
+
 def world_of(device: str) -> World:
-    return World(0, 1, torch.device(device, 0) if device == "cuda" else torch.device(device), None)
+    return WORLD if device == "cpu" else World(0, 1, torch.device("cuda", 0), None)
 
 
 def pairs(images: ImageSet, config: DataConfig, batch_size: int = 8, world: World = WORLD) -> TrainingLoader:
@@ -115,7 +120,7 @@ def compare(
     """
     slack = 2 if device == "cuda" else 1
     loaders = [
-        training_loader(images, config(kind), views=views, batch_size=8, seed=1, world=world)
+        training_loader(images, config_on(kind, device), views=views, batch_size=8, seed=1, world=world)
         for kind, world in (("dali", world_of(device)), ("torchvision", WORLD))
     ]
     compared = 0
@@ -138,7 +143,7 @@ def compare(
 def test_clustering_view_is_the_torchvision_loader_s(pieces, device):
     slack = 2 if device == "cuda" else 1
     ours, theirs = (
-        signed(torch.cat(list(clustering_loader(pieces, config(kind), batch_size=10, world=world))))
+        signed(torch.cat(list(clustering_loader(pieces, config_on(kind, device), batch_size=10, world=world))))
         for kind, world in (("dali", world_of(device)), ("torchvision", WORLD))
     )
     assert len(ours) == len(theirs) == 24
@@ -248,9 +253,10 @@ def test_a_loader_makes_one_epoch_at_a_time(pieces):
     assert len(list(training.epoch(1))) == 3
 
 
-def test_with_a_gpu_everything_but_the_bytes_is_on_it():
+@pytest.mark.parametrize("decode_on", ["gpu", "cpu"])
+def test_with_a_gpu_the_views_are_made_on_it(decode_on):
     """The graph alone; to run it takes a GPU."""
-    resources = Resources(4, 2, torch.device("cuda", 0), 16)
+    resources = Resources(4, 2, torch.device("cuda", 0), 16, decode_on)
     with Pipeline(batch_size=8, num_threads=4, device_id=0):
         encoded, corner, extent, begin, end, matrix = fn.external_source(
             source=lambda: None,
@@ -290,7 +296,7 @@ def test_a_forked_process_collects_no_pipeline(pieces):
 
 def test_a_wrong_pipeline_is_told_from_a_broken_image(pieces, monkeypatch):
     """What PIL can read and DALI cannot is said to be so."""
-    monkeypatch.setattr(dali_decoder, "_for_dali", lambda images, index: (np.zeros(9, np.uint8), 90, 90))
+    monkeypatch.setattr(dali_decoder, "for_dali", lambda images, index: (np.zeros(9, np.uint8), 90, 90))
     training = pairs(pieces, config("dali"))
     with pytest.raises(ImageError, match=r"which PIL can read; --data.loader torchvision"):
         next(training.epoch(0))

@@ -49,6 +49,9 @@ def test_what_is_asked_for_is_taken(machine):
     machine(64, 1, 16e9)
     asked = DataConfig(workers=3, prefetch=7, decoder_mib=40)
     assert pick_resources(asked, GPU) == Resources(3, 7, GPU, 40)
+    by_cpu, by_gpu = (pick_resources(DataConfig(decode_on=decode_on), GPU) for decode_on in ("cpu", "gpu"))
+    assert (by_cpu.gpu, by_cpu.decodes_on_gpu, by_gpu.decodes_on_gpu) == (GPU, False, True)
+    assert not pick_resources(DataConfig(), CPU).decodes_on_gpu
     assert pick_resources(DataConfig(workers=0), CPU).workers == 0
     assert pick_resources(DataConfig(workers=0), CPU).threads == 1
 
@@ -59,5 +62,7 @@ def test_the_log_says_it(machine):
     assert describe_loader(DataConfig(), cpu) == "images: dali, 4 threads, 2 batches ahead, decoding on the CPU"
     expected = "images: dali, 4 threads, 3 batches ahead, decoding on the GPU with 16 MiB a thread"
     assert describe_loader(DataConfig(), gpu) == expected
+    expected = "images: dali, 4 threads, 3 batches ahead, decoding on the CPU"
+    assert describe_loader(DataConfig(decode_on="cpu"), gpu) == expected
     expected = "images: torchvision, 5 processes, 2 batches ahead of each"
     assert describe_loader(DataConfig(loader="torchvision", workers=5), cpu) == expected
