@@ -20,6 +20,7 @@ from pcl_fast.distributed import World
 from pcl_fast.losses import byol
 from pcl_fast.methods.base import Inputs, Method, Metric, Step
 from pcl_fast.methods.collapse import COLLAPSED, spread
+from pcl_fast.nn.branch import branch
 from pcl_fast.nn.encoder import Encoder, mlp_inner_bn
 from pcl_fast.nn.momentum import GrowingMovingAverage, momentum_copy
 from pcl_fast.nn.sync_batch_norm import sync_batch_norm
@@ -109,13 +110,16 @@ class BYOL(Method, name="byol"):
     def forward(self, inputs: Inputs) -> Step:
         # In one pass of each network, as batch norm's statistics are of both views.
         views = torch.cat(inputs.views)
-        with torch.no_grad():
-            target = self.encode(self.momentum_encoder.projected, views)
+        targets = branch(lambda: self._targets(views), self.world.device)
         projection, prediction = self.encode(self._predict, views)
         # Each view's prediction beside the other view's target.
-        loss = 2 * byol(prediction, target.roll(len(inputs.index), 0)).mean()
+        loss = 2 * byol(prediction, targets().roll(len(inputs.index), 0)).mean()
         metrics = {"loss": loss.detach(), **_spread(projection[: len(inputs.index)])}
         return Step(loss, metrics, inputs.drawn["number"])
+
+    @torch.no_grad()
+    def _targets(self, images: torch.Tensor) -> torch.Tensor:
+        return self.encode(self.momentum_encoder.projected, images)
 
     def _predict(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         projection = self.encoder.projected(images)
