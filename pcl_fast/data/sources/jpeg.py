@@ -11,8 +11,8 @@ import struct
 _BEGIN, _MARKER = b"\xff\xd8\xff", 0xFF
 # Frames that every decoder knows: baseline, extended, progressive.
 _FRAMES = (0xC0, 0xC1, 0xC2)
-# Any other frame, and where the picture or the file begins anew or ends.
-_STRANGE = (*(set(range(0xC3, 0xD0)) - {0xC4, 0xCC}), *range(0xD0, 0xDB))
+# Any other frame, what has no length, and where the picture or the file begins anew or ends; 0xC4 and 0xCC are tables.
+_STRANGE = frozenset({0x00, 0x01, *range(0xC3, 0xDB)} - {0xC4, 0xCC})
 # Behind it, in an application's segment of this number, is the place of further pictures.
 _SEVERAL, _SEGMENT = b"MPF\0", 0xE2
 
