@@ -88,9 +88,9 @@ def kmeans_of_shard(world, features, bounds, backend):
 @pytest.mark.parametrize(
     "bounds",
     [
-        (0, 400, 900),
-        pytest.param((0, 0, 900), marks=pytest.mark.slow),
-        pytest.param((0, 350, 380, 900), marks=pytest.mark.slow),
+        (0, 200, 450),
+        pytest.param((0, 0, 450), marks=pytest.mark.slow),
+        pytest.param((0, 175, 190, 450), marks=pytest.mark.slow),
     ],
 )
 def test_ranks_with_unequal_shards_equal_one_rank(backend, dtype, bounds):
@@ -99,7 +99,7 @@ def test_ranks_with_unequal_shards_equal_one_rank(backend, dtype, bounds):
         pytest.importorskip("faiss")
     if backend == "triton" and DEVICE == "cuda":
         pytest.skip("the interpreter is off where there is a GPU")
-    features = blobs(900).cpu().to(dtype)
+    features = blobs(450).cpu().to(dtype)
     whole = kmeans(features, 15, iterations=6, redo=3, seed=3, backend=backend, prune_after=3)
     ranks = run_ranks(len(bounds) - 1, kmeans_of_shard, features, bounds, backend)
     for result in ranks:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import interrupt, same, same_rows, same_state, train
+from launches import same, same_rows, same_state, train
 from ranks import run_ranks
 from steps import batch, part
 from steps import same as equal
@@ -400,14 +400,9 @@ def test_a_run_stopped_within_an_epoch_goes_on_bit_for_bit(whole, image_folder, 
 
 
 @pytest.mark.slow
-def test_the_command_line_stopped_within_an_epoch_goes_on_bit_for_bit(image_folder, tmp_path):
+def test_by_the_command_line(image_folder, tmp_path):
+    """That such a run goes on is tested above, and of every method in test_every_method.py."""
     train(image_folder, tmp_path / "whole", **OPTIONS)
-    done = interrupt(5, signal.SIGTERM, tmp_path, image_folder, tmp_path / "run", **OPTIONS)
-    assert "stopped by a signal" in done.stdout, done.stdout + done.stderr
-    assert 5 <= load_checkpoint(tmp_path / "run")["global_step"] < 2 * STEPS
-    train(image_folder, tmp_path / "run", **OPTIONS)
-    same_state(tmp_path / "whole", tmp_path / "run")
-    same_rows(tmp_path / "whole", tmp_path / "run")
     rows = read_rows(tmp_path / "whole")
     evaluations = [row for row in rows if row["kind"] == "evaluation"]
     assert [sorted(row["ami"]) for row in evaluations] == [["3", "4", "5, head 2", "5, head 3"]] * 3

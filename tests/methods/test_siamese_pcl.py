@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from launches import interrupt, same_rows, same_state, train
+from launches import same_rows, same_state, train
 from ranks import run_ranks
 
 from pcl_fast.config import PRESETS, Config, with_settings
@@ -333,14 +333,3 @@ def test_end_to_end(whole):
     assert [sorted(row["ami"]) for row in rows if row["kind"] == "evaluation"] == [["5"]] * 4
     assert set(load_checkpoint(whole)["encoders"]) == {"query"}
     assert (whole / "report.png").stat().st_size > 0
-
-
-@pytest.mark.slow
-def test_an_interrupted_run_continues_bit_for_bit(whole, image_folder, tmp_path):
-    done = interrupt(5, signal.SIGTERM, tmp_path, image_folder, tmp_path / "run", **OPTIONS)
-    assert "stopped by a signal" in done.stdout, done.stdout + done.stderr
-    state = load_checkpoint(tmp_path / "run")
-    assert 0 < state["step"] < 4
-    train(image_folder, tmp_path / "run", **OPTIONS)
-    same_state(whole, tmp_path / "run")
-    same_rows(whole, tmp_path / "run")
