@@ -104,12 +104,12 @@ class ImageSet(ABC):
 
 
 def read_whole(descriptor: int) -> bytes:
-    """Return what a file holds, from its beginning, which usually takes the system one call more than its size."""
+    """Return what a file holds, which takes two calls of the system where it tells the file's size."""
     size = os.fstat(descriptor).st_size
     data = os.read(descriptor, size)
-    if len(data) == size:
+    if 0 < len(data) == size:
         return data
-    # The system may give less at a time, of large files and of some file systems.
+    # It may give less at a time, of large files, and not tell the size in some file systems.
     parts = [data]
     while part := os.read(descriptor, 1 << 20):
         parts.append(part)

@@ -6,6 +6,7 @@ import io
 import os
 import random
 import struct
+from types import SimpleNamespace
 
 import pytest
 from photos import piece
@@ -106,6 +107,9 @@ def test_a_file_is_read_whole(tmp_path, monkeypatch, size):
         assert read_whole(descriptor) == data
         os.lseek(descriptor, 0, os.SEEK_SET)
         monkeypatch.setattr(os, "read", lambda file, most: read(file, min(most, 777)))
+        assert read_whole(descriptor) == data
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        monkeypatch.setattr(os, "fstat", lambda file: SimpleNamespace(st_size=0))
         assert read_whole(descriptor) == data
     finally:
         os.close(descriptor)
