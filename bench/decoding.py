@@ -110,9 +110,7 @@ def main() -> None:
         f"reading by {some} threads": lambda some=some: reading(images, batches, some)
         for some in sorted({1, 4, threads})
     }
-    cases |= {
-        "decoding on the CPU": lambda: decoding(encoded, batches, threads, device="cpu"),
-    }
+    cases["decoding on the CPU"] = lambda: decoding(encoded, batches, threads, device="cpu")
     if device.CUDA:
         for load, fancy in itertools.product(LOADS, (True, False)):
             name = f"decoding on the GPU, {load:.0%} by its engines{'' if fancy else ', colours not interpolated'}"
