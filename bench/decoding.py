@@ -35,6 +35,7 @@ LOADS = (0.0, 0.65, 0.9, 1.0)
 
 
 def reading(images: ImageFolder, batches: int, threads: int) -> float:
+    """Return images/s of so many threads."""
     with ThreadPoolExecutor(threads) as pool:
         begin = time.perf_counter()
         count = sum(1 for _ in pool.map(lambda index: for_dali(images, index), places(len(images), batches)))
@@ -42,6 +43,7 @@ def reading(images: ImageFolder, batches: int, threads: int) -> float:
 
 
 def places(images: int, batches: int) -> list[int]:
+    """Return the images of so many batches, of which there may be fewer."""
     return [number % images for number in range(batches * BATCH)]
 
 
@@ -59,14 +61,16 @@ def decoding(encoded: list[np.ndarray], batches: int, threads: int, **options) -
     return rate(made.run, batches)
 
 
-def clustering_views(images: ImageFolder, batches: int, decode_on: str) -> float:
-    config = replace(recipe.pcl_v2(BATCH, "dali").data, decode_on=decode_on)
+def clustering_views(images: ImageFolder, batches: int, threads: int, decode_on: str) -> float:
+    """Return images/s of the loader."""
+    config = replace(recipe.pcl_v2(BATCH, "dali").data, workers=threads, decode_on=decode_on)
     loader = clustering_loader(images, config, batch_size=BATCH, world=recipe.WORLD)
     stream: Iterator[torch.Tensor] = itertools.chain.from_iterable(itertools.repeat(loader))
     return rate(lambda: next(stream), batches)
 
 
 def rate(step: Callable[[], object], batches: int) -> float:
+    """Return the images/s of a step that makes a batch."""
     for _ in range(WARM_UP):
         step()
     if device.CUDA:
@@ -84,16 +88,23 @@ class Engines:
 
     def __init__(self) -> None:
         self.most: int | None = None
+        self.tells = device.CUDA
 
     def look(self) -> None:
+        """Ask once more, unless there has been no answer."""
         try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            busy, _ = pynvml.nvmlDeviceGetJpgUtilization(pynvml.nvmlDeviceGetHandleByIndex(0))
+            busy = _busy() if self.tells else None
         except Exception:  # the package is not there, or the driver does not tell
-            return
-        self.most = max(busy, self.most or 0)
+            self.tells, busy = False, None
+        if busy is not None:
+            self.most = max(busy, self.most or 0)
+
+
+def _busy() -> int:
+    import pynvml
+
+    pynvml.nvmlInit()
+    return pynvml.nvmlDeviceGetJpgUtilization(pynvml.nvmlDeviceGetHandleByIndex(0))[0]
 
 
 def main() -> None:
@@ -118,7 +129,7 @@ def main() -> None:
             cases[name] = lambda options=options: decoding(encoded, batches, threads, **options)
     for decode_on in ("gpu", "cpu") if device.CUDA else ("cpu",):
         name = f"clustering views, decoded on the {decode_on.upper()}"
-        cases[name] = lambda decode_on=decode_on: clustering_views(images, batches, decode_on)
+        cases[name] = lambda decode_on=decode_on: clustering_views(images, batches, threads, decode_on)
     print(f"{len(images)} photographs, {threads} threads, batches of {BATCH}")
     for name, case in cases.items():
         engines = Engines()

@@ -141,8 +141,10 @@ def milliseconds(figures: Mapping[str, Any]) -> str:
 
 
 def speed(figures: Mapping[str, Any]) -> str:
-    """Return how fast a provider is beside the first one."""
-    times = figures["times_faster_than_first"]
+    """Return how fast a provider is beside the first one, if both ran together."""
+    times = figures.get("times_faster_than_first")
+    if times is None:
+        return "not compared in one run"
     text = f"{times:.{0 if times >= 10 else 1 if times >= 2 else 2}f} times"
     return f"{text} faster" if times > 1 else f"{text} as fast"
 

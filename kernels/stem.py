@@ -1,7 +1,7 @@
 """The first convolution of a ResNet, of 7 x 7 pixels with a stride of 2, as one of 4 x 4 blocks with a stride of 1.
 
-Images have three channels, too few for matrix units, which take eight or more at a time: the library pads them, and
-still computes this convolution at a tenth of its speed. So 2 x 2 pixels become one pixel of 16 channels, and filters of
+Images have three channels, too few for matrix units, which take eight or more at a time: cuDNN pads them with zeros, in
+a pass of its own, and multiplies these too. So 2 x 2 pixels become one pixel of 16 channels, and filters of
 7 x 7 x 3 become 4 x 4 x 16. Along a line, with u = 2 m + d:
 
     y[i] = sum over k < 7 of w[k] x[2 i + k - 3] = sum over m < 4, d < 2 of w[2 m + d - 1] x[2 (i + m - 2) + d]
@@ -53,10 +53,12 @@ def stem(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor) -> None:
-    if x.ndim != 4 or x.shape[1] != COLOURS or not x.is_floating_point():
-        raise ValueError(f"x must be floating-point [N, {COLOURS}, H, W], not {x.dtype} {list(x.shape)}")
-    if weight.ndim != 4 or tuple(weight.shape[1:]) != (COLOURS, SIDE, SIDE):
-        raise ValueError(f"weight must be [D, {COLOURS}, {SIDE}, {SIDE}], not {list(weight.shape)}")
+    if x.ndim != 4 or x.shape[1] != COLOURS or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        kinds = "float16, bfloat16 or float32"
+        raise ValueError(f"x must be {kinds} [N, {COLOURS}, H, W], not {x.dtype} {list(x.shape)}")
+    if weight.ndim != 4 or tuple(weight.shape[1:]) != (COLOURS, SIDE, SIDE) or not weight.is_floating_point():
+        wanted = f"[D, {COLOURS}, {SIDE}, {SIDE}]"
+        raise ValueError(f"weight must be floating-point {wanted}, not {weight.dtype} {list(weight.shape)}")
     if x.requires_grad and torch.is_grad_enabled():
         raise ValueError("x needs a gradient, which this convolution does not compute")
 
@@ -144,7 +146,7 @@ for _name, _run, _fake in (
 
 @triton.jit(do_not_specialize=["pixels", "h", "w", "out_h", "out_w"])
 def stack_blocks(x, y, pixels, h, w, out_h, out_w, ROWS: tl.constexpr):
-    """Writes y [pixels, 16], which are the blocks, from x [N, h, w, 3]. Grid: blocks."""
+    """Write y [pixels, 16], which are the blocks, from x [N, h, w, 3]. Grid: blocks."""
     pixel = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     line = pixel // out_w
     channel = tl.arange(0, 16)[None, :]
@@ -159,7 +161,7 @@ def stack_blocks(x, y, pixels, h, w, out_h, out_w, ROWS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["entries"])
 def fold_filters(weight, folded, entries, filter_stride, colour_stride, row_stride, column_stride, BLOCK: tl.constexpr):
-    """Writes folded [D, 4, 4, 16] from weight, of any strides. Grid: blocks of entries."""
+    """Write folded [D, 4, 4, 16] from weight, of any strides. Grid: blocks of entries."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     channel = entry % 16
     colour = channel % 4
@@ -173,7 +175,7 @@ def fold_filters(weight, folded, entries, filter_stride, colour_stride, row_stri
 
 @triton.jit(do_not_specialize=["entries"])
 def unfold_filters(gradient, unfolded, entries, BLOCK: tl.constexpr):
-    """Writes unfolded [D, 7, 7, 3] from gradient [D, 4, 4, 16]. Grid: blocks of entries."""
+    """Write unfolded [D, 7, 7, 3] from gradient [D, 4, 4, 16]. Grid: blocks of entries."""
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     colour = entry % 3
     column = entry // 3 % 7 + 1

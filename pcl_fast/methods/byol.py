@@ -110,8 +110,8 @@ class BYOL(Method, name="byol"):
     def forward(self, inputs: Inputs) -> Step:
         # In one pass of each network, as batch norm's statistics are of both views.
         views = torch.cat(inputs.views)
-        targets = branch(lambda: self._targets(views), self.world.device)
-        projection, prediction = self.encode(self._predict, views)
+        with branch(lambda: self._targets(views), self.world.device) as targets:
+            projection, prediction = self.encode(self._predict, views)
         # Each view's prediction beside the other view's target.
         loss = 2 * byol(prediction, targets().roll(len(inputs.index), 0)).mean()
         metrics = {"loss": loss.detach(), **_spread(projection[: len(inputs.index)])}

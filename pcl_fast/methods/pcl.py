@@ -164,8 +164,9 @@ class PCL(Method, name="pcl"):
         # While the key's views travel.
         if inputs.first:
             self.average.update()
-        keys = branch(lambda: self._keys(*arrive()), self.world.device)
-        query, key = self.encode(self.encoder, query_view), keys()
+        with branch(lambda: self._keys(*arrive()), self.world.device) as keys:
+            query = self.encode(self.encoder, query_view)
+        key = keys()
         loss = self.config.loss
         result = pcl_loss(
             query,

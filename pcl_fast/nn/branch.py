@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -11,28 +12,31 @@ import torch
 Result = TypeVar("Result")
 
 
-def branch(work: Callable[[], Result], device: torch.device) -> Callable[[], Result]:
-    """Return a function that returns work(), and that is to be called once, before the step ends.
+@contextmanager
+def branch(work: Callable[[], Result], device: torch.device) -> Iterator[Callable[[], Result]]:
+    """Do some work beside what stands in the context. The context's value is a function that returns work(); it is to
+    be called once, and after the context.
 
     While a step is captured as a CUDA graph, the work becomes a branch of it: the GPU does it beside all that is
-    captured until the function is called, and so has something to do where a kernel of either leaves it idle. Otherwise
-    the function does the work when it is called. The results are the same.
+    captured in the context, and so has something to do where a kernel of either leaves it idle. Otherwise the function
+    does the work when it is called. The results are the same.
 
-    Memory needs no more care: what the work allocates belongs to its stream, which waits for all that came before the
-    next branch, and whoever takes the result waits for the work.
+    What the work reads must live until the context ends, as `work` itself does: memory that is freed before could be
+    used anew by the other stream. What the work allocates belongs to its own stream, which waits for all that came
+    before the next branch.
     """
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-        return work
+        yield work
+        return
     stream, side = torch.cuda.current_stream(device), _side(device)
     side.wait_stream(stream)
-    with torch.cuda.stream(side):
-        result = work()
-
-    def join() -> Result:
+    try:
+        with torch.cuda.stream(side):
+            result = work()
+        yield lambda: result
+    finally:
+        # Also after an error, which the end of a capture with an open branch would hide behind its own.
         stream.wait_stream(side)
-        return result
-
-    return join
 
 
 @functools.cache

@@ -74,7 +74,7 @@ def fused_encoder(encoder: nn.Module, plain: Collection[str] = ()) -> nn.Module:
     _drop_identities(traced)
     _fuse(traced, plain)
     _pool_first(traced)
-    _stem_and_pooling_by_kernels(traced)
+    _stem_and_pooling_by_kernels(traced, plain)
     _overwrite(traced)
     if any(tensor.is_cuda for tensor in traced.parameters()):
         join_biases(traced)
@@ -179,12 +179,12 @@ def _pool_first(graph: fx.GraphModule) -> None:
         after.args = (pool,)
 
 
-def _stem_and_pooling_by_kernels(graph: fx.GraphModule) -> None:
+def _stem_and_pooling_by_kernels(graph: fx.GraphModule, plain: Collection[str]) -> None:
     for node in graph.graph.nodes:
         module = _module(graph, node, (nn.Conv2d, nn.MaxPool2d))
         if type(module) is nn.MaxPool2d:
             module.__class__ = FusedMaxPool2d
-        elif type(module) is nn.Conv2d and suits_stem(module):
+        elif type(module) is nn.Conv2d and node.target not in plain and suits_stem(module):
             module.__class__ = StemConvolution
 
 

@@ -84,6 +84,15 @@ def test_no_images():
     assert stem(torch.zeros(0, 3, 8, 8, device=DEVICE), filters()).shape == (0, 8, 4, 4)
 
 
+def test_operators_are_sound():
+    """Their schema and their fake tensors are right, and torch.compile can trace them."""
+    operators, x = torch.ops.pcl_fast, images(2, 5, 8)
+    torch.library.opcheck(operators.stem_stack.default, (x,))
+    torch.library.opcheck(operators.stem_fold.default, (filters().detach(), torch.float16))
+    gradient = torch.randn(8, 16, 4, 4, device=DEVICE).half().contiguous(memory_format=torch.channels_last)
+    torch.library.opcheck(operators.stem_unfold.default, (gradient, torch.float32))
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compiles_as_one_graph(dynamic):
     x, weight = images(2, 8, 10), filters()
@@ -99,9 +108,11 @@ def test_compiles_as_one_graph(dynamic):
 @pytest.mark.parametrize(
     ("x", "weight", "message"),
     [
-        (torch.zeros(2, 4, 8, 8), torch.zeros(8, 3, 7, 7), r"floating-point \[N, 3, H, W\], not .*\[2, 4, 8, 8\]"),
+        (torch.zeros(2, 4, 8, 8), torch.zeros(8, 3, 7, 7), r"float32 \[N, 3, H, W\], not .*\[2, 4, 8, 8\]"),
         (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.zeros(8, 3, 7, 7), "not torch.uint8"),
-        (torch.zeros(2, 3, 8, 8), torch.zeros(8, 3, 3, 3), r"\[D, 3, 7, 7\], not \[8, 3, 3, 3\]"),
+        (torch.zeros(2, 3, 8, 8).double(), torch.zeros(8, 3, 7, 7), "not torch.float64"),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(8, 3, 7, 7, dtype=torch.int32), "not torch.int32"),
+        (torch.zeros(2, 3, 8, 8), torch.zeros(8, 3, 3, 3), r"\[D, 3, 7, 7\], not torch.float32 \[8, 3, 3, 3\]"),
         (torch.zeros(2, 3, 8, 8, requires_grad=True), torch.zeros(8, 3, 7, 7), "x needs a gradient"),
     ],
 )

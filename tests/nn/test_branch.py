@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import importlib
 
 import pytest
 import torch
+from launches import same
+from methods.every import tiny
+from steps import batch_for
 
+from pcl_fast.learner import Learner
+from pcl_fast.methods import build
 from pcl_fast.nn import branch as module
 from pcl_fast.nn.branch import branch
 
@@ -43,25 +50,60 @@ def streams(said, monkeypatch) -> None:
 
 
 def test_elsewhere_the_work_is_done_when_it_is_asked_for(said):
-    result = branch(lambda: said.append("work") or 3, CPU)
-    assert said == []
+    with branch(lambda: said.append("work") or 3, CPU) as result:
+        said.append("other work")
     assert result() == 3
-    assert said == ["work"]
+    assert said == ["other work", "work"]
 
 
 def test_a_gpu_outside_of_a_capture_does_it_then_too(said, streams, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    result = branch(lambda: said.append("work") or 3, GPU)
-    assert said == []
+    with branch(lambda: said.append("work") or 3, GPU) as result:
+        said.append("other work")
     assert result() == 3
-    assert said == ["work"]
+    assert said == ["other work", "work"]
 
 
-def test_the_branch_begins_where_it_is_named_and_ends_where_its_result_is_taken(said, streams):
-    result = branch(lambda: said.append("work") or 3, GPU)
-    assert said == ["side waits for main", "on side", "work", "off side"]
+def test_the_branch_begins_and_ends_with_the_context(said, streams):
+    with branch(lambda: said.append("work") or 3, GPU) as result:
+        said.append("other work")
+    assert said == ["side waits for main", "on side", "work", "off side", "other work", "main waits for side"]
     assert result() == 3
-    assert said[4:] == ["main waits for side"]
+    assert len(said) == 6
+
+
+@pytest.mark.parametrize("fails", ["work", "other work"])
+def test_after_an_error_no_branch_stays_open(said, streams, fails):
+    """Or the end of the capture would be another error."""
+
+    def do(name: str) -> None:
+        if name == fails:
+            raise torch.cuda.OutOfMemoryError(name)
+
+    with pytest.raises(torch.cuda.OutOfMemoryError, match=fails), branch(lambda: do("work"), GPU):
+        do("other work")
+    assert said[-1] == "main waits for side"
+
+
+@contextlib.contextmanager
+def at_once(work, device):
+    """As while a graph is captured."""
+    result = work()
+    yield lambda: result
+
+
+@pytest.mark.parametrize("name", ["pcl", "byol"])
+def test_whichever_is_done_first_a_step_is_the_same(name, monkeypatch, alone):
+    config = tiny(name)
+    learners = [Learner(build(config, alone, 60), config, alone) for _ in range(2)]
+    learners[1].load(copy.deepcopy(learners[0].state()), [copy.deepcopy(learners[0].own_state())])
+    for number in range(2):
+        rows = batch_for(learners[0].method, number, 12)
+        for learner, way in zip(learners, (branch, at_once), strict=True):
+            monkeypatch.setattr(importlib.import_module(f"pcl_fast.methods.{name}"), "branch", way)
+            learner.set_rate(number)
+            learner.step(rows, number)
+    same(learners[0].state(), learners[1].state(), "state")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="only a GPU has graphs")
@@ -69,8 +111,8 @@ def test_a_graph_with_a_branch_computes_the_same():
     x = torch.randn(512, 512, device=GPU)
 
     def step() -> torch.Tensor:
-        other = branch(lambda: (x @ x.T).relu().sum(0), GPU)
-        own = (x.T @ x).tanh().sum(0)
+        with branch(lambda: (x @ x.T).relu().sum(0), GPU) as other:
+            own = (x.T @ x).tanh().sum(0)
         return own + other()
 
     expected = step()

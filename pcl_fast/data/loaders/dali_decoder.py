@@ -300,8 +300,8 @@ def for_dali(images: ImageSet, index: int) -> tuple[np.ndarray, int, int]:
         ImageError: the image cannot be read or is none; names it.
     """
     data = images.encoded(index)
-    size = jpeg_size(data)
-    if size is not None and size[0] * size[1] <= Image.MAX_IMAGE_PIXELS:  # of larger ones PIL warns
+    size, most = jpeg_size(data), Image.MAX_IMAGE_PIXELS
+    if size is not None and (most is None or size[0] * size[1] <= most):  # of larger ones PIL warns
         return np.frombuffer(data, np.uint8), *size
     try:
         with open_image(io.BytesIO(data)) as image:

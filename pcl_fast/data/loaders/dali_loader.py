@@ -56,7 +56,7 @@ class TrainingLoader:
             drawn.append([self._draw(read, epoch, number) for number in range(len(self.views))])
             return tuple(array for draws in drawn[-1] for array in _geometry(draws))
 
-        # Python 3.12 leaves what a closed generator has under way as it is, until nobody holds the generator any more.
+        # To close this generator does not close the decoder's: in Python 3.12 that waits until nobody holds this one.
         with closing(self._decoder.run(self.order.batches(epoch, first_step), describe)) as decoded:
             for index, crops in decoded:
                 views = (self.finisher(crop, draws) for crop, draws in zip(crops, drawn.popleft(), strict=True))

@@ -48,8 +48,8 @@ class ImageFolder(ImageSet):
         return open(os.path.join(self.root, self.paths[index]), "rb")  # a Path costs as much as the file
 
     def load(self, index: int) -> bytes:
-        # Not by a file object, which asks the system twice as often: Python's threads take turns at that, and many
-        # threads together read no faster than they do.
+        # Not by a file object, which asks the system nearly twice as often: around each time threads take turns at
+        # running Python.
         file = os.open(os.path.join(self.root, self.paths[index]), _READ)
         try:
             data = read_whole(file)

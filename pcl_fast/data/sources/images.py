@@ -104,7 +104,7 @@ class ImageSet(ABC):
 
 
 def read_whole(descriptor: int) -> bytes:
-    """Return what a file holds, which takes two calls of the system where it tells the file's size."""
+    """Return the bytes of a file that has just been opened. That takes two calls of the system: its size, its bytes."""
     size = os.fstat(descriptor).st_size
     data = os.read(descriptor, size)
     if 0 < len(data) == size:
