@@ -118,7 +118,7 @@ def test_few_batches_are_held():
 
 
 def test_what_a_decoder_that_fails_had_taken_is_read():
-    sources = Sources(0.003, 0.001)
+    sources = Sources(0.02, 0.001)  # so slow a disk that busy cores do not keep the decoder from its turn
     numbers_of, error = sources.decode, RuntimeError("broken")
 
     def failing(numbers):
