@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # Up to four at a time: each takes 1 to 2 GB.
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-.PHONY: setup demo test test-all lint bench check-v100
+.PHONY: setup demo test test-slow test-all lint bench check-v100
 
 setup: $(VENV)/ready
 
@@ -18,7 +18,11 @@ demo: setup
 test: setup
 	$(PYTEST)
 
-# Every test; the slow ones are marked so.
+# Those that it leaves out; the first that fails ends them.
+test-slow: setup
+	$(PYTEST) -m slow -x
+
+# Every test.
 test-all: setup
 	$(PYTEST) -m ""
 
