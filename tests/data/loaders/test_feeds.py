@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -118,13 +119,11 @@ def test_few_batches_are_held():
 
 
 def test_what_a_decoder_that_fails_had_taken_is_read():
-    sources = Sources(0.02, 0.001)  # so slow a disk that busy cores do not keep the decoder from its turn
+    sources = Sources(0.003, 0.001)
     numbers_of, error = sources.decode, RuntimeError("broken")
 
     def failing(numbers):
-        batches = numbers_of(numbers)
-        for _ in range(4):
-            yield next(batches)
+        yield from itertools.islice(numbers_of(numbers), 4)  # fewer where others have had all turns on busy cores
         raise error
 
     sources.decode = failing
