@@ -2,7 +2,7 @@
 
 Images have three channels, too few for matrix units, which take eight or more at a time: cuDNN pads them with zeros, in
 a pass of its own, and multiplies these too. So 2 x 2 pixels become one pixel of 16 channels, and filters of
-7 x 7 x 3 become 4 x 4 x 16. Along a line, with u = 2 m + d:
+7 x 7 x 3 become 4 x 4 x 16. Along a line, pixel d of tap m of a folded filter is tap 2 m + d - 1 of the filter:
 
     y[i] = sum over k < 7 of w[k] x[2 i + k - 3] = sum over m < 4, d < 2 of w[2 m + d - 1] x[2 (i + m - 2) + d]
 
@@ -24,7 +24,7 @@ import triton.language as tl
 from pcl_fast.kernels.launch import on
 from torch.autograd.function import once_differentiable
 
-COLOURS, SIDE, STRIDE, PADDING = 3, 7, 2, 3
+COLOURS, SIDE = 3, 7
 TAPS = 4  # of a folded filter along a line
 CHANNELS = 16  # of a block: 2 x 2 pixels of 3 colours and a zero
 ROWS = 128  # blocks of a program of stack_blocks
@@ -34,7 +34,7 @@ BLOCK = 1024  # entries of a program of the others
 def stem(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """Return F.conv2d(x, weight, bias, stride=2, padding=3) of images x by filters of 7 x 7 pixels.
 
-    Differentiable, once, in weight and bias. Weight and its gradient are rounded to the type of x, as under autocast.
+    Differentiable, once, in weight and bias. These and their gradients are rounded to the type of x, as under autocast.
 
     Args:
         x: [N, 3, H, W] float16, bfloat16 or float32, in channels_last or copied to it; it must not need a gradient.

@@ -21,6 +21,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from pcl_fast.distributed import all_gather_rows, all_reduce_sum
 from pcl_fast.kernels import switches
 from pcl_fast.nn.batch_norm import SplitBatchNorm
+from pcl_fast.nn.hooks import is_hooked
 from pcl_fast.nn.max_pool import pool
 from pcl_fast.nn.stem import convolve
 from pcl_fast.nn.sync_batch_norm import SyncBatchNorm2d
@@ -107,7 +108,7 @@ def norm_act(
 def _operation(norm: nn.Module, x: torch.Tensor, act: nn.Module | None, residual) -> Callable[..., Any] | None:
     """Return batch_norm_act, or None if the modules have to do it."""
     known = type(norm) in _NORMS and (act is None or type(act) is nn.ReLU)
-    if not known or _hooked(norm) or (act is not None and _hooked(act)):
+    if not known or is_hooked(norm) or (act is not None and is_hooked(act)):
         return None
     if not (norm.affine and norm.track_running_stats and norm.momentum is not None):
         return None
@@ -127,11 +128,6 @@ def _kernels(x: torch.Tensor) -> Callable[..., Any] | None:
     """Return batch_norm_act for activations of this kind, or None where there is none that is right."""
     usable = x.is_cuda and not switches.is_off("batch_norm") and takes_batch_norm(x.dtype, x.device)
     return fused_kernels.batch_norm_act if usable else None
-
-
-def _hooked(module: nn.Module) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks)
 
 
 class _Ranks:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pcl_fast.kernels import switches
+from pcl_fast.nn.hooks import is_hooked
 
 try:
     from pcl_fast.kernels import max_pool as kernels
@@ -39,7 +40,7 @@ def takes_pooling(dtype: torch.dtype, device: torch.device) -> bool:
 
 def _window(module: nn.Module) -> tuple[int, int, int] | None:
     """Return kernel, stride and padding of a module that the kernels may take the place of, or None."""
-    if type(module) not in (nn.MaxPool2d, FusedMaxPool2d) or module._forward_hooks or module._forward_pre_hooks:
+    if type(module) not in (nn.MaxPool2d, FusedMaxPool2d) or is_hooked(module):
         return None
     stride = module.kernel_size if module.stride is None else module.stride
     numbers = module.kernel_size, stride, module.padding

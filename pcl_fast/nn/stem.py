@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pcl_fast.kernels import switches
+from pcl_fast.nn.hooks import is_hooked
 
 try:
     from pcl_fast.kernels import stem as kernels
@@ -44,8 +45,7 @@ def suits(module: nn.Module) -> bool:
     """Return whether a module is a convolution that the kernels may take the place of."""
     if kernels is None or type(module) not in (nn.Conv2d, StemConvolution):
         return False
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return not any(hooks) and all(getattr(module, name) == value for name, value in _GEOMETRY.items())
+    return not is_hooked(module) and all(getattr(module, name) == value for name, value in _GEOMETRY.items())
 
 
 def _suits_images(module: nn.Module, x: torch.Tensor) -> bool:
