@@ -27,6 +27,7 @@ def full_precision():
         yield
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration on top of oneDNN")  # mkldnn.flags sets that too
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
@@ -37,11 +38,13 @@ def test_is_as_near_to_float64_as_pytorch_s(shape, dtype, memory_format):
     upstream = torch.randn_like(y)
     exact_weight = weight.detach().double().requires_grad_()
     exact = F.conv2d(x.double(), exact_weight, bias.double(), stride=2, padding=3)
-    usual = F.conv2d(x, weight.to(dtype), bias.to(dtype), stride=2, padding=3)
     assert y.shape == exact.shape
+    # oneDNN, for CPUs with AMX, at times makes filters' gradients NaN for an image of one pixel in bfloat16.
+    with torch.backends.mkldnn.flags(enabled=False):
+        usual = F.conv2d(x, weight.to(dtype), bias.to(dtype), stride=2, padding=3)
+        (theirs,) = torch.autograd.grad(usual, weight, upstream)
     _as_near(y, usual, exact, dtype)
     (found,) = torch.autograd.grad(y, weight, upstream)
-    (theirs,) = torch.autograd.grad(usual, weight, upstream)
     (wanted,) = torch.autograd.grad(exact, exact_weight, upstream.double())
     assert found.dtype == weight.dtype
     _as_near(found, theirs, wanted, dtype)
