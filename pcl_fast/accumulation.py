@@ -29,7 +29,7 @@ Scale = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 def pass_in_parts(forward: Method | DistributedDataParallel, inputs: Inputs, parts: int, scale: Scale) -> Step:
     """A step's forward pass in so many parts, and the backward passes of all but the last.
 
-    Ranks exchange gradients in the backward pass of what is returned, once a step.
+    Ranks exchange gradients in the backward pass of what is returned, or after it, once a step.
 
     Args:
         forward: the method, of whose kinds of `accumulation` one is given; or what has it wrapped for several ranks.

@@ -5,6 +5,7 @@ Nothing in here waits for the device.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from pcl_fast.accumulation import pass_in_parts
 from pcl_fast.config import Config
 from pcl_fast.data import Batch
-from pcl_fast.distributed import World
+from pcl_fast.distributed import World, average_gradients
 from pcl_fast.methods import Inputs, Method, Step
 from pcl_fast.nn.batch_norm import average_statistics
 from pcl_fast.nn.precision import loss_scaler
@@ -37,7 +38,19 @@ class Learner:
         self.scaler = loss_scaler(world.device)
         self._parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         _check_groups(method, self._parameters)
-        self._forward = method if world.group is None else _data_parallel(method)
+        self._gradients_last = False
+
+    @functools.cached_property
+    def _forward(self) -> Method | DistributedDataParallel:
+        alone = self.world.group is None or self._gradients_last
+        return self.method if alone else _data_parallel(self.method)
+
+    def exchange_gradients_last(self) -> None:
+        """Let ranks exchange their gradients after the backward pass, so that CUDA graphs can hold all else.
+        DistributedDataParallel, which computes the same up to rounding, does it meanwhile. To be called before the
+        first step.
+        """
+        self._gradients_last = True
 
     def set_rate(self, epoch: int, step: int = 0, steps: int = 1) -> float:
         """Set and return the learning rate of step `step` out of `steps` of an epoch."""
@@ -67,7 +80,7 @@ class Learner:
         return on_host.moved(lambda packed: packed.pin_memory().to(self.world.device, non_blocking=True))
 
     def compute(self, inputs: Inputs, number: int) -> dict[str, torch.Tensor]:
-        """`step` after its inputs are there: on the device from end to end, so that a CUDA graph can hold it."""
+        """`step` after its inputs are there: on the device from end to end, so that CUDA graphs can hold it."""
         loss, metrics, carry = self._pass(inputs)
         applied, fault = self._descend(loss, number)
         self.method.after_update(carry, applied)
@@ -97,6 +110,8 @@ class Learner:
         """
         scaled, upstream = self._scaled(loss)
         scaled.backward(upstream)
+        if self._gradients_last:
+            average_gradients(self._parameters, self.world.group)
         self.method.before_update(number)
         finite = _all_finite(self._parameters)
         fault = ~finite

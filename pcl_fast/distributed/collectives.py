@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from pcl_fast.distributed.between import between_graphs
+
 
 def shard_bounds(total: int, rank: int, size: int) -> tuple[int, int]:
     """Return the half-open range of a rank's share of `total` items; shares differ in length by at most one."""
@@ -19,7 +21,7 @@ def shard_bounds(total: int, rank: int, size: int) -> tuple[int, int]:
 def all_reduce_sum(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
     """Replace `tensor` by its sum over the ranks, in place, and return it."""
     if group is not None:
-        dist.all_reduce(tensor, group=group)
+        between_graphs(lambda: dist.all_reduce(tensor, group=group))
     return tensor
 
 
@@ -84,8 +86,9 @@ def all_gather_rows(rows: torch.Tensor, group: dist.ProcessGroup | None) -> torc
     """
     if group is None:
         return rows
+    rows = rows.contiguous()
     parts = [torch.empty_like(rows) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(parts, rows.contiguous(), group=group)
+    between_graphs(lambda: dist.all_gather(parts, rows, group=group))
     return torch.cat(parts)
 
 

@@ -153,6 +153,9 @@ class Method(nn.Module):
         "compare": the loss compares the images of the step with each other, by what an encoder makes of each: instead
             of `forward` there are `represent` and `compare`.
         None: not at all, which is refused in words.
+    divisible: whether a step of several ranks can be captured, as CUDA graphs between which they exchange what they do.
+        They do so by `all_gather_rows`, `all_reduce_sum` or BatchShuffle, in the forward pass or in `after_update`; not
+        in the backward pass, as for batch norm or a loss of all ranks' images, and not beside a `branch`.
     knows_its_end: whether its steps depend on how many the run will have, by a schedule other than the learning rate's.
         A run that has begun is then not made longer but by --resume-from.
     """
@@ -160,6 +163,7 @@ class Method(nn.Module):
     metrics: ClassVar[dict[str, Metric]]
     settings: ClassVar[tuple[str, ...]] = ()
     accumulation: ClassVar[Literal["mean", "compare"] | None] = None
+    divisible: ClassVar[bool] = False
     knows_its_end: ClassVar[bool] = False
     named: ClassVar[dict[str, type[Method]]] = {}
     unfused_layers: Collection[str] | None = None

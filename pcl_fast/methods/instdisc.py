@@ -50,6 +50,7 @@ class InstDisc(Method, name="instdisc"):
     }
     settings = ("loss.temperature", "loss.num_negatives", "model.bank_momentum")
     accumulation = "mean"
+    divisible = True
 
     def __init__(self, config: Config, world: World, images: int):
         """

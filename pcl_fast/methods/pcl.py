@@ -8,7 +8,6 @@ recipe says so the keys that the epoch has made anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -30,7 +29,7 @@ from pcl_fast.nn.encoder import Encoder
 from pcl_fast.nn.momentum import MovingAverage, momentum_copy
 from pcl_fast.nn.precision import loss_dtype
 from pcl_fast.nn.queue import KeyQueue
-from pcl_fast.nn.shuffle import BatchShuffle
+from pcl_fast.nn.shuffle import BatchShuffle, Restore
 from pcl_fast.schedule import clusters_before, part_batch
 from pcl_fast.seeds import Purpose, mix_seeds
 
@@ -61,6 +60,7 @@ class PCL(Method, name="pcl"):
         "model.bn_splits",
     )
     accumulation = "mean"
+    divisible = True
 
     def __init__(self, config: Config, world: World, images: int):
         """
@@ -164,9 +164,10 @@ class PCL(Method, name="pcl"):
         # While the key's views travel.
         if inputs.first:
             self.average.update()
-        with branch(lambda: self._keys(*arrive()), self.world.device) as keys:
+        with branch(self._keys, self.world.device, arrive) as keys:
             query = self.encode(self.encoder, query_view)
-        key = keys()
+        shuffled, restore = keys()
+        key = restore(shuffled)
         loss = self.config.loss
         result = pcl_loss(
             query,
@@ -184,10 +185,9 @@ class PCL(Method, name="pcl"):
         return Step(result.loss, {**_metrics(result), **_spread(key)}, (key, inputs.index))
 
     @torch.no_grad()
-    def _keys(self, views: torch.Tensor, restore: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The keys of shuffled views, [N, dim] in the batch's own order, in `loss_dtype`."""
-        key = self.encode(self.momentum_encoder, views)
-        return restore(key.to(self.queue.keys.dtype))
+    def _keys(self, views: torch.Tensor, restore: Restore) -> tuple[torch.Tensor, Restore]:
+        """The keys of shuffled views, [N, dim] in `loss_dtype` and in their order, and what restores the batch's."""
+        return self.encode(self.momentum_encoder, views).to(self.queue.keys.dtype), restore
 
     def phase(self, number: int) -> bool:
         """Before and after the first E-step."""

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from pcl_fast.distributed import between_graphs
+
 Restore = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -89,18 +91,18 @@ class BatchShuffle:
             return lambda: rows
         rows = rows.contiguous()
         result = torch.empty_like(rows)
-        work = dist.all_to_all_single(
-            result.view(self.rows, -1).view(torch.uint8),
-            rows.view(self.rows, -1).view(torch.uint8),
-            received,
-            sent,
-            group=self.group,
-            async_op=True,
-        )
+        arriving, leaving = (each.view(self.rows, -1).view(torch.uint8) for each in (result, rows))
+        under_way: list[dist.Work] = []
+
+        def begin() -> None:
+            work = dist.all_to_all_single(arriving, leaving, received, sent, group=self.group, async_op=True)
+            under_way.append(work)
 
         def arrive() -> torch.Tensor:
-            work.wait()
+            between_graphs(lambda: under_way.pop().wait())
             return result
+
+        between_graphs(begin)
 
         return arrive
 

@@ -116,7 +116,9 @@ def _encoder(job: Job, machine: Machine) -> Phase:
 
 
 def _fastest(job: Job, machine: Machine) -> MeasuredStep | None:
-    """What was measured of a step in the way that a run would choose: in a graph only on a single GPU."""
+    """What was measured of a step, in the way that a run would choose. For several GPUs captured steps are left out:
+    their pieces have not been measured.
+    """
     usable = [step for step in machine.steps if job.world == 1 or not step.captured]
 
     def rate(step: MeasuredStep) -> float:

@@ -10,6 +10,7 @@ from pcl_fast.config import Config
 from pcl_fast.data import Batch
 from pcl_fast.distributed import World
 from pcl_fast.learner import Learner
+from pcl_fast.methods import Method
 from pcl_fast.run.feature_choice import choose_layers
 from pcl_fast.run.fusion_choice import CAPTURED, choose_fusion
 from pcl_fast.run.kernel_choice import choose_kernels
@@ -49,7 +50,9 @@ class Choices:
         method = learner.method
         kernels = choose_kernels(config, method.settings, world, off=self.kernels_off)
         sides, passes = [view.size for view in method.views], steps * config.optim.accumulate
-        fusion = choose_fusion(config, method.encoders(), passes, world, kept=self.fusion, sides=sides)
+        fusion = choose_fusion(
+            config, method.encoders(), passes, world, kept=self.fusion, sides=sides, graphs=_has_graphs(method)
+        )
         encoder = method.encoders()[method.features().encoder]
         layers = choose_layers(config, encoder, world, kept=self.unfused_layers, new=self._new)
         self.kernels_off, self.fusion, self.unfused_layers = kernels.off, fusion.way, layers.plain
@@ -62,4 +65,10 @@ class Choices:
 
     def step_of(self, learner: Learner) -> Callable[[Batch, int], dict[str, Any]]:
         """Return the function that takes a learner's steps as was chosen."""
-        return CapturedStep(learner).step if (self.fusion or "").endswith(CAPTURED) else learner.step
+        captured = (self.fusion or "").endswith(CAPTURED) and _has_graphs(learner.method)
+        return CapturedStep(learner).step if captured else learner.step
+
+
+def _has_graphs(method: Method) -> bool:
+    """Whether its steps can be captured with these ranks."""
+    return method.world.group is None or method.divisible

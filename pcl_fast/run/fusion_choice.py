@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,19 +40,21 @@ def choose_fusion(
     *,
     kept: str | None = None,
     sides: Sequence[int] = (),
+    graphs: bool = True,
 ) -> Choice:
     """Choose how the encoders compute, and let them. All ranks call this together, and get the same.
 
     With --model.fusion auto the passes are timed on a GPU at the run's own shapes, in every way that agrees with the
-    eager one; the slowest rank counts. With a single rank each is timed as a CUDA graph too: a way of many small
-    launches can be the slowest from the host and the fastest in a graph. What ranks exchange has not been tried in a
-    graph. On a CPU, and with --deterministic, there is nothing to choose: eager.
+    eager one; the slowest rank counts. Each is timed as a CUDA graph too, if steps can be captured: a way of many small
+    launches can be the slowest from the host and the fastest in a graph. On a CPU, and with --deterministic, there is
+    nothing to choose: eager.
 
     Args:
         encoders: the method's; "query" is the one with a backward pass.
         steps: that the run has left; each part of a step counts.
         kept: the way of the run that goes on, which stays.
         sides: of the method's views, see Passes.of_run.
+        graphs: whether steps can be captured.
 
     Raises:
         ValueError: on all ranks, if the way that is asked for cannot be used.
@@ -65,7 +68,7 @@ def choose_fusion(
         return _keep(kept, encoders, world)
     if config.deterministic:
         return Choice(_use_or_refuse(EAGER, encoders, world), [], None)
-    return _fastest(Passes.of_run(config, encoders, world, sides), steps, world)
+    return _fastest(Passes.of_run(config, encoders, world, sides), steps, world, graphs)
 
 
 def has_choice(world: World) -> bool:
@@ -110,10 +113,10 @@ def _agree(faults: dict[str, str], world: World) -> dict[str, str]:
     return found
 
 
-def _fastest(passes: Passes, steps: int, world: World) -> Choice:
+def _fastest(passes: Passes, steps: int, world: World, graphs: bool) -> Choice:
     begin = time.perf_counter()
     with passes.undisturbed():
-        times, left_out = _measure(passes, steps, world)
+        times, left_out = _measure(passes, steps, world, graphs)
     way = min(times, key=times.get, default=EAGER)
     if EAGER in times and times[way] > _FASTER * times[EAGER]:
         way = EAGER
@@ -125,7 +128,7 @@ def _fastest(passes: Passes, steps: int, world: World) -> Choice:
     return Choice(way, notes, {"way": way, "ms": times, "left_out": left_out, "seconds": seconds})
 
 
-def _measure(passes: Passes, steps: int, world: World) -> tuple[dict[str, float], dict[str, str]]:
+def _measure(passes: Passes, steps: int, world: World, graphs: bool) -> tuple[dict[str, float], dict[str, str]]:
     """
     Returns:
         Milliseconds of the slowest rank, for the ways that all ranks can use; why others are left out.
@@ -137,14 +140,13 @@ def _measure(passes: Passes, steps: int, world: World) -> tuple[dict[str, float]
         if way == "compile" and (left := steps * times.get(EAGER, 0) / 1e3) < _LONG:
             left_out[way] = f"to compile takes a minute, and some {left / 60:.0f} minutes of encoding are left"
             continue
-        told = gather_objects(trial.of(way), world)
-        if faults := [fault for fault, _ in told if fault]:
-            left_out[way] = faults[0]
-        else:
-            times[way] = round(max(ms for _, ms in told), 3)
-            if world.group is None:
-                fault, ms = trial.captured()
-                (left_out if fault else times)[way + CAPTURED] = fault or round(ms, 3)
+        ways = {way: functools.partial(trial.of, way)} | ({way + CAPTURED: trial.captured} if graphs else {})
+        for name, measure in ways.items():
+            told = gather_objects(measure(), world)
+            if faults := [fault for fault, _ in told if fault]:
+                left_out[name] = faults[0]
+                break
+            times[name] = round(max(ms for _, ms in told), 3)
     return times, left_out
 
 

@@ -12,6 +12,7 @@ from launches import same
 from methods.every import tiny
 from steps import batch_for
 
+from pcl_fast.distributed import CannotCaptureError, between_graphs, taking_calls
 from pcl_fast.learner import Learner
 from pcl_fast.methods import build
 from pcl_fast.nn import branch as module
@@ -72,6 +73,33 @@ def test_the_branch_begins_and_ends_with_the_context(said, streams):
     assert len(said) == 6
 
 
+def test_what_arrives_is_waited_for_before_the_branch_begins(said, streams):
+    with branch(lambda a, b: said.append("work") or a + b, GPU, lambda: said.append("arrived") or (1, 2)) as result:
+        said.append("other work")
+    assert said[:3] == ["arrived", "side waits for main", "on side"]
+    assert result() == 3
+
+
+def test_elsewhere_it_may_arrive_meanwhile(said):
+    with branch(lambda a, b: said.append("work") or a + b, CPU, lambda: said.append("arrived") or (1, 2)) as result:
+        said.append("other work")
+    assert result() == 3
+    assert said == ["other work", "arrived", "work"]
+
+
+def test_ranks_exchange_nothing_while_there_is_a_branch(said, streams):
+    """It would end a graph that has an open branch."""
+    taken = []
+    with taking_calls(taken.append):
+        with pytest.raises(CannotCaptureError, match="a branch"), branch(lambda: between_graphs(list), GPU):
+            pass
+        with pytest.raises(CannotCaptureError, match="a branch"), branch(lambda: 3, GPU):
+            between_graphs(list)
+        assert said[-1] == "main waits for side"
+        between_graphs(list)
+    assert taken == [list]
+
+
 @pytest.mark.parametrize("fails", ["work", "other work"])
 def test_after_an_error_no_branch_stays_open(said, streams, fails):
     """Or the end of the capture would be another error."""
@@ -86,9 +114,9 @@ def test_after_an_error_no_branch_stays_open(said, streams, fails):
 
 
 @contextlib.contextmanager
-def at_once(work, device):
+def at_once(work, device, arrive=tuple):
     """As while a graph is captured."""
-    result = work()
+    result = work(*arrive())
     yield lambda: result
 
 

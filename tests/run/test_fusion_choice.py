@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from ranks import run_ranks
 from steps import small_config
 from torch import nn
 
+from pcl_fast.captured import CapturedStep
 from pcl_fast.config import Config
 from pcl_fast.distributed import World
 from pcl_fast.learner import Learner
@@ -205,7 +207,61 @@ def choice_of_rank(world: World) -> tuple:
 def test_all_ranks_choose_together():
     first, second = run_ranks(2, choice_of_rank)
     assert first == second
-    assert first == ("eager", {"eager": 10.0, "compile": 9.9}, {"triton": "no kernel image"}, "eager")
+    times = {"eager": 10.0, "eager+graph": 11.0, "compile": 9.9, "compile+graph": 10.9}
+    assert first == ("eager", times, {"triton": "no kernel image"}, "eager")
+
+
+def test_steps_that_cannot_be_captured_are_not_tried_so(ways, encoders):
+    ways.faster_captured = 5.0
+    choice = choose_fusion(small_config(), encoders, MANY, ALONE, graphs=False)
+    assert (choice.way, choice.row["ms"]) == ("compile", ways.ms)
+
+
+@pytest.mark.parametrize(
+    ("fusion", "group", "divisible", "captured"),
+    [
+        ("triton+graph", None, False, True),
+        ("triton+graph", object(), True, True),
+        ("triton+graph", object(), False, False),  # goes on from a single rank's run
+        ("triton", None, True, False),
+        (None, None, True, False),
+    ],
+)
+def test_whose_steps_are_captured(fusion, group, divisible, captured):
+    choices = Choices({"kernels_off": [], "fusion": fusion, "unfused_layers": None})
+    learner = Mock()
+    learner.method.world.group, learner.method.divisible = group, divisible
+    step = choices.step_of(learner)
+    assert isinstance(getattr(step, "__self__", None), CapturedStep) == captured
+    assert (step is learner.step) != captured
+
+
+def captured_of_rank(world: World) -> tuple:
+    """Rank 1 cannot capture triton, and is slow by eager in a graph."""
+    with pytest.MonkeyPatch.context() as patch:
+        ways = Ways(patch)
+        milliseconds = ways.milliseconds
+
+        def of_rank(*, captured: bool = False) -> float:
+            if captured and world.rank == 1 and ways.now == "triton":
+                fail(None)
+            return 7.0 + world.rank if captured and ways.now == "eager" else milliseconds(captured=captured)
+
+        patch.setattr(Passes, "milliseconds", lambda passes, **how: of_rank(**how))
+        choice = choose_fusion(small_config(), encoders_of(small_config(), world), 6000, world)
+        return choice.way, choice.row["ms"], choice.row["left_out"].get("triton+graph"), ways.now
+
+
+def test_all_ranks_capture_or_none():
+    """The slowest counts."""
+    first, second = run_ranks(2, captured_of_rank)
+    assert first == second
+    assert first == (
+        "eager+graph",
+        {"eager": 10.0, "eager+graph": 8.0, "triton": 9.0},
+        "RuntimeError: no kernel image",
+        "eager",
+    )
 
 
 def test_ranks_do_not_wait_for_each_other_in_batch_norm(encoders):
