@@ -34,8 +34,8 @@ SECONDS_TO_END = 30.0  # after an interrupt, for what was measured to be written
 COLUMNS = ("--benchmark-sort=name", "--benchmark-columns=min,median,max,rounds")
 TESTS = (
     "tests/kernels", "tests/clustering/test_kmeans.py", "tests/clustering/test_concentration.py", "tests/losses",
-    "tests/nn", "tests/test_learner.py", "tests/test_captured.py", "tests/run/test_self_check.py",
-    "tests/run/test_metrics.py", "tests/data",
+    "tests/nn", "tests/test_learner.py", "tests/test_captured.py", "tests/test_captured_ranks.py",
+    "tests/run/test_self_check.py", "tests/run/test_metrics.py", "tests/data",
 )  # fmt: skip
 
 
