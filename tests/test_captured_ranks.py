@@ -59,7 +59,7 @@ def rows_of(learner: Learner, number: int, world: World):
 
 
 def take(learner: Learner, step, world: World) -> list[dict[str, float]]:
-    """Some steps; those of PCL have prototypes from the fourth on."""
+    """What STEPS steps report; those of PCL have prototypes from step E_STEP on."""
     reports = []
     for number in range(STEPS):
         learner.set_rate(number)
