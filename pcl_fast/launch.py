@@ -115,6 +115,7 @@ def _environment(port: int, ranks: int) -> dict[str, str]:
         "LOCAL_WORLD_SIZE": str(ranks),
         # PyTorch's word for: the launcher has the store, and no rank opens one.
         "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
         "PCL_FAST_LAUNCHER": str(os.getpid()),
     }
     return {**defaults, **os.environ, **told}
@@ -126,7 +127,9 @@ def _serve(listening: socket.socket) -> Any:
     from torch.distributed import TCPStore
 
     host, port = listening.getsockname()
-    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
+    descriptor = listening.detach()
+    # libuv takes no socket from its caller in PyTorch 2.5, the last one for Volta.
+    return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor, use_libuv=False)
 
 
 class _Signals:
