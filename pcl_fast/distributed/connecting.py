@@ -122,7 +122,12 @@ def disconnect(world: World) -> None:
     then, PyTorch aborts the process (SIGABRT), though its work is done. The threads end with the last reference to the
     group, which whatever was trained may hold in a cycle.
     """
-    if world.group is not None:
-        dist.destroy_process_group()
-        object.__setattr__(world, "group", None)  # for anybody else it stays frozen
-        gc.collect()
+    if world.group is None:
+        return
+    # What computes for the group waits for its threads as it ends, and lets go of Python's lock meanwhile. The group,
+    # in PyTorch 2.5, does not: if it were the last to refer to that, a thread that gives back tensors would never end.
+    backend = world.group._get_backend(world.device)
+    dist.destroy_process_group()
+    object.__setattr__(world, "group", None)  # for anybody else it stays frozen
+    gc.collect()
+    del backend

@@ -25,6 +25,21 @@ SIAMESE = shlex.split("""
     --model.dim 16 --cluster.ks 3 --siamese.components 8
 """)
 
+# Has a thread of the group wait for Python's lock, to give back tensors, when the rank leaves.
+GIVING_BACK = """
+import sys, time
+import torch, torch.distributed as dist
+from pcl_fast.distributed import connect, disconnect
+
+world = connect()
+sys.setswitchinterval(1000)
+dist.all_gather([torch.zeros(5) for _ in range(2)], torch.ones(5), async_op=True)
+until = time.perf_counter() + 0.5
+while time.perf_counter() < until:
+    pass
+disconnect(world)
+"""
+
 
 @pytest.fixture
 def program(tmp_path) -> str:
@@ -53,3 +68,9 @@ def test_after_an_evaluation_the_group_s_threads_have_ended(two_ranks, image_fol
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     flags = ("--data", str(tmp_path / "data"), "--output", str(tmp_path / "scores"), "--batch-size", "12")
     check([sys.executable, *launcher, program, "pcl_fast.evaluate", "linear", str(two_ranks[0]), *flags])
+
+
+def test_a_thread_that_gives_back_tensors_is_waited_for_and_does_not_wait(tmp_path):
+    (tmp_path / "script.py").write_text(GIVING_BACK)
+    done = execute([sys.executable, "-m", "pcl_fast.launch", "--nproc-per-node=2", str(tmp_path / "script.py")])
+    assert (done.returncode, done.stderr) == (0, "")
