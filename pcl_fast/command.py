@@ -90,13 +90,13 @@ def _in_words(error: RuntimeError) -> str | None:
             f"there is no memory for {size} more. What was saved stands. --model.queue-size, --optim.batch-size, "
             "--data.size and --cluster.ks say how much is needed, on a GPU --data.decoder-mib too"
         )
-    if type(error).__name__ not in ("DistBackendError", "DistNetworkError") and "gloo/transport" not in text:
-        return None
     if "EADDRINUSE" in text:
         return (
             f"the ranks cannot meet: {text}. If the port is in use, choose another by torchrun's --master-port "
             "(MASTER_PORT)"
         )
+    if type(error).__name__ not in ("DistBackendError", "DistNetworkError") and "gloo/transport" not in text:
+        return None
     return f"another rank is gone, whose output says why; the last checkpoint stands ({text})"
 
 
