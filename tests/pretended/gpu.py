@@ -148,7 +148,8 @@ class PretendedGPU(Recorder):
         given, flat = (tree_flatten(each)[0] for each in ((args, kwargs), results))
         if func.overloadpacket in _PLACES or not any(_on_gpu(value) for value in (*given, *flat)):
             return results
-        expected = _host_twin(func)(*tree_map(_on_host, args), **tree_map(_on_host, kwargs))
+        on_host = _on_host_in_single if func.overloadpacket in _FOREIGN and _is_half(args) else _on_host
+        expected = _host_twin(func)(*tree_map(on_host, args), **tree_map(on_host, kwargs))
         return _filled(results, expected, {_storage(value) for value in given if isinstance(value, torch.Tensor)})
 
     def _numbered(self, indices: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -229,6 +230,17 @@ def _on_host(value: Any) -> Any:
     memory = (ctypes.c_char * storage.nbytes()).from_address(storage.data_ptr())
     flat = torch.frombuffer(memory, dtype=value.dtype)
     return flat.as_strided(value.shape, value.stride(), value.storage_offset())
+
+
+def _is_half(args: tuple) -> bool:
+    """Whether all numbers are in one type of 2 bytes, which many CPUs multiply one by one."""
+    types = {value.dtype for value in args if _on_gpu(value) and value.is_floating_point()}
+    return types in ({torch.float16}, {torch.bfloat16})
+
+
+def _on_host_in_single(value: Any) -> Any:
+    """The same values in float32."""
+    return _on_host(value).float() if _on_gpu(value) else _on_host(value)
 
 
 def _filled(results: Any, expected: Any, given: set[int]) -> Any:
