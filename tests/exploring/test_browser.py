@@ -171,6 +171,7 @@ def test_the_map_shows_what_is_pointed_at_and_opens_its_cluster(show, page, site
     assert said in page.locator("#tip").evaluate("tip => tip.textContent")
     page.mouse.click(*place_of(page, position))
     page.wait_for_url(f"**/cluster.html#{KS[0]}/{cluster}", wait_until="commit")
+    settle(page)
 
 
 def test_the_map_by_keyboard(page, site):
