@@ -32,7 +32,7 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m pytest bench/loss.py bench/kmeans.py bench/estep.py bench/data.py bench/features.py bench/step.py bench/linear.py \
-		bench/svm.py bench/other_esteps.py bench/sinkhorn.py --benchmark-enable --benchmark-sort=name --benchmark-columns=min,median,max,rounds
+		bench/svm.py bench/other_esteps.py bench/sinkhorn.py bench/slow_disk.py --benchmark-enable --benchmark-sort=name --benchmark-columns=min,median,max,rounds
 
 # All tests on the stack for Volta, kernels in Triton's interpreter, and what they take on every architecture, which is
 # printed instead of tested, and recorded: `git diff bench/results` shows what changed. Needs no GPU.
