@@ -67,6 +67,7 @@ PARTS = {
     "kmeans": Part("k-means, an iteration", _benchmark("kmeans")),
     "estep": Part("the whole E-step", _benchmark("estep")),
     "data": Part("loaders", _benchmark("data")),
+    "slow_disk": Part("a slow cache disk with the help of idle cores", _benchmark("slow_disk")),
     "decoding": Part("the DALI loader's stages", ("bench/decoding.py",)),
     "features": Part("the encoder's pass over the images", _benchmark("features")),
     "step": Part("a training step", _benchmark("step")),

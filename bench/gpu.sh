@@ -5,8 +5,8 @@
 #
 #     bench/gpu.sh [first-hour | PART ...] [--limit SECONDS] [options of pytest, for the benchmarks]
 #
-# Parts: gpu, self-check, tests, run, loss, kmeans, estep, data, decoding, features, step, profile, tiles, summary. Each
-# takes ten minutes at most and can be repeated alone. Without a name it is first-hour: all but tiles.
+# Parts: gpu, self-check, tests, run, loss, kmeans, estep, data, slow_disk, decoding, features, step, profile, tiles,
+# summary. Each takes ten minutes at most and can be repeated alone. Without a name it is first-hour: all but tiles.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 exec python3 "$here/first_hour.py" --out "${OUT:-$here/results}" "$@"

@@ -24,7 +24,7 @@ from pcl_fast.planning.job import CLUSTERING, ENCODER, FEATURES
 
 HERE = Path(__file__).parent
 RESULTS, TEMPLATE, PAGE = HERE / "results", "benchmarks.md.in", HERE.parent / "docs" / "benchmarks.md"
-CPU = "amd-epyc-cpu-2-threads"
+CPU, XEON = "amd-epyc-cpu-2-threads", "intel-r-xeon-r-processor-cpu-2-threads"
 GOAL = 24.0  # hours
 UNBROKEN = {"break_long_words": False, "break_on_hyphens": False}
 LIMITS = {
@@ -55,6 +55,7 @@ def page(results: Path = RESULTS) -> str:
     text = environment.get_template(TEMPLATE).render(
         cpu=figures_of(results / CPU),
         deviations=next(iter(read(results / CPU / "deviations.json")["cases"].values()))["providers"],
+        slow_disk=figures_of(results / XEON)["slow_disk"],
         starts=read(results / CPU / "starts.json")["cases"],
         splits_seeds=read(results / CPU / "splits.json")["sizes"]["seeds"],
         profile=profile(results / CPU / "step-profile.txt"),

@@ -113,6 +113,7 @@ MEASURED = {
     "pair": ("data", "training views", "torchvision", "images_per_s", "cores"),
     "view": ("data", "clustering views", "torchvision", "images_per_s", "cores"),
     "decoded": ("data", "training views", "dali", "images_per_s", "cores"),
+    "helped": ("slow_disk", "disk 2 times as fast as the cores", "disk and cores", "share_of_sum", None),
     # What the GPU takes: the host's launches are beside the encoder's work.
     "loss": ("loss", "N=64, r=16384, float16", "triton+graph", "median_ms", "columns"),
     # Not the whole E-step: on synthetic features it ends before its last iteration.
@@ -121,4 +122,4 @@ MEASURED = {
     "official_estep": ("estep", "5 iterations, redo 1", "official", "estimated_paper_ms", None),
 }
 # Of these, what a host does alone: where nothing is published of it, the record of any machine will do.
-ON_HOST = ("sampling", "loops", "pair", "view")
+ON_HOST = ("sampling", "loops", "pair", "view", "helped")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from pcl_fast.config import PRUNED_AFTER, ClusterConfig, ModelConfig
+from pcl_fast.config import HELPED_UP_TO, PRUNED_AFTER, ClusterConfig, ModelConfig
 from pcl_fast.nn.fusion import WAYS
 from pcl_fast.planning.encoder import Work, count
 from pcl_fast.planning.figures import Constant
@@ -196,7 +196,8 @@ def _exchange(job: Job, machine: Machine, encoder: float) -> Phase:
 
 def _features(job: Job, machine: Machine, gain: float) -> Phase:
     """Passes * images * max(forward pass over all GPUs, loading), each at its epoch's size; with a cache all but the
-    first of a size read instead. gain: by which the forward pass is faster than published, where it is not measured.
+    first of a size read instead, and decode meanwhile if the cache is the slowest. gain: by which the forward pass is
+    faster than published, where it is not measured.
     """
     passes = Counter(job.config.data.at(epoch) for epoch in job.passes)
     rate = machine.forward or machine.half.forward(ENCODED_ON_GPU)
@@ -206,9 +207,8 @@ def _features(job: Job, machine: Machine, gain: float) -> Phase:
     for data, times in passes.items():
         sized = job.of_size(data)
         forward = relative(sized, machine, machine.half, "forward") / (gain * rate.value * job.world)
-        later = loading if machine.cache is None else sized.view_bytes / (job.nodes * machine.cache.value)
+        later, name = (loading, "cores") if machine.cache is None else _reading(sized, machine, machine.cache, forward)
         seconds += job.images * (max(forward, loading) + (times - 1) * max(forward, later))
-        name = "cores" if machine.cache is None else "cache"
         slower.add(name if later > forward else "GPUs")
     total = passes.total()
     constants = (rate, machine.decoded) + (() if gain == 1 else (FUSED_FORWARD,))
@@ -219,9 +219,22 @@ def _features(job: Job, machine: Machine, gain: float) -> Phase:
     return Phase(
         seconds,
         f"images x max(1 / (GPUs x rate), 1 / (cores x rate)) + {total - len(passes)} x images x "
-        f"max(1 / (GPUs x rate), view / (machines x cache)), here {here}",
-        (*constants, machine.cache),
+        f"max(1 / (GPUs x rate), 1 / (machines x cache / view), or with help 1 / (machines x share x (cache / view + "
+        f"cores x rate))), here {here}",
+        (*constants, machine.cache, machine.helped),
     )
+
+
+def _reading(job: Job, machine: Machine, cache: Constant, forward: float) -> tuple[float, str]:
+    """Seconds an image from all machines' caches, and whose they are. Where the GPUs' `forward` would wait for them,
+    the cores decode other images meanwhile, unless the cache is too fast for that to matter.
+    """
+    read, decoded = cache.value / job.view_bytes, job.cores * machine.decoded.value
+    # What is measured above 1 is noise: how fast a shared machine's cores decode varies.
+    together = min(1.0, machine.helped.value) * (read + decoded)
+    if 1 / (job.nodes * read) <= forward or read > HELPED_UP_TO * decoded or together < read:
+        return 1 / (job.nodes * read), "cache"
+    return 1 / (job.nodes * together), "cache and cores"
 
 
 def _clustering(job: Job, machine: Machine) -> Phase:

@@ -11,7 +11,7 @@ from pcl_fast.planning import official, ours, rates
 from pcl_fast.planning.encoder import count
 from pcl_fast.planning.figures import DEFAULT, Constant, Records
 from pcl_fast.planning.job import CLUSTERING, DATA, ENCODER, EXCHANGE, FEATURES, LOSS, Job
-from pcl_fast.planning.rates import Precision, machine
+from pcl_fast.planning.rates import Machine, Precision, machine
 
 IMAGENET = 1_281_167
 RECORDS = Records(DEFAULT)
@@ -164,20 +164,48 @@ def test_small_crops_may_wait_for_data_while_large_ones_do_not():
 
 
 def test_a_cache_is_read_by_all_passes_but_the_first():
-    """20 cores decode 6720 images/s; 2 GB/s are 13,287, a little less than what four GPUs encode; 5 GB/s are more."""
-    known, config = machine("v100", RECORDS), PRESETS["pcl_v2"][1]
-    cache = Constant("cache", 2e9, "B/s", "assumed: --cache")
-    slow, fast = replace(known, cache=cache), replace(known, cache=replace(cache, value=5e9))
+    """5 GB/s are more images than what four GPUs encode. 20 cores decode 6720 images/s."""
+    config = PRESETS["pcl_v2"][1]
+    known = with_cache(5e9)
     first = IMAGENET / (20 * 336)
-    assert named(ours.plan(job(), slow))[FEATURES] == pytest.approx(first + 182 * IMAGENET * 150_528 / 2e9)
-    assert named(ours.plan(job(), fast))[FEATURES] == pytest.approx(first + 182 * IMAGENET / (4 * 3382), rel=0.01)
-    # Each of two machines has half of the images, as it has half of the cores.
-    halves = job(gpus=4, nodes=2, cores=20)
-    assert named(ours.plan(halves, slow))[FEATURES] == pytest.approx(
-        (first + 182 * IMAGENET * 150_528 / 2e9) / 2, rel=0.01
-    )
+    assert named(ours.plan(job(), known))[FEATURES] == pytest.approx(first + 182 * IMAGENET / (4 * 3382), rel=0.01)
     never = job("moco_v2", evaluation=replace(config.evaluation, every=0))
-    assert named(ours.plan(never, slow))[FEATURES] == 0
+    assert named(ours.plan(never, known))[FEATURES] == 0
+
+
+@pytest.mark.parametrize(
+    ("rate", "cores", "read"),
+    [
+        # 3322 images/s are read and 6720 decoded; the share of their sum is less than what four GPUs encode.
+        (0.5e9, 20, 0.9 * (0.5e9 / 150_528 + 20 * 336)),
+        # 13,287 images/s are a little less than what four GPUs encode, with the cores' help more.
+        (2e9, 20, 4 * 3382),
+        # Five cores decode 1680 images/s, less than a quarter of 6722, so that they do not help.
+        (1.0118e9, 5, 1.0118e9 / 150_528),
+        (1.0112e9, 5, 0.9 * (1.0112e9 / 150_528 + 5 * 336)),
+    ],
+)
+def test_cores_help_a_slow_cache(rate, cores, read):
+    known = with_cache(rate, share=0.9)
+    expected = IMAGENET / (cores * 336) + 182 * IMAGENET / read
+    assert named(ours.plan(job(cores=cores), known))[FEATURES] == pytest.approx(expected, rel=0.001)
+    # Each of two machines has half of the images, as it has half of the cores.
+    halves = job(gpus=4, nodes=2, cores=cores)
+    assert named(ours.plan(halves, known))[FEATURES] == pytest.approx(expected / 2, rel=0.001)
+
+
+def test_cores_are_no_help_where_cache_and_cores_are_slower_together():
+    expected = IMAGENET / (20 * 336) + 182 * IMAGENET * 150_528 / 1e9
+    found = ours.plan(job(), with_cache(1e9, share=0.4))
+    assert named(found)[FEATURES] == pytest.approx(expected, rel=0.001)
+    assert found[FEATURES].formula.endswith("here cache")
+    assert ours.plan(job(), with_cache(1e9, share=0.9))[FEATURES].formula.endswith("here cache and cores")
+
+
+def with_cache(rate: float, share: float = 1.0) -> Machine:
+    known = machine("v100", RECORDS)
+    cache = Constant("cache", rate, "B/s", "assumed: --cache")
+    return replace(known, cache=cache, helped=replace(known.helped, value=share))
 
 
 def test_official_by_hand():
