@@ -27,6 +27,7 @@ COLUMNS = (
     ("times the official", "times_official", "{:.2f}"),
     ("share of the data sheet's FLOP/s", "mfu", "{:.0%}"),
     ("objective, % above the first's", "percent_above_size", "{:+.2f}"),
+    ("share of the sum", "share_of_sum", "{:.2f}"),
     ("host waits", "host_waits_share", "{:.0%}"),
     ("the paper's E-step, estimated, ms", "estimated_paper_ms", "{:,.0f}"),
     ("memory, MB", "peak_extra_bytes", "{:,.1f}"),

@@ -21,9 +21,6 @@ from pcl_fast.seeds import check_seed
 
 # Iterations of k-means after which `prune_starts` lets only the best start go on.
 PRUNED_AFTER = 5
-# The cores help a cache of the clustering view that is at most so many times as fast as they decode: beyond that they
-# would add less than a quarter.
-HELPED_UP_TO = 4
 # A string, of which the command line takes and lists these.
 _Augmentation = tyro.extras.literal_type_from_choices(AUGMENTATIONS)
 

@@ -128,7 +128,7 @@ def _serve(listening: socket.socket) -> Any:
 
     host, port = listening.getsockname()
     descriptor = listening.detach()
-    # libuv takes no socket from its caller in PyTorch 2.5, the last one for Volta.
+    # libuv takes no socket from its caller in PyTorch 2.5, which V100s need for its Triton.
     return TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=descriptor, use_libuv=False)
 
 

@@ -105,6 +105,9 @@ MACHINES = {
 # Of the data sheet's half-precision products, what ours reaches: 60 of a V100's 125 TFLOP/s, the lower of two guesses.
 CLUSTERING = (60 / 125, "assumed: 0.48 of the data sheet's products, as bench/results/NOTES.md expects of a V100")
 
+# Of cache and cores together, what is left of the sum of their rates: the least of nine cases.
+HELPED = (0.9, "assumed: as on two cores that decode without a GPU and encode nothing, at least (bench/slow_disk.py)")
+
 # Where the benchmarks' records have a constant of rates.Machine: benchmark, case, provider, figure; a number of the
 # case by which it is divided.
 MEASURED = {
@@ -122,4 +125,4 @@ MEASURED = {
     "official_estep": ("estep", "5 iterations, redo 1", "official", "estimated_paper_ms", None),
 }
 # Of these, what a host does alone: where nothing is published of it, the record of any machine will do.
-ON_HOST = ("sampling", "loops", "pair", "view", "helped")
+ON_HOST = ("sampling", "loops", "pair", "view")

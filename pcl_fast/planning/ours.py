@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 
-from pcl_fast.config import HELPED_UP_TO, PRUNED_AFTER, ClusterConfig, ModelConfig
+from pcl_fast.config import PRUNED_AFTER, ClusterConfig, ModelConfig
 from pcl_fast.nn.fusion import WAYS
 from pcl_fast.planning.encoder import Work, count
 from pcl_fast.planning.figures import Constant
@@ -31,6 +31,8 @@ FUSED_FORWARD = Constant(
     "",
     "assumed: of the 1.9 by which TensorRT, which fuses the same, is faster than PyTorch on a V100",
 )
+# What follows from data/loaders/feeds.py: cores that decode stop where a cache is more than so many times as fast.
+HELPED_UP_TO = 4
 _LOSS_OVERHEAD = Constant(
     "loss by its reading the banks once",
     2.5,
@@ -219,20 +221,20 @@ def _features(job: Job, machine: Machine, gain: float) -> Phase:
     return Phase(
         seconds,
         f"images x max(1 / (GPUs x rate), 1 / (cores x rate)) + {total - len(passes)} x images x "
-        f"max(1 / (GPUs x rate), 1 / (machines x cache / view), or with help 1 / (machines x share x (cache / view + "
-        f"cores x rate))), here {here}",
+        f"max(1 / (GPUs x rate), 1 / (machines x (cache / view))), here {here}; cores help a cache of at most "
+        f"{HELPED_UP_TO} times their rate: min(1, share) x (cache / view + cores x rate) instead of cache / view",
         (*constants, machine.cache, machine.helped),
     )
 
 
 def _reading(job: Job, machine: Machine, cache: Constant, forward: float) -> tuple[float, str]:
-    """Seconds an image from all machines' caches, and whose they are. Where the GPUs' `forward` would wait for them,
+    """Seconds an image from all machines' caches, and what sets them. Where the GPUs' `forward` would wait for them,
     the cores decode other images meanwhile, unless the cache is too fast for that to matter.
     """
     read, decoded = cache.value / job.view_bytes, job.cores * machine.decoded.value
     # What is measured above 1 is noise: how fast a shared machine's cores decode varies.
     together = min(1.0, machine.helped.value) * (read + decoded)
-    if 1 / (job.nodes * read) <= forward or read > HELPED_UP_TO * decoded or together < read:
+    if 1 / (job.nodes * read) <= forward or read > HELPED_UP_TO * decoded:
         return 1 / (job.nodes * read), "cache"
     return 1 / (job.nodes * together), "cache and cores"
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pcl_fast.nn.fusion import WAYS
 from pcl_fast.planning.figures import Constant, Record, Records
-from pcl_fast.planning.machines import CLUSTERING, MACHINES, MEASURED, ON_HOST
+from pcl_fast.planning.machines import CLUSTERING, HELPED, MACHINES, MEASURED, ON_HOST
 
 _SI = {"images_per_s": 1.0, "tflop_per_s": 1e12, "median_ms": 1e-3, "estimated_paper_ms": 1e-3, "share_of_sum": 1.0}
 
@@ -145,6 +145,7 @@ def machine(gpu: str, records: Records) -> Machine:
         else None
     )
     figures = {field: published[field] for field in _QUANTITIES if field in published}
+    figures["helped"] = HELPED
     figures["clustering"] = (CLUSTERING[0] * half.peak, CLUSTERING[1])
     for field, (benchmark, *question, divisor) in MEASURED.items():
         record = own.get(benchmark)

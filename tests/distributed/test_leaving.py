@@ -71,6 +71,7 @@ def test_after_an_evaluation_the_group_s_threads_have_ended(two_ranks, image_fol
 
 
 def test_a_thread_that_gives_back_tensors_is_waited_for_and_does_not_wait(tmp_path):
+    """It would in PyTorch 2.5, the only one with which this can fail (make check-v100)."""
     (tmp_path / "script.py").write_text(GIVING_BACK)
     done = execute([sys.executable, "-m", "pcl_fast.launch", "--nproc-per-node=2", str(tmp_path / "script.py")])
     assert (done.returncode, done.stderr) == (0, "")

@@ -194,12 +194,10 @@ def test_cores_help_a_slow_cache(rate, cores, read):
     assert named(ours.plan(halves, known))[FEATURES] == pytest.approx(expected / 2, rel=0.001)
 
 
-def test_cores_are_no_help_where_cache_and_cores_are_slower_together():
-    expected = IMAGENET / (20 * 336) + 182 * IMAGENET * 150_528 / 1e9
-    found = ours.plan(job(), with_cache(1e9, share=0.4))
-    assert named(found)[FEATURES] == pytest.approx(expected, rel=0.001)
-    assert found[FEATURES].formula.endswith("here cache")
-    assert ours.plan(job(), with_cache(1e9, share=0.9))[FEATURES].formula.endswith("here cache and cores")
+def test_what_sets_the_rate_of_a_cache_is_said():
+    slow, fast = (ours.plan(job(), with_cache(rate))[FEATURES].formula for rate in (0.5e9, 5e9))
+    assert "here cache and cores;" in slow
+    assert "here GPUs;" in fast
 
 
 def with_cache(rate: float, share: float = 1.0) -> Machine:
