@@ -77,8 +77,8 @@ def launch(program: Sequence[str], ranks: int) -> int:
             _store = _serve(listening)
             return _wait(processes, signals)
     finally:
+        _kill(processes)
         for process in processes:
-            process.kill()
             process.wait()
 
 
@@ -162,7 +162,7 @@ class _Signals:
     def _receive(self, number: int, frame: Any) -> None:
         if self._warned:
             self.killed_by = number
-            self._kill()
+            _kill(self._ranks)
             return
         for process in self._ranks:
             process.send_signal(number)
@@ -180,11 +180,12 @@ class _Signals:
                 "was learned since the last checkpoint is lost"
             )
 
-    def _kill(self) -> None:
-        """Their loaders' processes as well, which are in the group of their rank."""
-        for process in self._ranks:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+
+def _kill(processes: Sequence[subprocess.Popen]) -> None:
+    """Their loaders' processes as well, which are in the group of their rank."""
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _say(text: str) -> None:
@@ -218,7 +219,8 @@ def _failure(processes: Sequence[subprocess.Popen]) -> int:
     for rank, process in enumerate(processes):
         code = process.poll() or 0
         if code < 0:
-            name = signal.Signals(-code).name
+            # Python has names for but two of the real-time signals.
+            name = next((known.name for known in signal.Signals if known == -code), f"signal {-code}")
             reason = ", as by a system that is short of memory" if name == "SIGKILL" else ""
             _say(f"rank {rank}, process {process.pid}, was ended by {name}{reason}")
             return 128 - code

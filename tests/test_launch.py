@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from faults.injuries import descendants
+from faults.injuries import descendants, wait_for_end
 from launches import command, execute, on_the_cpu, same_rows, same_state
 
 from pcl_fast import launch as launcher
@@ -53,6 +53,12 @@ def test_a_rank_that_was_killed_is_named(capfd):
     assert said.endswith(", was ended by SIGKILL, as by a system that is short of memory\n")
 
 
+def test_a_rank_that_was_ended_by_a_signal_without_a_name(capfd):
+    number = signal.SIGRTMIN + 3
+    assert launch(python(f"rank and os.kill(os.getpid(), {number})"), 2) == 128 + number
+    assert capfd.readouterr().err.endswith(f", was ended by signal {number}\n")
+
+
 def test_the_others_may_end_by_themselves(tmp_path, monkeypatch):
     """A rank that saves when another is gone."""
     monkeypatch.setattr(launcher, "_SECONDS_TO_NOTICE", 0.1)
@@ -72,13 +78,29 @@ sys.exit(5)
     assert saved.exists()
 
 
-def test_one_that_hangs_is_ended(monkeypatch):
+# Rank 1 fails once rank 0 hangs, and with it a process that it has started, as one that loads images is.
+HANGING = """
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if rank == 0:
+    started = os.fork()
+    if started:
+        with open({hangs!r} + ".new", "w") as file:
+            file.write(str(started))
+        os.rename({hangs!r} + ".new", {hangs!r})
+    time.sleep(120)
+while not os.path.exists({hangs!r}):
+    time.sleep(0.02)
+sys.exit(7)
+"""
+
+
+def test_one_that_hangs_is_ended_with_all_that_it_started(monkeypatch, tmp_path):
     monkeypatch.setattr(launcher, "_SECONDS_TO_NOTICE", 0.2)
     monkeypatch.setattr(launcher, "_SECONDS_TO_END", 0.3)
     begin = time.monotonic()
-    text = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nrank or time.sleep(60)\nsys.exit(7)"
-    assert launch(python(text), 2) == 7
-    assert time.monotonic() - begin < 30
+    assert launch(python(HANGING.format(hangs=str(tmp_path / "hangs"))), 2) == 7
+    assert wait_for_end(int((tmp_path / "hangs").read_text()), patience=20)
+    assert time.monotonic() - begin < 60
 
 
 # A rank that says when it can be signalled, and ends a while after the signal, without a fault.
