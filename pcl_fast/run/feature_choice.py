@@ -38,12 +38,14 @@ def choose_layers(
 
     Args:
         encoder: whose features are wanted.
-        kept: what the run that goes on has chosen, which stays.
+        kept: what the run that goes on has chosen, which stays where layers may be fused.
         new: whether there is nothing to keep.
     """
+    if not may_fuse_features(config):
+        return Choice(None, [], None)
     if not new:
         return Choice(None if kept is None else sorted(kept), [], None)
-    if not has_choice(world) or not may_fuse_features(config):
+    if not has_choice(world):
         return Choice(None, [], None)
     begin = time.perf_counter()
     images = draw_images(config, ENCODED_ON_GPU, world)

@@ -52,7 +52,7 @@ def choose_fusion(
     Args:
         encoders: the method's; "query" is the one with a backward pass.
         steps: that the run has left; each part of a step counts.
-        kept: the way of the run that goes on, which stays.
+        kept: the way of the run that goes on, which stays, but under --deterministic.
         sides: of the method's views, see Passes.of_run.
         graphs: whether steps can be captured.
 
@@ -62,12 +62,10 @@ def choose_fusion(
     asked = config.model.fusion
     if asked != AUTO:
         return Choice(_use_or_refuse(asked, encoders, world), [], None)
-    if not has_choice(world):
+    if config.deterministic or not has_choice(world):
         return Choice(_use_or_refuse(EAGER, encoders, world), [], None)
     if kept is not None:
         return _keep(kept, encoders, world)
-    if config.deterministic:
-        return Choice(_use_or_refuse(EAGER, encoders, world), [], None)
     return _fastest(Passes.of_run(config, encoders, world, sides), steps, world, graphs)
 
 

@@ -84,6 +84,7 @@ def test_where_there_is_no_choice(chosen, monkeypatch):
     assert choose(method, new=False, kept=["b", "a"]) == (["a", "b"], [], None)
     assert choose(method, new=False, kept=None) == (None, [], None)
     assert choose(method, config=small_config(deterministic=True)) == (None, [], None)
+    assert choose(method, config=small_config(deterministic=True), new=False, kept=["a"]) == (None, [], None)
     monkeypatch.setattr(feature_choice, "has_choice", lambda world: False)
     assert choose(method) == (None, [], None)
 

@@ -188,6 +188,7 @@ def test_a_way_that_is_kept(ways, encoders):
 
 def test_deterministic_runs_and_cpus_have_no_choice(ways, encoders, monkeypatch):
     assert choose_fusion(small_config(deterministic=True), encoders, MANY, ALONE) == ("eager", [], None)
+    assert choose_fusion(small_config(deterministic=True), encoders, MANY, ALONE, kept="triton").way == "eager"
     monkeypatch.undo()
     assert choose_fusion(small_config(), encoders, MANY, ALONE) == ("eager", [], None)
     assert choose_fusion(small_config(), encoders, MANY, ALONE, kept="triton") == ("eager", [], None)
