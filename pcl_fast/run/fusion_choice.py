@@ -20,6 +20,8 @@ EAGER, AUTO, CAPTURED = WAYS[0], "auto", "+graph"
 _FASTER = 0.98
 # Seconds that a run must last for torch.compile to be tried, which takes a minute of it.
 _LONG = 3600.0
+# Seconds after which no other way is tried.
+_TO_TRY = 60.0
 
 
 class Choice(NamedTuple):
@@ -134,17 +136,22 @@ def _measure(passes: Passes, steps: int, world: World, graphs: bool) -> tuple[di
     times: dict[str, float] = {}
     left_out: dict[str, str] = {}
     trial = _Trial(passes)
+    begin, passed = time.perf_counter(), 0.0
     for way in WAYS:
         if way == "compile" and (left := steps * times.get(EAGER, 0) / 1e3) < _LONG:
             left_out[way] = f"to compile takes a minute, and some {left / 60:.0f} minutes of encoding are left"
             continue
         ways = {way: functools.partial(trial.of, way)} | ({way + CAPTURED: trial.captured} if graphs else {})
         for name, measure in ways.items():
-            told = gather_objects(measure(), world)
-            if faults := [fault for fault, _ in told if fault]:
+            if passed > _TO_TRY:
+                left_out[name] = f"the ways before it took {passed:.0f} s, and after {_TO_TRY:.0f} none is tried"
+                break
+            told = gather_objects((*measure(), time.perf_counter() - begin), world)
+            passed = max(seconds for _, _, seconds in told)
+            if faults := [fault for fault, _, _ in told if fault]:
                 left_out[name] = faults[0]
                 break
-            times[name] = round(max(ms for _, ms in told), 3)
+            times[name] = round(max(ms for _, ms, _ in told), 3)
     return times, left_out
 
 

@@ -119,6 +119,23 @@ def test_what_is_wrong_or_fails_is_left_out(ways, encoders, fault, said):
     assert choice.notes[1].startswith(f"not by compile: {said}")
 
 
+@pytest.mark.parametrize(("slow", "tried"), [("eager", ["eager"]), ("triton", ["eager", "eager+graph", "triton"])])
+def test_after_a_minute_no_other_way_is_tried(ways, encoders, monkeypatch, slow, tried):
+    now = 0.0
+    ways.does[slow] = lambda encoder: add_seconds(31)  # for both encoders
+    monkeypatch.setattr("pcl_fast.run.fusion_choice.time.perf_counter", lambda: now)
+
+    def add_seconds(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    choice = choose_fusion(small_config(), encoders, MANY, ALONE)
+    assert list(choice.row["ms"]) == tried
+    assert choice.way == tried[-1]
+    assert choice.row["left_out"]["compile"] == "the ways before it took 62 s, and after 60 none is tried"
+    assert f"{slow}+graph" in choice.row["left_out"]
+
+
 def test_rounding_is_no_fault(ways, encoders):
     ways.does["compile"] = functools.partial(turn, angle=1e-6)
     assert choose_fusion(small_config(), encoders, MANY, ALONE).way == "compile"
