@@ -182,7 +182,7 @@ class _Signals:
 
 
 def _kill(processes: Sequence[subprocess.Popen]) -> None:
-    """Their loaders' processes as well, which are in the group of their rank."""
+    """Kill the ranks that have not ended, and their loaders' processes, which are in the group of their rank."""
     for process in processes:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

@@ -20,7 +20,7 @@ EAGER, AUTO, CAPTURED = WAYS[0], "auto", "+graph"
 _FASTER = 0.98
 # Seconds that a run must last for torch.compile to be tried, which takes a minute of it.
 _LONG = 3600.0
-# Seconds after which no other way is tried.
+# Seconds after which no other way is begun. One that has begun goes on: a compiler is not to be interrupted.
 _TO_TRY = 60.0
 
 
@@ -54,7 +54,7 @@ def choose_fusion(
     Args:
         encoders: the method's; "query" is the one with a backward pass.
         steps: that the run has left; each part of a step counts.
-        kept: the way of the run that goes on, which stays, but under --deterministic.
+        kept: the way of the run that goes on, which stays, except with --deterministic.
         sides: of the method's views, see Passes.of_run.
         graphs: whether steps can be captured.
 
@@ -144,7 +144,7 @@ def _measure(passes: Passes, steps: int, world: World, graphs: bool) -> tuple[di
         ways = {way: functools.partial(trial.of, way)} | ({way + CAPTURED: trial.captured} if graphs else {})
         for name, measure in ways.items():
             if passed > _TO_TRY:
-                left_out[name] = f"the ways before it took {passed:.0f} s, and after {_TO_TRY:.0f} none is tried"
+                left_out[name] = f"the ways before it took {passed:.0f} s, and after {_TO_TRY:.0f} none is begun"
                 break
             told = gather_objects((*measure(), time.perf_counter() - begin), world)
             passed = max(seconds for _, _, seconds in told)
