@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
-from pcl_fast.config import Config
+from collections import Counter
+
+from pcl_fast.config import Config, DataConfig
 
 # Images at a time of the pass that fills the feature shard. As many lie in memory decoded but not yet cropped, in each
 # stage of the loader: 2.3 GB for photographs of 12 megapixels. A GPU encodes more at a time: with 64 a V100 reaches
@@ -32,6 +34,14 @@ def rank_batch(config: Config, ranks: int) -> int:
 def part_batch(config: Config, ranks: int) -> int:
     """Images that each of `ranks` ranks encodes at a time: a step's, or one of its parts where it accumulates."""
     return rank_batch(config, ranks) // config.optim.accumulate
+
+
+def steps_left(config: Config, steps: int, done: int) -> Counter[DataConfig]:
+    """Steps that a run of `steps` an epoch has left after the first `done`, by what their crops are."""
+    left: Counter[DataConfig] = Counter()
+    for epoch in range(done // steps, config.epochs):
+        left[config.data.at(epoch)] += steps if epoch > done // steps else steps - done % steps
+    return left
 
 
 def check_sizes(config: Config, images: int, ranks: int, *, labelled: bool = True) -> None:

@@ -25,7 +25,14 @@ from pcl_fast.run.choices import Choices
 from pcl_fast.run.metrics import Recorder, StepMetrics, Stopwatch, describe
 from pcl_fast.run.saving import Saver
 from pcl_fast.run.signals import Stopped, StopSignals
-from pcl_fast.schedule import CLUSTERING_BATCH, ENCODED_ON_GPU, check_sizes, evaluates_before, rank_batch
+from pcl_fast.schedule import (
+    CLUSTERING_BATCH,
+    ENCODED_ON_GPU,
+    check_sizes,
+    evaluates_before,
+    rank_batch,
+    steps_left,
+)
 
 
 class Trainer:
@@ -109,7 +116,7 @@ class Trainer:
         if progress.finished and progress.epoch == self.config.epochs:
             self.recorder.say(f"{self.config.output} is complete: nothing left to do")
             return True
-        left = self.config.epochs * self.loader.steps - self.global_step
+        left = steps_left(self.config, self.loader.steps, self.global_step)
         rows = self.choices.make(self.config, self.learner, left, self.world, self.recorder.say)
         self._step = self.choices.step_of(self.learner)
         if self.global_step:

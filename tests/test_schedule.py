@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from pcl_fast.config import Config
-from pcl_fast.schedule import clusters_before, evaluates_before, rank_batch
+from pcl_fast.crop_sizes import Stage
+from pcl_fast.schedule import clusters_before, evaluates_before, rank_batch, steps_left
 
 
 def config(*, epochs: int = 6, ks: tuple[int, ...] = (5,), warmup: int = 2, every: int = 4) -> Config:
@@ -42,3 +43,21 @@ def test_evaluation_comes_every_nth_epoch_and_after_the_last(every, expected):
 
 def test_ranks_share_the_batch():
     assert [rank_batch(Config(), ranks) for ranks in (1, 4, 8)] == [256, 64, 32]
+
+
+@pytest.mark.parametrize(
+    ("done", "expected"),
+    [
+        (0, {160: 20, 192: 10, 224: 30}),
+        (1, {160: 19, 192: 10, 224: 30}),
+        (25, {192: 5, 224: 30}),
+        (30, {224: 30}),
+        (60, {}),
+    ],
+)
+def test_steps_that_are_left_by_what_their_crops_are(done, expected):
+    grows = config()
+    grows = replace(grows, data=replace(grows.data, sizes=(Stage(160, 2), Stage(192, 3))))
+    left = steps_left(grows, 10, done)
+    assert {data.size: steps for data, steps in left.items()} == expected
+    assert sum(steps_left(config(), 10, done).values()) == 60 - done

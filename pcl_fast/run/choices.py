@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pcl_fast.captured import CapturedStep
-from pcl_fast.config import Config
+from pcl_fast.config import Config, DataConfig
 from pcl_fast.data import Batch
 from pcl_fast.distributed import World
 from pcl_fast.learner import Learner
@@ -33,12 +33,12 @@ class Choices:
         return {name: getattr(self, name) for name in ("kernels_off", "fusion", "unfused_layers")}
 
     def make(
-        self, config: Config, learner: Learner, steps: int, world: World, say: Callable[[str], None]
+        self, config: Config, learner: Learner, left: Mapping[DataConfig, int], world: World, say: Callable[[str], None]
     ) -> dict[str, dict[str, Any]]:
         """Choose what is not chosen yet, and let the run compute so. All ranks call this together.
 
         Args:
-            steps: that the run has left.
+            left: steps that the run has left, by what their crops are.
             say: is called with lines for the log.
 
         Returns:
@@ -49,12 +49,14 @@ class Choices:
         """
         method = learner.method
         kernels = choose_kernels(config, method.settings, world, off=self.kernels_off)
-        sides, passes = [view.size for view in method.views], steps * config.optim.accumulate
+        sides, parts = [view.size for view in method.views], config.optim.accumulate
+        left = {data: steps * parts for data, steps in left.items()}
         fusion = choose_fusion(
-            config, method.encoders(), passes, world, kept=self.fusion, sides=sides, graphs=_has_graphs(method)
+            config, method.encoders(), left, world, kept=self.fusion, sides=sides, graphs=_has_graphs(method)
         )
         encoder = method.encoders()[method.features().encoder]
-        layers = choose_layers(config, encoder, world, kept=self.unfused_layers, new=self._new)
+        sizes = sorted({data.size for data in (*left, config.data.at(config.epochs))})
+        layers = choose_layers(config, encoder, sizes, world, kept=self.unfused_layers, new=self._new)
         self.kernels_off, self.fusion, self.unfused_layers = kernels.off, fusion.way, layers.plain
         method.unfused_layers = layers.plain
         for choice in (kernels, fusion, layers):

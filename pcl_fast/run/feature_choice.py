@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,16 +28,23 @@ class Choice(NamedTuple):
 
 
 def choose_layers(
-    config: Config, encoder: nn.Module, world: World, *, kept: Collection[str] | None, new: bool
+    config: Config,
+    encoder: nn.Module,
+    sizes: Sequence[int],
+    world: World,
+    *,
+    kept: Collection[str] | None,
+    new: bool,
 ) -> Choice:
     """Choose the layers of the feature pass. All ranks call this together, and get the same.
 
-    On a GPU a layer is fused where the fused operator works, is right and is faster, on every rank; all are left as
-    they are if the features of the whole differ. On a CPU, by --model.fusion eager and with --deterministic nothing is
-    fused.
+    On a GPU a layer is fused where the fused operator works, is right and is faster, on every rank and at every size;
+    all are left as they are if the features of the whole differ. On a CPU, by --model.fusion eager and with
+    --deterministic nothing is fused.
 
     Args:
         encoder: whose features are wanted.
+        sizes: that images have in one pass or another, in pixels.
         kept: what the run that goes on has chosen, which stays where layers may be fused.
         new: whether there is nothing to keep.
     """
@@ -48,14 +55,14 @@ def choose_layers(
     if not has_choice(world):
         return Choice(None, [], None)
     begin = time.perf_counter()
-    images = draw_images(config, ENCODED_ON_GPU, world)
-    unfit, fault = _tried(encoder, images)
-    told = gather_objects((unfit, fault), world)
-    plain = {name: reason for of_rank, _ in reversed(told) for name, reason in of_rank.items()}
-    fault = next((fault for _, fault in told if fault), "")
+    batches = [draw_images(config, ENCODED_ON_GPU, world, size) for size in sizes]
+    told = gather_objects([_tried(encoder, images) for images in batches], world)
+    tried = [of_size for of_rank in told for of_size in of_rank]
+    plain = {name: reason for unfit, _ in reversed(tried) for name, reason in unfit.items()}
+    fault = next((fault for _, fault in tried if fault), "")
     if not fault:
-        found = gather_objects(_difference(encoder, images, list(plain)), world)
-        fault = next((fault for fault in found if fault), "")
+        found = gather_objects([_difference(encoder, images, list(plain)) for images in batches], world)
+        fault = next((fault for of_rank in found for fault in of_rank if fault), "")
     fused = [] if fault else fused_layers(fused_encoder(encoder, list(plain)))
     seconds = round(time.perf_counter() - begin, 1)
     why = f"no layer is fused: the encoder {fault}" if fault else f"{len(fused)} layers are fused"

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from pcl_fast.config import Config
+from pcl_fast.config import Config, DataConfig
+from pcl_fast.crop_sizes import in_proportion
 from pcl_fast.distributed import World, gather_objects
 from pcl_fast.nn.fusion import WAYS, use
 from pcl_fast.run.encoder_passes import Passes
@@ -18,7 +19,7 @@ from pcl_fast.run.encoder_passes import Passes
 EAGER, AUTO, CAPTURED = WAYS[0], "auto", "+graph"
 # Less is not worth other bits, and hardly to be told from chance.
 _FASTER = 0.98
-# Seconds that a run must last for torch.compile to be tried, which takes a minute of it.
+# Seconds that a run must last for torch.compile to be tried, for each size of crops, which takes a minute of it.
 _LONG = 3600.0
 # Seconds after which no other way is begun. One that has begun goes on: a compiler is not to be interrupted.
 _TO_TRY = 60.0
@@ -37,7 +38,7 @@ class Choice(NamedTuple):
 def choose_fusion(
     config: Config,
     encoders: Mapping[str, nn.Module],
-    steps: int,
+    left: Mapping[DataConfig, int],
     world: World,
     *,
     kept: str | None = None,
@@ -47,15 +48,16 @@ def choose_fusion(
     """Choose how the encoders compute, and let them. All ranks call this together, and get the same.
 
     With --model.fusion auto the passes are timed on a GPU at the run's own shapes, in every way that agrees with the
-    eager one; the slowest rank counts. Each is timed as a CUDA graph too, if steps can be captured: a way of many small
-    launches can be the slowest from the host and the fastest in a graph. On a CPU, and with --deterministic, there is
-    nothing to choose: eager.
+    eager one; the slowest rank counts. Where crops grow over the epochs a way must agree at every size that is left,
+    and its time is the mean over the steps. Each is timed as a CUDA graph too, if steps can be captured: a way of many
+    small launches can be the slowest from the host and the fastest in a graph. On a CPU, with --deterministic, and
+    where no step is left, there is nothing to choose: eager.
 
     Args:
         encoders: the method's; "query" is the one with a backward pass.
-        steps: that the run has left; each part of a step counts.
+        left: parts of steps that the run has left, by what their crops are.
         kept: the way of the run that goes on, which stays, except with --deterministic.
-        sides: of the method's views, see Passes.of_run.
+        sides: of the method's views where crops have the run's size, see Passes.of_run.
         graphs: whether steps can be captured.
 
     Raises:
@@ -68,7 +70,9 @@ def choose_fusion(
         return Choice(_use_or_refuse(EAGER, encoders, world), [], None)
     if kept is not None:
         return _keep(kept, encoders, world)
-    return _fastest(Passes.of_run(config, encoders, world, sides), steps, world, graphs)
+    if not left:
+        return Choice(_use_or_refuse(EAGER, encoders, world), [], None)
+    return _fastest(_Stages.of_run(config, encoders, left, world, sides), world, graphs)
 
 
 def has_choice(world: World) -> bool:
@@ -113,14 +117,42 @@ def _agree(faults: dict[str, str], world: World) -> dict[str, str]:
     return found
 
 
-def _fastest(passes: Passes, steps: int, world: World, graphs: bool) -> Choice:
+class _Stages(NamedTuple):
+    """passes: one for each size that crops have in what is left of the run; steps: how many of each are left."""
+
+    passes: list[Passes]
+    steps: list[int]
+
+    @classmethod
+    def of_run(
+        cls,
+        config: Config,
+        encoders: Mapping[str, nn.Module],
+        left: Mapping[DataConfig, int],
+        world: World,
+        sides: Sequence[int],
+    ) -> _Stages:
+        last = config.data.size
+        at_sizes = [[in_proportion(side, data.size, last) for side in sides or [last]] for data in left]
+        return cls([Passes.of_run(config, encoders, world, at_size) for at_size in at_sizes], list(left.values()))
+
+    @property
+    def encoders(self) -> Mapping[str, nn.Module]:
+        return self.passes[0].encoders
+
+    def milliseconds(self, **how: bool) -> float:
+        """Those of a step, the mean over all."""
+        return sum(passes.milliseconds(**how) * n for passes, n in zip(*self, strict=True)) / sum(self.steps)
+
+
+def _fastest(stages: _Stages, world: World, graphs: bool) -> Choice:
     begin = time.perf_counter()
-    with passes.undisturbed():
-        times, left_out = _measure(passes, steps, world, graphs)
+    with stages.passes[0].undisturbed():
+        times, left_out = _measure(stages, world, graphs)
     way = min(times, key=times.get, default=EAGER)
     if EAGER in times and times[way] > _FASTER * times[EAGER]:
         way = EAGER
-    _use_or_refuse(way.removesuffix(CAPTURED), passes.encoders, world)
+    _use_or_refuse(way.removesuffix(CAPTURED), stages.encoders, world)
     seconds = round(time.perf_counter() - begin, 1)
     told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
     notes = [f"the encoders compute by {way} ({told or 'nothing could be timed'}; found out in {seconds} s)"]
@@ -128,18 +160,18 @@ def _fastest(passes: Passes, steps: int, world: World, graphs: bool) -> Choice:
     return Choice(way, notes, {"way": way, "ms": times, "left_out": left_out, "seconds": seconds})
 
 
-def _measure(passes: Passes, steps: int, world: World, graphs: bool) -> tuple[dict[str, float], dict[str, str]]:
+def _measure(stages: _Stages, world: World, graphs: bool) -> tuple[dict[str, float], dict[str, str]]:
     """
     Returns:
         Milliseconds of the slowest rank, for the ways that all ranks can use; why others are left out.
     """
     times: dict[str, float] = {}
     left_out: dict[str, str] = {}
-    trial = _Trial(passes)
+    trial = _Trial(stages)
     begin, passed = time.perf_counter(), 0.0
     for way in WAYS:
-        if way == "compile" and (left := steps * times.get(EAGER, 0) / 1e3) < _LONG:
-            left_out[way] = f"to compile takes a minute, and some {left / 60:.0f} minutes of encoding are left"
+        if way == "compile" and (fault := _too_short(stages, times.get(EAGER, 0.0))):
+            left_out[way] = fault
             continue
         ways = {way: functools.partial(trial.of, way)} | ({way + CAPTURED: trial.captured} if graphs else {})
         for name, measure in ways.items():
@@ -155,36 +187,48 @@ def _measure(passes: Passes, steps: int, world: World, graphs: bool) -> tuple[di
     return times, left_out
 
 
+def _too_short(stages: _Stages, ms: float) -> str:
+    """Why what is left of a run, by so many milliseconds a step, is not worth compiling for; "" if it is."""
+    left, sizes = sum(stages.steps) * ms / 1e3, len(stages.steps)
+    if left >= sizes * _LONG:
+        return ""
+    takes = "a minute" if sizes == 1 else f"{sizes} minutes for {sizes} sizes"
+    return f"to compile takes {takes}, and some {left / 60:.0f} minutes of encoding are left"
+
+
 class _Trial:
     """Tries ways one after another, eager first: what is right is told by how far that is from float32."""
 
-    def __init__(self, passes: Passes):
-        self._passes = passes
-        self._reference: list[torch.Tensor] = []
-        self._tolerance = 0.0
+    def __init__(self, stages: _Stages):
+        self._stages = stages
+        self._references: list[list[torch.Tensor]] = []
+        self._tolerances: list[float] = []
 
     def of(self, way: str) -> tuple[str, float]:
         """What is wrong with a way, or ""; and its milliseconds. It stays in use."""
-        if fault := _try_to_use(way, self._passes.encoders):
+        if fault := _try_to_use(way, self._stages.encoders):
             return fault, 0.0
         try:
             if way == EAGER:
-                self._reference = self._passes.reference()
+                self._references = [passes.reference() for passes in self._stages.passes]
                 # Rounded elsewhere, or more often, but no more than twice as far off.
-                self._tolerance = 2 * self._passes.error(self._reference) + 1e-3
-            error = self._passes.error(self._reference)
-            if not error <= self._tolerance:
-                return f"it is off by {error:.2g}, and rounding explains {self._tolerance:.2g}", 0.0
-            return "", self._passes.milliseconds()
+                self._tolerances = [2 * error + 1e-3 for error in self._errors()]
+            for error, tolerance in zip(self._errors(), self._tolerances, strict=True):
+                if not error <= tolerance:
+                    return f"it is off by {error:.2g}, and rounding explains {tolerance:.2g}", 0.0
+            return "", self._stages.milliseconds()
         except Exception as error:  # compilers, drivers and PyTorch raise whatever they like
             return f"{type(error).__name__}: {_line(error)}", 0.0
 
     def captured(self) -> tuple[str, float]:
         """What is wrong with the way in use as a CUDA graph, or ""; and its milliseconds."""
         try:
-            return "", self._passes.milliseconds(captured=True)
+            return "", self._stages.milliseconds(captured=True)
         except Exception as error:  # drivers and PyTorch raise whatever they like
             return f"{type(error).__name__}: {_line(error)}", 0.0
+
+    def _errors(self) -> list[float]:
+        return [passes.error(of) for passes, of in zip(self._stages.passes, self._references, strict=True)]
 
 
 def _line(error: Exception) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from faults.tiny import tiny
 from ranks import run_ranks
 from steps import small_config
 
+from pcl_fast.crop_sizes import Stage
 from pcl_fast.distributed import World
 from pcl_fast.methods import build
 from pcl_fast.nn.feature_pass import fused_encoder, fused_layers
@@ -38,7 +41,8 @@ def method_of(world: World = ALONE):
 
 def choose(method, world: World = ALONE, config=None, **given):
     given = {"kept": None, "new": True, **given}
-    return choose_layers(config or small_config(), method.encoders()["momentum"], world, **given)
+    sizes = given.pop("sizes", [20])
+    return choose_layers(config or small_config(), method.encoders()["momentum"], sizes, world, **given)
 
 
 def test_layers_that_fit_are_fused(chosen):
@@ -57,6 +61,20 @@ def test_layers_that_do_not_are_left_out(chosen, monkeypatch):
     assert choice.plain == [name]
     assert name not in choice.row["fused"]
     assert choice.row["plain"] == {name: "is not faster"}
+
+
+def test_layers_must_fit_at_every_size(chosen, monkeypatch):
+    method = method_of()
+    first, second = fused_layers(fused_encoder(method.momentum_encoder))[:2]
+    unfit = {12: {first: "is not faster"}, 20: {first: "is slow", second: "is wrong"}, 16: {}}
+    monkeypatch.setattr(feature_choice, "unfit_layers", lambda encoder, images: unfit[images.shape[-1]])
+    choice = choose(method, sizes=[12, 16, 20])
+    assert choice.plain == sorted([first, second])
+    assert choice.row["plain"] == {first: "is not faster", second: "is wrong"}
+    wrong = {12: None, 16: "is wrong: 1 of 4 features", 20: None}
+    monkeypatch.setattr(feature_choice, "find_difference", lambda encoder, images, plain: wrong[images.shape[-1]])
+    assert choose(method, sizes=[12, 16, 20]).row["fault"] == "is wrong: 1 of 4 features"
+    assert choose(method, sizes=[12, 20]).row["fault"] == ""
 
 
 def fail(*_):
@@ -122,6 +140,20 @@ def test_features_are_the_same_whichever_way_the_encoder_trains_by(way):
             method.momentum_encoder._compiled_call_impl = fail
         found = method.feature_encoder()(images)
     torch.testing.assert_close(found, plain)
+
+
+def test_a_run_tries_layers_at_every_size_that_a_pass_will_have(chosen, image_folder, tmp_path, alone, monkeypatch):
+    """Also at that of the evaluation after the last epoch; not at those that epochs had before."""
+    seen, draw = [], feature_choice.draw_images
+    monkeypatch.setattr(feature_choice, "draw_images", lambda *given: seen.append(given[3]) or draw(*given))
+    grows = tiny(image_folder, tmp_path, epochs=2)
+    grows = replace(grows, data=replace(grows.data, sizes=(Stage(8, 1), Stage(12, 2))))
+    assert run(grows, alone)
+    assert seen == [8, 12, 16]
+    seen.clear()
+    other = replace(grows, output=tmp_path / "other", epochs=3, resume_from=tmp_path / "checkpoint.pt")
+    assert run(other, alone)
+    assert seen == [16]
 
 
 def test_a_run_records_its_choice_and_keeps_it(chosen, image_folder, tmp_path, alone, monkeypatch):

@@ -31,7 +31,8 @@ from pcl_fast.run.metrics import read_rows
 from pcl_fast.train import run
 
 ALONE = World(0, 1, torch.device("cpu"), None)
-MANY = 10**9  # steps, so that there is time to compile
+MANY = {small_config().data: 10**9}  # steps, so that there is time to compile
+FEW = {small_config().data: 6000}
 
 
 def config_with(**model) -> Config:
@@ -119,6 +120,61 @@ def test_what_is_wrong_or_fails_is_left_out(ways, encoders, fault, said):
     assert choice.notes[1].startswith(f"not by compile: {said}")
 
 
+class Sizes:
+    """Milliseconds of each way at each size."""
+
+    def __init__(self, monkeypatch, ways: Ways, ms: dict[str, dict[int, float]]):
+        self.ways, self.ms = ways, ms
+        monkeypatch.setattr(Passes, "milliseconds", lambda passes, *, captured=False: self.of(passes, captured))
+
+    def of(self, passes: Passes, captured: bool) -> float:
+        return self.ms[self.ways.now][passes.batches[0].shape[-1]] + captured
+
+
+def left_of(sizes: dict[int, int]) -> dict:
+    data = small_config().data
+    return {replace(data, size=size): steps for size, steps in sizes.items()}
+
+
+@pytest.mark.parametrize(
+    ("left", "way", "eager", "triton"),
+    [({12: 300, 20: 100}, "triton", 5.5, 5.25), ({12: 100, 20: 300}, "eager", 8.5, 9.75), ({20: 7}, "eager", 10, 12)],
+)
+def test_crops_that_grow_count_by_their_steps(ways, encoders, monkeypatch, left, way, eager, triton):
+    """At the run's own size alone, eager would be the fastest."""
+    Sizes(monkeypatch, ways, {"eager": {12: 4.0, 20: 10.0}, "triton": {12: 3.0, 20: 12.0}})
+    choice = choose_fusion(small_config(), encoders, left_of(left), ALONE)
+    assert choice.way == ways.now == way
+    ms = {"eager": eager, "eager+graph": eager + 1, "triton": triton, "triton+graph": triton + 1}
+    assert choice.row["ms"] == ms
+    minutes = "a minute" if len(left) == 1 else "2 minutes for 2 sizes"
+    assert choice.row["left_out"]["compile"].startswith(f"to compile takes {minutes}, and some 0 minutes")
+
+
+def test_the_small_crops_grow_in_proportion(ways, encoders, monkeypatch):
+    seen, of_run = [], Passes.of_run
+    monkeypatch.setattr(Passes, "of_run", lambda *given: seen.append(given[3]) or of_run(*given))
+    choose_fusion(small_config(), encoders, left_of({12: 1, 20: 1}), ALONE, sides=[20, 9, 9])
+    assert seen == [[12, 5, 5], [20, 9, 9]]
+
+
+def test_a_way_must_be_right_at_every_size(ways, encoders):
+    def wrong_if_small(encoder: nn.Module) -> None:
+        forward = encoder.forward
+        encoder.forward = lambda images: forward(images) * (1 + 0.05 * (images.shape[-1] < 20) * torch.arange(8))
+
+    ways.does["compile"] = wrong_if_small
+    assert choose_fusion(small_config(), encoders, MANY, ALONE).way == "compile"
+    for left in ({12: 10**9, 20: 10**9}, {20: 10**9, 12: 10**9}):
+        choice = choose_fusion(small_config(), encoders, left_of(left), ALONE)
+        assert choice.way == "triton"
+        assert choice.row["left_out"]["compile"].startswith("it is off by 0.")
+
+
+def test_nothing_is_measured_where_no_step_is_left(ways, encoders):
+    assert choose_fusion(small_config(), encoders, {}, ALONE) == ("eager", [], None)
+
+
 @pytest.mark.parametrize(("slow", "tried"), [("eager", ["eager"]), ("triton", ["eager", "eager+graph", "triton"])])
 def test_after_a_minute_no_other_way_is_begun(ways, encoders, monkeypatch, slow, tried):
     now = 0.0
@@ -171,9 +227,17 @@ def test_a_graph_that_cannot_be_captured_is_left_out(ways, encoders, monkeypatch
 
 
 def test_a_short_run_does_not_wait_for_a_compiler(ways, encoders):
-    choice = choose_fusion(small_config(), encoders, 6000, ALONE)
+    choice = choose_fusion(small_config(), encoders, FEW, ALONE)
     assert choice.way == "triton"
     assert choice.row["left_out"] == {"compile": "to compile takes a minute, and some 1 minutes of encoding are left"}
+
+
+def test_a_compiler_wants_an_hour_for_every_size(ways, encoders):
+    hour = 360_000  # steps
+    assert "compile" in choose_fusion(small_config(), encoders, left_of({20: 1.5 * hour}), ALONE).row["ms"]
+    assert "compile" in choose_fusion(small_config(), encoders, left_of({12: hour, 20: hour}), ALONE).row["ms"]
+    left_out = choose_fusion(small_config(), encoders, left_of({12: hour, 20: 0.5 * hour}), ALONE).row["left_out"]
+    assert left_out["compile"] == "to compile takes 2 minutes for 2 sizes, and some 90 minutes of encoding are left"
 
 
 def test_nothing_can_be_timed(ways, encoders, monkeypatch):
@@ -266,7 +330,7 @@ def captured_of_rank(world: World) -> tuple:
             return 7.0 + world.rank if captured and ways.now == "eager" else milliseconds(captured=captured)
 
         patch.setattr(Passes, "milliseconds", lambda passes, **how: of_rank(**how))
-        choice = choose_fusion(small_config(), encoders_of(small_config(), world), 6000, world)
+        choice = choose_fusion(small_config(), encoders_of(small_config(), world), FEW, world)
         return choice.way, choice.row["ms"], choice.row["left_out"].get("triton+graph"), ways.now
 
 
