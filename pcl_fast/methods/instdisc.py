@@ -24,6 +24,8 @@ from pcl_fast.methods.base import Inputs, Method, Metric, Step
 from pcl_fast.nn.bank import KeyBank
 from pcl_fast.nn.encoder import Encoder
 from pcl_fast.nn.precision import loss_dtype
+from pcl_fast.nn.single_images import check_single_images
+from pcl_fast.schedule import part_batch
 from pcl_fast.seeds import Purpose, mix_seeds
 
 
@@ -72,6 +74,7 @@ class InstDisc(Method, name="instdisc"):
                 f"--loss.num-negatives {negatives} is more than the {images} images that they are drawn from; use at "
                 f"most {images}, or None for a softmax over all"
             )
+        check_single_images(config, part_batch(config, ranks))
         if not 0 <= momentum < 1:
             raise ValueError(
                 f"--model.bank-momentum {momentum}: the bank keeps this share of an image's old feature, from 0 up to "

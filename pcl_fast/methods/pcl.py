@@ -30,6 +30,7 @@ from pcl_fast.nn.momentum import MovingAverage, momentum_copy
 from pcl_fast.nn.precision import loss_dtype
 from pcl_fast.nn.queue import KeyQueue
 from pcl_fast.nn.shuffle import BatchShuffle, Restore
+from pcl_fast.nn.single_images import check_single_images
 from pcl_fast.schedule import clusters_before, part_batch
 from pcl_fast.seeds import Purpose, mix_seeds
 
@@ -95,6 +96,7 @@ class PCL(Method, name="pcl"):
             raise ValueError(
                 f"--model.bn-splits does not split the batch norm of --model.head {config.model.head}; use another head"
             )
+        check_single_images(config, rows // splits)
         if config.cluster.ks and max(config.cluster.ks) > images:
             raise ValueError(
                 f"cannot make {max(config.cluster.ks)} clusters of {images} images; set --cluster.ks to smaller "

@@ -1,0 +1,93 @@
+"""Batches of one image under batch norm: refused before the run where a channel has a single value, else computed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from faults.tiny import tiny
+
+from pcl_fast.config import PRESETS, Config, with_settings
+from pcl_fast.crop_sizes import Stage
+from pcl_fast.methods import method_class
+from pcl_fast.nn.encoder import Encoder
+from pcl_fast.nn.single_images import check_single_images
+from pcl_fast.train import run
+
+
+def recipe(**settings) -> Config:
+    settings = {name.replace("__", "."): value for name, value in settings.items()}
+    return with_settings(PRESETS["pcl_v1"][1], {"model.arch": "resnet18", "data.resize": None, **settings})
+
+
+def trains(config: Config) -> bool:
+    """What the check should find out, by the step's own passes."""
+    sides = [config.data.at(epoch).size for epoch in range(config.epochs)]
+    encoder = Encoder(config.model).train()
+    try:
+        encoder(torch.randn(config.model.bn_splits, 3, min(sides), min(sides)))
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("settings", "side"),
+    [
+        ({"data__size": 32}, 32),
+        ({"data__size": 33}, None),
+        ({"data__size": 64}, None),
+        ({"data__size": 32, "model__small_stem": True}, None),
+        ({"data__size": 64, "data__sizes": (Stage(32, 3),)}, 32),
+        ({"data__size": 64, "data__sizes": (Stage(48, 3),)}, None),
+        ({"data__size": 64, "model__head": "mlp"}, None),
+        ({"data__size": 64, "model__head": "mlp_inner_bn"}, 64),
+        ({"data__size": 8, "model__arch": "cifar_resnet8"}, None),
+        ({"data__size": 4, "model__arch": "cifar_resnet8"}, 4),
+    ],
+)
+def test_one_image_is_refused_where_a_channel_has_one_value(settings, side):
+    config = recipe(**settings, optim__batch_size=1)
+    assert trains(config) == (side is None)
+    check_single_images(config, 2)
+    if side is None:
+        check_single_images(config, 1)
+        return
+    with pytest.raises(ValueError, match=rf"--optim\.batch-size 1 .* at {side} px, .*; use --optim\.batch-size 2$"):
+        check_single_images(config, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "use"),
+    [
+        ({"optim__batch_size": 2}, 2, "--optim.batch-size 4"),
+        ({"optim__batch_size": 4, "model__bn_splits": 4}, 1, "--optim.batch-size 8 or fewer --model.bn-splits than 4"),
+        (
+            {"optim__batch_size": 8, "model__bn_splits": 2, "optim__accumulate": 4},
+            1,
+            "--optim.batch-size 16 or fewer --model.bn-splits than 2 or fewer parts than --optim.accumulate 4",
+        ),
+    ],
+)
+def test_methods_refuse_it_by_the_flags_that_make_it_so(settings, ranks, use):
+    config = recipe(data__size=32, cluster__ks=(), **settings)
+    with pytest.raises(ValueError, match=f"one image at a time, .*; use {re.escape(use)}$"):
+        method_class("pcl").check(config, 100, ranks)
+    twice = replace(config, optim=replace(config.optim, batch_size=2 * config.optim.batch_size))
+    method_class("pcl").check(twice, 100, ranks)
+    if config.model.bn_splits == 1:
+        negatives = replace(config, loss=replace(config.loss, num_negatives=None))
+        with pytest.raises(ValueError, match="one image at a time"):
+            method_class("instdisc").check(negatives, 100, ranks)
+
+
+def test_a_run_of_single_images_trains_where_it_can(image_folder, tmp_path, alone):
+    config = tiny(image_folder, tmp_path / "whole", epochs=1)
+    config = replace(config, optim=replace(config.optim, batch_size=1), model=replace(config.model, bn_splits=1))
+    assert run(config, alone)
+    small = replace(config, output=tmp_path / "small", data=replace(config.data, size=4, resize=None))
+    with pytest.raises(ValueError, match=r"--optim\.batch-size 1 .*cifar_resnet8"):
+        run(small, alone)
+    assert not (tmp_path / "small" / "checkpoint.pt").exists()
