@@ -29,10 +29,10 @@ from pcl_fast.nn.encoder import Encoder
 from pcl_fast.nn.feature_pass import find_difference, fused_encoder, unfit_layers
 from pcl_fast.nn.precision import encoder_dtype
 from pcl_fast.run.encoder_passes import draw_images
-from pcl_fast.schedule import CLUSTERING_BATCH, ENCODED_ON_GPU
+from pcl_fast.schedule import encoded_at_a_time
 
 DEVICE = recipe.WORLD.device
-ROWS = ENCODED_ON_GPU if device.CUDA else CLUSTERING_BATCH
+ROWS = encoded_at_a_time(DEVICE)
 CONFIG = recipe.step_recipe(ROWS)
 SIZES = {"size": CONFIG.data.size, "dim": CONFIG.model.dim}
 

@@ -39,7 +39,7 @@ from pcl_fast.errors import MissingPackageError, UserError
 from pcl_fast.evaluation.features import frozen_backbone
 from pcl_fast.files import write_whole
 from pcl_fast.pretrained import Pretrained, read_pretrained
-from pcl_fast.schedule import CLUSTERING_BATCH, ENCODED_ON_GPU
+from pcl_fast.schedule import encoded_at_a_time
 
 PARQUET, NUMPY = ".parquet", ".npy"
 
@@ -138,7 +138,7 @@ def _parts(
     """Yield the images' features and clusters, in order."""
     encode, device = frozen_backbone(pretrained, world.device), world.device
     sets = {} if pretrained.head is None else _searches(pretrained.prototypes, device)
-    rows = ENCODED_ON_GPU if device.type == "cuda" else CLUSTERING_BATCH
+    rows = encoded_at_a_time(device)
     for batch in clustering_loader(images, data, batch_size=rows, world=world):
         backbone = encode(batch)
         unit = None if pretrained.head is None else F.normalize(pretrained.head(backbone), dim=1).contiguous()

@@ -36,7 +36,7 @@ from pcl_fast.pretrained import Pretrained
 from pcl_fast.pretrained.files import locate, read
 from pcl_fast.pretrained.ours import is_ours
 from pcl_fast.pretrained.reading import encoder_of
-from pcl_fast.schedule import CLUSTERING_BATCH, ENCODED_ON_GPU
+from pcl_fast.schedule import encoded_at_a_time
 
 # Images per cluster of features that are clustered here, from coarse to fine.
 _PER_CLUSTER = (300, 150, 75)
@@ -168,7 +168,7 @@ def _open(options: Options, pretrained: Pretrained, trained_on: dict[str, str]) 
 def _features(pretrained: Pretrained, images: ImageSet, data: DataConfig, world: World, bar: Bar) -> torch.Tensor:
     """Return float32 [n, d] of unit length: the head's features, or the backbone's where there is no head."""
     encode, head = frozen_backbone(pretrained, world.device), pretrained.head or torch.nn.Identity()
-    rows = ENCODED_ON_GPU if world.device.type == "cuda" else CLUSTERING_BATCH
+    rows = encoded_at_a_time(world.device)
     parts, done = [], 0
     with bar.phase("features", len(images)) as progress:
         for batch in clustering_loader(images, data, batch_size=rows, world=world):

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import torch
+
 from pcl_fast.config import Config, DataConfig
 
 # Images at a time of the pass that fills the feature shard. As many lie in memory decoded but not yet cropped, in each
@@ -42,6 +44,11 @@ def steps_left(config: Config, steps: int, done: int) -> Counter[DataConfig]:
     for epoch in range(done // steps, config.epochs):
         left[config.data.at(epoch)] += steps if epoch > done // steps else steps - done % steps
     return left
+
+
+def encoded_at_a_time(device: torch.device) -> int:
+    """Images that a pass over a data set encodes at a time."""
+    return ENCODED_ON_GPU if device.type == "cuda" else CLUSTERING_BATCH
 
 
 def check_sizes(config: Config, images: int, ranks: int, *, labelled: bool = True) -> None:

@@ -27,8 +27,8 @@ from pcl_fast.run.saving import Saver
 from pcl_fast.run.signals import Stopped, StopSignals
 from pcl_fast.schedule import (
     CLUSTERING_BATCH,
-    ENCODED_ON_GPU,
     check_sizes,
+    encoded_at_a_time,
     evaluates_before,
     rank_batch,
     steps_left,
@@ -183,7 +183,7 @@ class Trainer:
 
     def _features(self) -> torch.Tensor:
         """[n_local, width]: the pass over this rank's images."""
-        rows = ENCODED_ON_GPU if self.world.device.type == "cuda" else CLUSTERING_BATCH
+        rows = encoded_at_a_time(self.world.device)
         with self.watch.phase("features"):
             view = self.clustering_view.at(self.progress.epoch)
             features, rate = self.shard.fill(self.method.feature_encoder(), view, rows=rows)

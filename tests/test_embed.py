@@ -80,8 +80,7 @@ def test_numpy_s_file_and_its_table(trained, image_folder, tmp_path, capsys):
 
 def test_parquet_s_file_in_row_groups(trained, image_folder, tmp_path, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
-    for name in ("CLUSTERING_BATCH", "ENCODED_ON_GPU"):
-        monkeypatch.setattr(command, name, 7)
+    monkeypatch.setattr(command, "encoded_at_a_time", lambda device: 7)
     file = tmp_path / "table.parquet"
     assert run(trained, "--data", image_folder, "--output", file, "--features", "backbone") is None
     table = parquet.read_table(file)

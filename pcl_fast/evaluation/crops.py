@@ -12,7 +12,7 @@ from pcl_fast.config import DataConfig
 from pcl_fast.data import Batch, ImageSet, training_loader
 from pcl_fast.distributed import World
 from pcl_fast.evaluation.features import FrozenBackbone
-from pcl_fast.schedule import CLUSTERING_BATCH, ENCODED_ON_GPU
+from pcl_fast.schedule import encoded_at_a_time
 
 
 @torch.inference_mode()
@@ -57,7 +57,7 @@ def encode_views(
 
 def _in_turn(images: ImageSet, data: DataConfig, views: tuple[View, ...], seed: int, world: World) -> Iterator[Batch]:
     """Return batches of all images once. Those that fill up the last batch have positions behind the data set's end."""
-    rows = ENCODED_ON_GPU if world.device.type == "cuda" else CLUSTERING_BATCH
+    rows = encoded_at_a_time(world.device)
     rows = min(rows, -(-len(images) // world.size))
     together = rows * world.size
     padded = -(-len(images) // together) * together

@@ -15,7 +15,7 @@ from pcl_fast.distributed import World, shard_bounds
 from pcl_fast.nn.batch_norm import fold_batch_norm
 from pcl_fast.nn.precision import autocast, encoder_dtype
 from pcl_fast.pretrained import Pretrained
-from pcl_fast.schedule import CLUSTERING_BATCH, ENCODED_ON_GPU
+from pcl_fast.schedule import encoded_at_a_time
 
 
 class Features(NamedTuple):
@@ -77,7 +77,7 @@ def encode_set(
     encode = frozen_backbone(pretrained, device)
     backbone = torch.empty(end - begin, pretrained.width, dtype=dtype, device=device)
     units = None if head is None else torch.empty(end - begin, _dim(head), dtype=dtype, device=device)
-    rows = ENCODED_ON_GPU if device.type == "cuda" else CLUSTERING_BATCH
+    rows = encoded_at_a_time(device)
     done = 0
     for batch in clustering_loader(images, data, batch_size=rows, world=world):
         found = encode(batch)

@@ -21,7 +21,7 @@ from pcl_fast.errors import ImageError, NonFiniteError
 from pcl_fast.nn.batch_norm import SplitBatchNorm, average_statistics
 from pcl_fast.nn.precision import autocast, encoder_dtype, loss_scaler
 from pcl_fast.optim import Group, build_optimizer, load_optimizer, set_rate
-from pcl_fast.schedule import CLUSTERING_BATCH, ENCODED_ON_GPU
+from pcl_fast.schedule import encoded_at_a_time
 from pcl_fast.seeds import Purpose, mix_seeds
 
 # Steps between two looks at the losses, the only time that training waits for the device.
@@ -247,7 +247,7 @@ def top_accuracies(
     begin, end = shard_bounds(len(images), world.rank, world.size)
     answers = labels[begin:end].to(device)
     hits, done = torch.zeros(len(top), dtype=torch.int64, device=device), 0
-    rows = ENCODED_ON_GPU if device.type == "cuda" else CLUSTERING_BATCH
+    rows = encoded_at_a_time(device)
     for batch in clustering_loader(images, data, batch_size=rows, world=world):
         with autocast(device):
             logits = model(normalise(batch, encoder_dtype(device))).float()

@@ -14,7 +14,7 @@ from pcl_fast.distributed import World, gather_objects
 from pcl_fast.nn.feature_pass import find_difference, fused_encoder, fused_layers, unfit_layers
 from pcl_fast.run.encoder_passes import draw_images
 from pcl_fast.run.fusion_choice import EAGER, has_choice
-from pcl_fast.schedule import ENCODED_ON_GPU
+from pcl_fast.schedule import encoded_at_a_time
 
 
 class Choice(NamedTuple):
@@ -55,7 +55,7 @@ def choose_layers(
     if not has_choice(world):
         return Choice(None, [], None)
     begin = time.perf_counter()
-    batches = [draw_images(config, ENCODED_ON_GPU, world, size) for size in sizes]
+    batches = [draw_images(config, encoded_at_a_time(world.device), world, size) for size in sizes]
     told = gather_objects([_tried(encoder, images) for images in batches], world)
     tried = [of_size for of_rank in told for of_size in of_rank]
     plain = {name: reason for unfit, _ in reversed(tried) for name, reason in unfit.items()}

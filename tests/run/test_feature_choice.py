@@ -26,7 +26,7 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 
 @pytest.fixture(autouse=True)
 def _few_images(monkeypatch):
-    monkeypatch.setattr(feature_choice, "ENCODED_ON_GPU", 4)
+    monkeypatch.setattr(feature_choice, "encoded_at_a_time", lambda device: 4)
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def choice_of_rank(world: World):
     method = method_of(world)
     names = fused_layers(fused_encoder(method.momentum_encoder))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feature_choice, "ENCODED_ON_GPU", 4)
+        patch.setattr(feature_choice, "encoded_at_a_time", lambda device: 4)
         patch.setattr(feature_choice, "has_choice", lambda world: True)
         patch.setattr(feature_choice, "unfit_layers", lambda *given: {names[world.rank]: f"rank {world.rank}"})
         choice = choose(method, world)
