@@ -117,7 +117,7 @@ class Trainer:
             self.recorder.say(f"{self.config.output} is complete: nothing left to do")
             return True
         left = steps_left(self.config, self.loader.steps, self.global_step)
-        rows = self.choices.make(self.config, self.learner, left, self.world, self.recorder.say)
+        rows = self.choices.make(self.config, self.learner, left, self._sizes(), self.world, self.recorder.say)
         self._step = self.choices.step_of(self.learner)
         if self.global_step:
             self.recorder.say(f"resuming after {progress.epoch} epochs and {progress.step} steps")
@@ -174,6 +174,13 @@ class Trainer:
         evaluating = self.labels is not None and self.config.evaluation.every > 0
         from_bank = self.method.features().from_bank
         return evaluating or (not from_bank and any(self.method.expects(epoch) for epoch in epochs))
+
+    def _sizes(self) -> list[int]:
+        """The sizes that images may have in the passes over them that are left, in pixels; empty if there are none."""
+        if not self._wants_features():
+            return []
+        left = range(self.progress.epoch, self.config.epochs + 1)
+        return sorted({self.config.data.at(epoch).size for epoch in left})
 
     @functools.cached_property
     def shard(self) -> FeatureShard:

@@ -217,7 +217,7 @@ def join_biases(graph: fx.GraphModule) -> None:
 
 
 @torch.inference_mode()
-def unfit_layers(encoder: nn.Module, images: torch.Tensor, *, exact: bool = False) -> dict[str, str]:
+def unfit_layers(encoder: nn.Module, images: torch.Tensor) -> dict[str, str]:
     """Return the convolutions that `fused_encoder` should leave as they are, by name, each with the reason.
 
     Every shape of a layer is tried once, with the activations that these images give: the operator must not raise,
@@ -226,8 +226,6 @@ def unfit_layers(encoder: nn.Module, images: torch.Tensor, *, exact: bool = Fals
     Args:
         encoder: on the device of the images.
         images: normalised, [N, 3, H, W], channels_last, of the shape and type that the pass will have.
-        exact: name those too that give other bits than the separate steps do. (What oneDNN does depends on the shape,
-            the number of images included.)
     """
     fused = fused_encoder(encoder).to(images.dtype)
     found: dict[tuple, str | None] = {}
@@ -238,7 +236,7 @@ def unfit_layers(encoder: nn.Module, images: torch.Tensor, *, exact: bool = Fals
             shape = *(tuple(each.shape) for each in (*inputs, layer.weight)), layer.geometry[0]
             key = repr(shape)
             if key not in found:
-                found[key] = _unfit(layer, exact, *inputs)
+                found[key] = _unfit(layer, *inputs)
             if found[key] is not None:
                 unfit[name] = found[key]
 
@@ -250,7 +248,7 @@ def unfit_layers(encoder: nn.Module, images: torch.Tensor, *, exact: bool = Fals
     return unfit
 
 
-def _unfit(layer: FusedConvolution, exact: bool, x: torch.Tensor, residual: torch.Tensor | None = None) -> str | None:
+def _unfit(layer: FusedConvolution, x: torch.Tensor, residual: torch.Tensor | None = None) -> str | None:
     plain = layer.plain(x, residual)
     if not is_taken(x, residual, plain.numel()):
         return "does not take such tensors"
@@ -264,8 +262,6 @@ def _unfit(layer: FusedConvolution, exact: bool, x: torch.Tensor, residual: torc
         return f"is wrong: its result is {tuple(fast.shape)}, not {tuple(plain.shape)}"
     if fault := _difference(layer, x[:_COMPARED], residual, fast[:_COMPARED], plain[:_COMPARED]):
         return fault
-    if exact and not torch.equal(fast, plain):
-        return "rounds otherwise than the separate steps"
     if not x.is_cuda:
         return None
     slow, quick = (milliseconds(lambda way=way: way(x, residual), x.device) for way in (layer.plain, layer.fast))

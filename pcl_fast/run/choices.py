@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pcl_fast.captured import CapturedStep
@@ -33,12 +33,19 @@ class Choices:
         return {name: getattr(self, name) for name in ("kernels_off", "fusion", "unfused_layers")}
 
     def make(
-        self, config: Config, learner: Learner, left: Mapping[DataConfig, int], world: World, say: Callable[[str], None]
+        self,
+        config: Config,
+        learner: Learner,
+        left: Mapping[DataConfig, int],
+        sizes: Sequence[int],
+        world: World,
+        say: Callable[[str], None],
     ) -> dict[str, dict[str, Any]]:
         """Choose what is not chosen yet, and let the run compute so. All ranks call this together.
 
         Args:
             left: steps that the run has left, by what their crops are.
+            sizes: that images have in the passes over them that are left, in pixels; empty if there are none.
             say: is called with lines for the log.
 
         Returns:
@@ -55,7 +62,6 @@ class Choices:
             config, method.encoders(), left, world, kept=self.fusion, sides=sides, graphs=_has_graphs(method)
         )
         encoder = method.encoders()[method.features().encoder]
-        sizes = sorted({data.size for data in (*left, config.data.at(config.epochs))})
         layers = choose_layers(config, encoder, sizes, world, kept=self.unfused_layers, new=self._new)
         self.kernels_off, self.fusion, self.unfused_layers = kernels.off, fusion.way, layers.plain
         method.unfused_layers = layers.plain

@@ -13,7 +13,7 @@ from pcl_fast.config import Config
 from pcl_fast.distributed import World, gather_objects
 from pcl_fast.nn.feature_pass import find_difference, fused_encoder, fused_layers, unfit_layers
 from pcl_fast.run.encoder_passes import draw_images
-from pcl_fast.run.fusion_choice import EAGER, has_choice
+from pcl_fast.run.fusion_choice import EAGER
 from pcl_fast.schedule import encoded_at_a_time
 
 
@@ -38,13 +38,13 @@ def choose_layers(
 ) -> Choice:
     """Choose the layers of the feature pass. All ranks call this together, and get the same.
 
-    On a GPU a layer is fused where the fused operator works, is right and is faster, on every rank and at every size;
-    all are left as they are if the features of the whole differ. On a CPU, by --model.fusion eager and with
-    --deterministic nothing is fused.
+    A layer is fused where the fused operator works, is right and, on a GPU, is faster, on every rank and at every size;
+    all are left as they are if the features of the whole differ. On a CPU, where all layers gain, nothing is decided by
+    time, so that the same run has the same bits. By --model.fusion eager and with --deterministic nothing is fused.
 
     Args:
         encoder: whose features are wanted.
-        sizes: that images have in one pass or another, in pixels.
+        sizes: that images have in one pass or another, in pixels; empty if there is no pass.
         kept: what the run that goes on has chosen, which stays where layers may be fused.
         new: whether there is nothing to keep.
     """
@@ -52,7 +52,7 @@ def choose_layers(
         return Choice(None, [], None)
     if not new:
         return Choice(None if kept is None else sorted(kept), [], None)
-    if not has_choice(world):
+    if not sizes:
         return Choice(None, [], None)
     begin = time.perf_counter()
     batches = [draw_images(config, encoded_at_a_time(world.device), world, size) for size in sizes]
@@ -71,7 +71,7 @@ def choose_layers(
 
 
 def may_fuse_features(config: Config) -> bool:
-    """Whether layers may be fused, on a GPU."""
+    """Whether layers may be fused."""
     return config.model.fusion != EAGER and not config.deterministic
 
 

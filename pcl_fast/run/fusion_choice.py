@@ -66,7 +66,7 @@ def choose_fusion(
     asked = config.model.fusion
     if asked != AUTO:
         return Choice(_use_or_refuse(asked, encoders, world), [], None)
-    if config.deterministic or not has_choice(world):
+    if config.deterministic or not _has_choice(world):
         return Choice(_use_or_refuse(EAGER, encoders, world), [], None)
     if kept is not None:
         return _keep(kept, encoders, world)
@@ -75,7 +75,7 @@ def choose_fusion(
     return _fastest(_Stages.of_run(config, encoders, left, world, sides), world, graphs)
 
 
-def has_choice(world: World) -> bool:
+def _has_choice(world: World) -> bool:
     """Whether there is more than one way on this device."""
     return world.device.type == "cuda"
 

@@ -29,11 +29,6 @@ def _few_images(monkeypatch):
     monkeypatch.setattr(feature_choice, "encoded_at_a_time", lambda device: 4)
 
 
-@pytest.fixture
-def chosen(monkeypatch):
-    monkeypatch.setattr(feature_choice, "has_choice", lambda world: True)
-
-
 def method_of(world: World = ALONE):
     torch.manual_seed(0)
     return build(small_config(), world, 60)
@@ -45,7 +40,7 @@ def choose(method, world: World = ALONE, config=None, **given):
     return choose_layers(config or small_config(), method.encoders()["momentum"], sizes, world, **given)
 
 
-def test_layers_that_fit_are_fused(chosen):
+def test_layers_that_fit_are_fused():
     method = method_of()
     choice = choose(method)
     assert choice.plain == []
@@ -53,7 +48,7 @@ def test_layers_that_fit_are_fused(chosen):
     assert choice.notes[0].startswith(f"in the feature pass {len(choice.row['fused'])} layers are fused")
 
 
-def test_layers_that_do_not_are_left_out(chosen, monkeypatch):
+def test_layers_that_do_not_are_left_out(monkeypatch):
     method = method_of()
     name = fused_layers(fused_encoder(method.momentum_encoder))[1]
     monkeypatch.setattr(feature_choice, "unfit_layers", lambda *given: {name: "is not faster"})
@@ -63,7 +58,7 @@ def test_layers_that_do_not_are_left_out(chosen, monkeypatch):
     assert choice.row["plain"] == {name: "is not faster"}
 
 
-def test_layers_must_fit_at_every_size(chosen, monkeypatch):
+def test_layers_must_fit_at_every_size(monkeypatch):
     method = method_of()
     first, second = fused_layers(fused_encoder(method.momentum_encoder))[:2]
     unfit = {12: {first: "is not faster"}, 20: {first: "is slow", second: "is wrong"}, 16: {}}
@@ -89,7 +84,7 @@ def fail(*_):
         ("unfit_layers", fail, "cannot be fused (no engine)"),
     ],
 )
-def test_nothing_is_fused_if_the_whole_is_wrong(chosen, monkeypatch, name, fault, said):
+def test_nothing_is_fused_if_the_whole_is_wrong(monkeypatch, name, fault, said):
     monkeypatch.setattr(feature_choice, name, fault)
     choice = choose(method_of())
     assert choice.plain is None
@@ -97,14 +92,13 @@ def test_nothing_is_fused_if_the_whole_is_wrong(chosen, monkeypatch, name, fault
     assert f"no layer is fused: the encoder {said}" in choice.notes[0]
 
 
-def test_where_there_is_no_choice(chosen, monkeypatch):
+def test_where_there_is_no_choice(monkeypatch):
     method = method_of()
     assert choose(method, new=False, kept=["b", "a"]) == (["a", "b"], [], None)
     assert choose(method, new=False, kept=None) == (None, [], None)
     assert choose(method, config=small_config(deterministic=True)) == (None, [], None)
     assert choose(method, config=small_config(deterministic=True), new=False, kept=["a"]) == (None, [], None)
-    monkeypatch.setattr(feature_choice, "has_choice", lambda world: False)
-    assert choose(method) == (None, [], None)
+    assert choose(method, sizes=[]) == (None, [], None)
 
 
 def choice_of_rank(world: World):
@@ -113,7 +107,6 @@ def choice_of_rank(world: World):
     names = fused_layers(fused_encoder(method.momentum_encoder))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(feature_choice, "encoded_at_a_time", lambda device: 4)
-        patch.setattr(feature_choice, "has_choice", lambda world: True)
         patch.setattr(feature_choice, "unfit_layers", lambda *given: {names[world.rank]: f"rank {world.rank}"})
         choice = choose(method, world)
     return choice.plain, choice.row["plain"], names
@@ -142,11 +135,11 @@ def test_features_are_the_same_whichever_way_the_encoder_trains_by(way):
     torch.testing.assert_close(found, plain)
 
 
-def test_a_run_tries_layers_at_every_size_that_a_pass_will_have(chosen, image_folder, tmp_path, alone, monkeypatch):
+def test_a_run_tries_layers_at_every_size_that_a_pass_will_have(image_folder, tmp_path, alone, monkeypatch):
     """Also at that of the evaluation after the last epoch; not at those that epochs had before."""
     seen, draw = [], feature_choice.draw_images
     monkeypatch.setattr(feature_choice, "draw_images", lambda *given: seen.append(given[3]) or draw(*given))
-    grows = tiny(image_folder, tmp_path, epochs=2)
+    grows = tiny(image_folder, tmp_path, epochs=2, evaluation__every=1)
     grows = replace(grows, data=replace(grows.data, sizes=(Stage(8, 1), Stage(12, 2))))
     assert run(grows, alone)
     assert seen == [8, 12, 16]
@@ -156,13 +149,16 @@ def test_a_run_tries_layers_at_every_size_that_a_pass_will_have(chosen, image_fo
     assert seen == [16]
 
 
-def test_a_run_records_its_choice_and_keeps_it(chosen, image_folder, tmp_path, alone, monkeypatch):
-    assert run(tiny(image_folder, tmp_path, epochs=1), alone)
+def test_a_run_records_its_choice_and_keeps_it(image_folder, tmp_path, alone, monkeypatch):
+    assert run(tiny(image_folder, tmp_path, epochs=1, evaluation__every=1), alone)
     (row,) = (row for row in read_rows(tmp_path) if row["kind"] == "feature_pass")
     assert row["fused"]
     assert load_checkpoint(tmp_path)["choices"]["unfused_layers"] == []
     monkeypatch.setattr(feature_choice, "unfit_layers", fail)
-    assert run(tiny(image_folder, tmp_path, epochs=2), alone)
+    assert run(tiny(image_folder, tmp_path, epochs=2, evaluation__every=1), alone)
     assert load_checkpoint(tmp_path)["choices"]["unfused_layers"] == []
-    assert run(tiny(image_folder, tmp_path / "other", epochs=3, resume_from=tmp_path / "checkpoint.pt"), alone)
+    assert run(
+        tiny(image_folder, tmp_path / "other", epochs=3, evaluation__every=1, resume_from=tmp_path / "checkpoint.pt"),
+        alone,
+    )
     assert load_checkpoint(tmp_path / "other")["choices"]["unfused_layers"] is None

@@ -56,7 +56,7 @@ class Ways:
         self.now, self.tried = "eager", []
         self.ms = {"eager": 10.0, "triton": 9.0, "compile": 8.0}
         self.does = {}
-        monkeypatch.setattr(fusion_choice, "has_choice", lambda world: True)
+        monkeypatch.setattr(fusion_choice, "_has_choice", lambda world: True)
         monkeypatch.setattr(fusion_choice, "use", self.use)
         self.faster_captured = -1.0
         monkeypatch.setattr(Passes, "milliseconds", self.milliseconds)
@@ -409,7 +409,7 @@ def test_a_run_is_timed_with_the_sizes_of_its_views(ways, monkeypatch):
     monkeypatch.setattr(Passes, "of_run", lambda *given: seen.append(given[3]) or of_run(*given))
     config = small_config(method="crops")
     learner = Learner(build(config, ALONE, 60), config, ALONE)
-    Choices(None).make(config, learner, MANY, ALONE, lambda line: None)
+    Choices(None).make(config, learner, MANY, [20], ALONE, lambda line: None)
     assert seen == [[20, 20, 9, 9, 9]]
 
 
