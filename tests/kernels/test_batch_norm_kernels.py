@@ -16,8 +16,10 @@ from pcl_fast.kernels import batch_norm, batch_norm_kernels, batch_norm_plain
 from pcl_fast.kernels.batch_norm import bytes_moved, divide
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# Triton's interpreter cuts bfloat16 off where it should be rounded.
-DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE.type == "cuda")]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Triton's interpreter cuts bfloat16 off where it should be rounded. That is an error of the same sign each time, which
+# sums do not lose as they lose rounding.
+ROUNDED = DTYPES if DEVICE.type == "cuda" else DTYPES[:2]
 EPS = 1e-5
 both = pytest.mark.parametrize(
     "run", [batch_norm.batch_norm_act, batch_norm_plain.batch_norm_act], ids=["kernel", "plain"]
@@ -108,7 +110,7 @@ def test_training(run, dtype, shape, kind):
 @pytest.mark.parametrize("relu", [True, False])
 def test_two_consumers(run, relu):
     """Their gradients meet in the backward pass, and are rounded once added, as PyTorch does."""
-    for dtype in DTYPES:
+    for dtype in ROUNDED:
         problem = Problem((3, 72, 6, 7), dtype, relu=relu, fork=True)
         problem.assert_as_good_as_pytorch(problem.run(run))
     without = Problem((3, 9, 2, 2), torch.float32, residual=False, fork=True)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pcl_fast.kernels.max_pool import VALUES, max_pool
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPES = [torch.float32, torch.float16, *[torch.bfloat16] * (DEVICE == "cuda")]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # A ResNet's on several sizes [N, C, H, W]: its stem in small; a pixel; one channel more than a block; several programs
 # and a part of one. Then others: what no window or several share, a stride beyond the window, no padding.
 CASES = [((3, 2, 1), shape) for shape in ((2, 64, 6, 6), (1, 8, 1, 1), (2, 65, 5, 7), (1, 24, 13, 18))]
