@@ -378,6 +378,18 @@ def _buffers(state):
     return [value for name, value in state.items() if "running" in name or "tracked" in name]
 
 
+def test_the_reference_is_of_cudnn_in_true_float32(encoders, monkeypatch):
+    seen = []
+
+    def compute(passes, *, exact=False):
+        seen.append((exact, torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+        return []
+
+    monkeypatch.setattr(Passes, "compute", compute)
+    Passes.of_run(small_config(), encoders, ALONE).reference()
+    assert seen == [(True, True, False)]
+
+
 def test_passes_are_those_of_a_step(encoders):
     config = small_config()
     passes = Passes.of_run(config, encoders, ALONE)
