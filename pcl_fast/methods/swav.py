@@ -25,8 +25,10 @@ from pcl_fast.methods.base import Inputs, Method, Metric, Step
 from pcl_fast.methods.collapse import COLLAPSED, spread
 from pcl_fast.nn.encoder import Encoder
 from pcl_fast.nn.precision import autocast
+from pcl_fast.nn.single_images import check_single_images
 from pcl_fast.nn.small_crops import check_crop_size
 from pcl_fast.nn.sync_batch_norm import sync_batch_norm
+from pcl_fast.schedule import rank_batch
 
 # Crops that have a code.
 _LARGE = 2
@@ -83,6 +85,8 @@ class SwAV(Method, name="swav"):
         if options.small_crops:
             size = small_side(config.data.size) if options.small_size is None else options.small_size
             check_crop_size("--swav.small-size", size, config)
+            together = rank_batch(config, 1 if config.model.sync_bn else ranks)
+            check_single_images(config, together * options.small_crops, size=size, head=False)
 
     @classmethod
     def miniature(cls, config: Config) -> dict[str, Any]:

@@ -55,7 +55,9 @@ def test_one_image_is_refused_where_a_channel_has_one_value(settings, side):
     if side is None:
         check_single_images(config, 1)
         return
-    with pytest.raises(ValueError, match=rf"--optim\.batch-size 1 .* at {side} px, .*; use --optim\.batch-size 2$"):
+    with pytest.raises(
+        ValueError, match=rf"--optim\.batch-size 1 .* at {side} px, .*; use --optim\.batch-size 2, or larger"
+    ):
         check_single_images(config, 1)
 
 
@@ -73,7 +75,7 @@ def test_one_image_is_refused_where_a_channel_has_one_value(settings, side):
 )
 def test_methods_refuse_it_by_the_flags_that_make_it_so(settings, ranks, use):
     config = recipe(data__size=32, cluster__ks=(), **settings)
-    with pytest.raises(ValueError, match=f"one image at a time, .*; use {re.escape(use)}$"):
+    with pytest.raises(ValueError, match=f"one image at a time .*; use {re.escape(use)}, or larger crops$"):
         method_class("pcl").check(config, 100, ranks)
     twice = replace(config, optim=replace(config.optim, batch_size=2 * config.optim.batch_size))
     method_class("pcl").check(twice, 100, ranks)
@@ -81,6 +83,33 @@ def test_methods_refuse_it_by_the_flags_that_make_it_so(settings, ranks, use):
         negatives = replace(config, loss=replace(config.loss, num_negatives=None))
         with pytest.raises(ValueError, match="one image at a time"):
             method_class("instdisc").check(negatives, 100, ranks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks", "refused"),
+    [
+        ({"swav.small_crops": 1}, 2, True),
+        ({"swav.small_crops": 2}, 2, False),
+        ({"swav.small_crops": 1}, 1, False),
+        ({"swav.small_crops": 1, "model.sync_bn": True}, 2, False),
+        ({"swav.small_crops": 1, "swav.small_size": 40}, 2, False),
+    ],
+)
+def test_one_small_crop_of_one_image(settings, ranks, refused):
+    """The head, which has batch norm, has the large crops' features beside."""
+    settings = {"model.arch": "resnet18", "model.sync_bn": False, "data.size": 64, "swav.small_size": 32} | settings
+    config = with_settings(PRESETS["swav"][1], settings | {"swav.prototypes": 9, "optim.batch_size": 2})
+    if refused:
+        with pytest.raises(ValueError, match=r"leaves a rank one image at a time .* at 32 px"):
+            method_class("swav").check(config, 100, ranks)
+    else:
+        method_class("swav").check(config, 100, ranks)
+
+
+@pytest.mark.parametrize("arch", ["timm/vit_tiny_patch16_224", "timm/none", "resnet17"])
+def test_what_else_is_wrong_is_said_when_the_network_is_built(arch):
+    config = recipe(model__arch=arch, data__size=33, optim__batch_size=1, cluster__ks=())
+    check_single_images(config, 1)
 
 
 def test_a_run_of_single_images_trains_where_it_can(image_folder, tmp_path, alone):
