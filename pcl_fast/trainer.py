@@ -15,6 +15,7 @@ import torch
 
 from pcl_fast.clustering import FeatureShard
 from pcl_fast.config import Config
+from pcl_fast.crop_sizes import epoch_sides
 from pcl_fast.data import Batch, GrowingLoader, GrowingView, ImageSet, describe_loader
 from pcl_fast.distributed import World, all_or_none, check_same, shard_bounds
 from pcl_fast.evaluation.online import evaluate_features, number_classes
@@ -176,11 +177,11 @@ class Trainer:
         return evaluating or (not from_bank and any(self.method.expects(epoch) for epoch in epochs))
 
     def _sizes(self) -> list[int]:
-        """The sizes that images may have in the passes over them that are left, in pixels; empty if there are none."""
-        if not self._wants_features():
-            return []
-        left = range(self.progress.epoch, self.config.epochs + 1)
-        return sorted({self.config.data.at(epoch).size for epoch in left})
+        """The sizes that images may have in passes over them, in pixels, of a run that is made longer too; empty if
+        there are no passes.
+        """
+        data = self.config.data
+        return epoch_sides(data.sizes, data.size, [data.size]) if self._wants_features() else []
 
     @functools.cached_property
     def shard(self) -> FeatureShard:

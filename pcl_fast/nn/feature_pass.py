@@ -1,11 +1,11 @@
 """An encoder for the pass over the images: batch norm folded, and what follows a convolution done by the convolution.
 
-`fused_encoder` makes it, `unfit_layers` names the layers for which it does not pay on this device, or goes wrong, and
-`find_difference` compares whole encoders. Which layers are left out is a list of names, so that one rank can decide for
-all, and a record can keep it:
+`fused_encoder` makes it, `unfit_layers` names the layers for which it goes wrong, or on a GPU does not pay, and
+`find_difference` compares whole encoders. Which layers are left out is a list of names, so that ranks can agree on it,
+and a record can keep it:
 
-    images = normalise(batch, dtype)               # of the run's own shape
-    plain = list(unfit_layers(encoder, images))    # on rank 0, told to the others
+    images = normalise(batch, dtype)               # of a shape that the pass will have
+    plain = list(unfit_layers(encoder, images))    # on any rank, at any shape
     if find_difference(encoder, images, plain) is None:
         encode = fused_encoder(encoder, plain).to(dtype)
 """
@@ -225,7 +225,7 @@ def unfit_layers(encoder: nn.Module, images: torch.Tensor) -> dict[str, str]:
 
     Args:
         encoder: on the device of the images.
-        images: normalised, [N, 3, H, W], channels_last, of the shape and type that the pass will have.
+        images: normalised, [N, 3, H, W], channels_last, of a shape and the type that the pass will have.
     """
     fused = fused_encoder(encoder).to(images.dtype)
     found: dict[tuple, str | None] = {}
@@ -303,8 +303,8 @@ def find_difference(encoder: nn.Module, images: torch.Tensor, plain: Collection[
 
     Args:
         encoder: on the device of the images, maps them to unit features.
-        images: normalised, [N, 3, H, W], channels_last, of the shape and type that the pass will have. All of them are
-            encoded in their type, so that the operators are those of the pass; some in the finer one.
+        images: normalised, [N, 3, H, W], channels_last, of a shape and the type that the pass will have. All of them
+            are encoded in their type, so that the operators are those of the pass; some in the finer one.
         plain: as for `fused_encoder`.
 
     Returns:

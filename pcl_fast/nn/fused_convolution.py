@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,9 @@ class FusedConvolution(nn.Conv2d):
         if x.dtype != self.weight.dtype:
             return self.plain(x, residual)
         if _takes_onednn(x):
-            return self.fast(x, residual if self.overwrites or residual is None else residual.clone())
+            over = residual if self.overwrites or residual is None else residual.clone()
+            fast = _tried(lambda: self.fast(x, over), x, self.weight)
+            return self.plain(x, residual) if fast is None else fast
         return OPERATOR(x, self.weight, self.bias, residual, *self.geometry)
 
     @property
@@ -194,22 +197,22 @@ def _on_gpu(x, weight, bias, residual, stride, padding, dilation, groups):
     arguments = x, weight, bias, residual, stride, padding, dilation, groups
     result = None
     if is_taken(x, residual, math.prod(_shape(x, weight, stride, padding, dilation))):
-        result = _tried(*arguments)
+        result = _tried(lambda: cudnn_convolution_relu(*arguments), x, weight)
     if result is None:
         result = plain_convolution_relu(*arguments)
     return result.contiguous(memory_format=torch.channels_last)
 
 
-def _tried(*arguments) -> torch.Tensor | None:
+def _tried(fast: Callable[[], torch.Tensor], x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
     """None where the library has no operator for these tensors: a pass over a data set must not end for that. What has
     run out of memory would not fit in separate steps either.
     """
     try:
-        return cudnn_convolution_relu(*arguments)
+        return fast()
     except torch.cuda.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        shapes = [tuple(tensor.shape) for tensor in arguments[:2]]
+        shapes = tuple(x.shape), tuple(weight.shape)
         line = str(error).partition("\n")[0]
         warnings.warn(f"no fused convolution of {shapes[0]} with {shapes[1]}, done in steps ({line})", stacklevel=2)
         return None

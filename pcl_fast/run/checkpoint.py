@@ -7,7 +7,7 @@ It holds tensors and plain Python values, by these keys:
     data                           the data set's fingerprint
     epoch, step, global_step       how far the run has come; finished: whether to its end
     metrics_length, epoch_metrics  what metrics.jsonl and the epoch's means were then
-    choices                        how the run computes on its GPUs, see choices.py
+    choices                        how the run computes, see choices.py
     method                         the method's state_dict
     encoders                       {"query": state_dict, "momentum": ...}, the same bytes as in `method`
     optimizer, scaler              their state_dicts

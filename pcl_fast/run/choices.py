@@ -1,4 +1,4 @@
-"""How a run computes on its GPUs: found out at its start, the same on all ranks, and kept when it goes on."""
+"""How a run computes: found out at its start, the same on all ranks; what a GPU decided by time is kept."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pcl_fast.distributed import World
 from pcl_fast.learner import Learner
 from pcl_fast.methods import Method
 from pcl_fast.run.feature_choice import choose_layers
-from pcl_fast.run.fusion_choice import CAPTURED, choose_fusion
+from pcl_fast.run.fusion_choice import CAPTURED, EAGER, choose_fusion
 from pcl_fast.run.kernel_choice import choose_kernels
 
 
 class Choices:
     """kernels_off: kernels that were found wrong, see kernel_choice.py. fusion: how the encoders compute, see
-    fusion_choice.py. unfused_layers: see feature_choice.py. All as the checkpoint holds them.
+    fusion_choice.py. unfused_layers: see feature_choice.py. All as the checkpoint holds them; None: not decided yet.
     """
 
     def __init__(self, kept: dict[str, Any] | None):
         """kept: what `state` of the run that goes on was; None for a new one."""
-        self._new = kept is None
         self.kernels_off: list[str] = [] if kept is None else kept["kernels_off"]
         self.fusion: str | None = None if kept is None else kept["fusion"]
-        self.unfused_layers: list[str] | None = None if kept is None else kept["unfused_layers"]
+        self.unfused_layers: list[str] | str | None = None if kept is None else kept["unfused_layers"]
+        self._way = EAGER
 
     def state(self) -> dict[str, Any]:
         """Plain values for the checkpoint."""
@@ -45,7 +45,7 @@ class Choices:
 
         Args:
             left: steps that the run has left, by what their crops are.
-            sizes: that images have in the passes over them that are left, in pixels; empty if there are none.
+            sizes: that images have in passes over them, in pixels; empty if there are no passes.
             say: is called with lines for the log.
 
         Returns:
@@ -62,9 +62,9 @@ class Choices:
             config, method.encoders(), left, world, kept=self.fusion, sides=sides, graphs=_has_graphs(method)
         )
         encoder = method.encoders()[method.features().encoder]
-        layers = choose_layers(config, encoder, sizes, world, kept=self.unfused_layers, new=self._new)
-        self.kernels_off, self.fusion, self.unfused_layers = kernels.off, fusion.way, layers.plain
-        method.unfused_layers = layers.plain
+        layers = choose_layers(config, encoder, sizes, world, kept=self.unfused_layers)
+        self.kernels_off, self.fusion, self.unfused_layers = kernels.off, fusion.kept, layers.kept
+        self._way, method.unfused_layers = fusion.way, layers.plain
         for choice in (kernels, fusion, layers):
             for line in choice.notes:
                 say(line)
@@ -72,8 +72,8 @@ class Choices:
         return {kind: row for kind, row in rows.items() if row is not None}
 
     def step_of(self, learner: Learner) -> Callable[[Batch, int], dict[str, Any]]:
-        """Return the function that takes a learner's steps as was chosen."""
-        captured = (self.fusion or "").endswith(CAPTURED) and _has_graphs(learner.method)
+        """Return the function that takes a learner's steps as was chosen; `make` comes first."""
+        captured = self._way.endswith(CAPTURED) and _has_graphs(learner.method)
         return CapturedStep(learner).step if captured else learner.step
 
 

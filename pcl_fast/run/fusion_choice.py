@@ -21,18 +21,21 @@ EAGER, AUTO, CAPTURED = WAYS[0], "auto", "+graph"
 _FASTER = 0.98
 # Seconds that a run must last for torch.compile to be tried, for each size of crops, which takes a minute of it.
 _LONG = 3600.0
-# Seconds after which no other way is begun. One that has begun goes on: a compiler is not to be interrupted.
+# Seconds for each size of crops after which no other way is begun. One that has begun goes on: a compiler is not to be
+# interrupted.
 _TO_TRY = 60.0
 
 
 class Choice(NamedTuple):
     """way: of `nn.fusion.WAYS`, in use now, and with CAPTURED behind it if steps are to be captured as a CUDA graph;
-    notes: lines for the log; row: for the record, None where nothing was measured.
+    notes: lines for the log; row: for the record, None where nothing was measured; kept: the way for the checkpoint,
+    None where nothing has been decided yet.
     """
 
     way: str
     notes: list[str]
     row: dict[str, Any] | None
+    kept: str | None
 
 
 def choose_fusion(
@@ -56,7 +59,7 @@ def choose_fusion(
     Args:
         encoders: the method's; "query" is the one with a backward pass.
         left: parts of steps that the run has left, by what their crops are.
-        kept: the way of the run that goes on, which stays, except with --deterministic.
+        kept: the way of the run that goes on, which stays; with --deterministic and on a CPU it is not used.
         sides: of the method's views where crops have the run's size, see Passes.of_run.
         graphs: whether steps can be captured.
 
@@ -65,13 +68,11 @@ def choose_fusion(
     """
     asked = config.model.fusion
     if asked != AUTO:
-        return Choice(_use_or_refuse(asked, encoders, world), [], None)
-    if config.deterministic or not _has_choice(world):
-        return Choice(_use_or_refuse(EAGER, encoders, world), [], None)
+        return Choice(_use_or_refuse(asked, encoders, world), [], None, asked)
+    if config.deterministic or not _has_choice(world) or (kept is None and not left):
+        return Choice(_use_or_refuse(EAGER, encoders, world), [], None, kept)
     if kept is not None:
         return _keep(kept, encoders, world)
-    if not left:
-        return Choice(_use_or_refuse(EAGER, encoders, world), [], None)
     return _fastest(_Stages.of_run(config, encoders, left, world, sides), world, graphs)
 
 
@@ -83,10 +84,10 @@ def _has_choice(world: World) -> bool:
 def _keep(way: str, encoders: Mapping[str, nn.Module], world: World) -> Choice:
     fault = _agree({way: _try_to_use(way.removesuffix(CAPTURED), encoders)}, world).get(way)
     if fault is None:
-        return Choice(way, [], None)
+        return Choice(way, [], None, way)
     _use_or_refuse(EAGER, encoders, world)
     note = f"warning: so far the encoders computed by {way}, which does not work here ({fault}); they go on by {EAGER}"
-    return Choice(EAGER, [note], None)
+    return Choice(EAGER, [note], None, EAGER)
 
 
 def _use_or_refuse(way: str, encoders: Mapping[str, nn.Module], world: World) -> str:
@@ -157,7 +158,7 @@ def _fastest(stages: _Stages, world: World, graphs: bool) -> Choice:
     told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
     notes = [f"the encoders compute by {way} ({told or 'nothing could be timed'}; found out in {seconds} s)"]
     notes += [f"not by {name}: {fault}" for name, fault in left_out.items()]
-    return Choice(way, notes, {"way": way, "ms": times, "left_out": left_out, "seconds": seconds})
+    return Choice(way, notes, {"way": way, "ms": times, "left_out": left_out, "seconds": seconds}, way)
 
 
 def _measure(stages: _Stages, world: World, graphs: bool) -> tuple[dict[str, float], dict[str, str]]:
@@ -168,15 +169,15 @@ def _measure(stages: _Stages, world: World, graphs: bool) -> tuple[dict[str, flo
     times: dict[str, float] = {}
     left_out: dict[str, str] = {}
     trial = _Trial(stages)
-    begin, passed = time.perf_counter(), 0.0
+    begin, passed, limit = time.perf_counter(), 0.0, _TO_TRY * len(stages.steps)
     for way in WAYS:
         if way == "compile" and (fault := _too_short(stages, times.get(EAGER, 0.0))):
             left_out[way] = fault
             continue
         ways = {way: functools.partial(trial.of, way)} | ({way + CAPTURED: trial.captured} if graphs else {})
         for name, measure in ways.items():
-            if passed > _TO_TRY:
-                left_out[name] = f"the ways before it took {passed:.0f} s, and after {_TO_TRY:.0f} none is begun"
+            if passed > limit:
+                left_out[name] = f"the ways before it took {passed:.0f} s, and after {limit:.0f} none is begun"
                 break
             told = gather_objects((*measure(), time.perf_counter() - begin), world)
             passed = max(seconds for _, _, seconds in told)
@@ -184,6 +185,8 @@ def _measure(stages: _Stages, world: World, graphs: bool) -> tuple[dict[str, flo
                 left_out[name] = faults[0]
                 break
             times[name] = round(max(ms for _, ms, _ in told), 3)
+        if EAGER in left_out:
+            break  # nothing tells what is right
     return times, left_out
 
 
@@ -211,9 +214,11 @@ class _Trial:
         try:
             if way == EAGER:
                 self._references = [passes.reference() for passes in self._stages.passes]
+            errors = self._errors()
+            if way == EAGER:
                 # Rounded elsewhere, or more often, but no more than twice as far off.
-                self._tolerances = [2 * error + 1e-3 for error in self._errors()]
-            for error, tolerance in zip(self._errors(), self._tolerances, strict=True):
+                self._tolerances = [2 * error + 1e-3 for error in errors]
+            for error, tolerance in zip(errors, self._tolerances, strict=True):
                 if not error <= tolerance:
                     return f"it is off by {error:.2g}, and rounding explains {tolerance:.2g}", 0.0
             return "", self._stages.milliseconds()

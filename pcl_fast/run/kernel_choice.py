@@ -86,7 +86,7 @@ def used_kernels(config: Config, settings: Sequence[str], device: torch.device) 
     query, bank = torch.empty(1, dim, device=device), torch.empty(1, dim, device=device, dtype=dtype)
     clusters = bool(config.cluster.ks or config.evaluation.ks)
     searches = config.cluster.backend in ("auto", "triton") and obstacle(device, dtype, dim) is None
-    fuses = _may_fuse(config) or may_fuse_features(config)
+    fuses = _may_fuse(config) or may_fuse_features(config, device)
     used = {
         "contrast": "loss.backend" in settings and takes_kernels(config.loss.backend, query, bank),
         "assign_held": clusters and searches and assign.holds(bank),

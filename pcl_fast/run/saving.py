@@ -26,9 +26,11 @@ from pcl_fast.run.checkpoint import (
     size_of,
 )
 from pcl_fast.run.continuing import check_same_run, check_taken_up
+from pcl_fast.run.feature_choice import ALL
+from pcl_fast.run.fusion_choice import EAGER
 from pcl_fast.run.room import check_room
 
-_OF_EARLIER_VERSIONS = {"kernels_off": [], "fusion": "eager", "unfused_layers": None}
+_OF_EARLIER_VERSIONS = {"kernels_off": [], "fusion": EAGER, "unfused_layers": ALL}
 # Patterns of the names under which something is written whole.
 _WRITTEN = ("checkpoint*.pt", "config.json", "metrics.jsonl*", "report.png")
 

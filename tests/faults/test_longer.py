@@ -9,6 +9,7 @@ import pytest
 from faults.tiny import tiny
 from launches import same_state
 
+from pcl_fast import trainer
 from pcl_fast.config import PRESETS, to_dict
 from pcl_fast.run.checkpoint import load_checkpoint
 from pcl_fast.run.continuing import check_same_run, check_taken_up
@@ -29,6 +30,17 @@ def test_with_steps_it_ends_as_if_it_had_been_begun_so(tmp_path, image_folder, a
     same_state(tmp_path / "whole", tmp_path / "run")
     steps = [row["step"] for row in read_rows(tmp_path / "run") if row["kind"] == "step"]
     assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_also_where_it_had_no_pass_over_the_images(tmp_path, image_folder, alone, monkeypatch):
+    """So that nothing was decided about one. A last batch of one image shows the bits of other operations."""
+    monkeypatch.setattr(trainer, "CLUSTERING_BATCH", 13)
+    monkeypatch.setattr(trainer, "encoded_at_a_time", lambda device: 13)
+    changes = {"cluster__ks": (3,), "cluster__warmup_epochs": 2}
+    run(tiny(image_folder, tmp_path / "whole", **changes, epochs=3), alone)
+    run(tiny(image_folder, tmp_path / "run", **changes, epochs=1), alone)
+    run(tiny(image_folder, tmp_path / "run", **changes, epochs=3), alone)
+    same_state(tmp_path / "whole", tmp_path / "run")
 
 
 def state_of(epoch: int, step: int = 0, **optim) -> tuple[dict, object]:

@@ -13,7 +13,7 @@ from pcl_fast.nn import fused_convolution
 from pcl_fast.nn.batch_norm import fold_batch_norm
 from pcl_fast.nn.encoder import Encoder
 from pcl_fast.nn.feature_pass import BiasReLU, find_difference, fused_encoder, fused_layers, join_biases, unfit_layers
-from pcl_fast.nn.fused_convolution import FusedConvolution
+from pcl_fast.nn.fused_convolution import FusedConvolution, cudnn_convolution_relu
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch is built without oneDNN")
 
@@ -123,8 +123,22 @@ def test_the_operator_is_sound():
 def test_what_cudnn_does_not_have_is_done_in_steps():
     """As on a GPU whose cuDNN refuses; here there is no cuDNN at all."""
     x, weight, bias = torch.randn(2, 8, 5, 5), torch.randn(8, 8, 1, 1), torch.randn(8)
+    arguments = x, weight, bias, None, [1, 1], [0, 0], [1, 1], 1
     with pytest.warns(UserWarning, match=r"no fused convolution of \(2, 8, 5, 5\) with \(8, 8, 1, 1\), done in steps"):
-        assert fused_convolution._tried(x, weight, bias, None, [1, 1], [0, 0], [1, 1], 1) is None
+        assert fused_convolution._tried(lambda: cudnn_convolution_relu(*arguments), x, weight) is None
+
+
+def test_what_onednn_does_not_have_is_done_in_steps(monkeypatch):
+    """As for a last batch that is smaller than the one that was tried."""
+    fused, x = layer(nn.Conv2d(8, 8, 1)), channels_last(torch.randn(2, 8, 5, 5))
+    residual = channels_last(torch.randn(2, 8, 5, 5))
+
+    def fail(*_):
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(FusedConvolution, "fast", fail)
+    with pytest.warns(UserWarning, match=r"no fused convolution of .*, done in steps \(could not create a primitive\)"):
+        assert torch.equal(fused(x, residual), fused.plain(x, residual))
 
 
 # --- an encoder ---------------------------------------------------------------------------------------------------

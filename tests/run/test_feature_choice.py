@@ -29,13 +29,18 @@ def _few_images(monkeypatch):
     monkeypatch.setattr(feature_choice, "encoded_at_a_time", lambda device: 4)
 
 
+@pytest.fixture
+def as_gpu(monkeypatch):
+    monkeypatch.setattr(feature_choice, "_on_gpu", lambda device: True)
+
+
 def method_of(world: World = ALONE):
     torch.manual_seed(0)
     return build(small_config(), world, 60)
 
 
 def choose(method, world: World = ALONE, config=None, **given):
-    given = {"kept": None, "new": True, **given}
+    given = {"kept": None, **given}
     sizes = given.pop("sizes", [20])
     return choose_layers(config or small_config(), method.encoders()["momentum"], sizes, world, **given)
 
@@ -92,13 +97,36 @@ def test_nothing_is_fused_if_the_whole_is_wrong(monkeypatch, name, fault, said):
     assert f"no layer is fused: the encoder {said}" in choice.notes[0]
 
 
-def test_where_there_is_no_choice(monkeypatch):
+def test_where_there_is_no_choice():
+    """What a GPU has decided before stays for when there is one again."""
+    method, eager = method_of(), small_config()
+    eager = replace(eager, model=replace(eager.model, fusion="eager"))
+    for kept in (None, ["a"], "all"):
+        assert choose(method, config=eager, kept=kept) == (None, [], None, kept)
+        assert choose(method, sizes=[], kept=kept) == (None, [], None, kept)
+
+
+def test_a_gpu_s_decision_is_kept(as_gpu, monkeypatch):
     method = method_of()
-    assert choose(method, new=False, kept=["b", "a"]) == (["a", "b"], [], None)
-    assert choose(method, new=False, kept=None) == (None, [], None)
-    assert choose(method, config=small_config(deterministic=True)) == (None, [], None)
-    assert choose(method, config=small_config(deterministic=True), new=False, kept=["a"]) == (None, [], None)
-    assert choose(method, sizes=[]) == (None, [], None)
+    name = fused_layers(fused_encoder(method.momentum_encoder))[1]
+    monkeypatch.setattr(feature_choice, "unfit_layers", lambda *given: {name: "is not faster"})
+    assert choose(method).kept == [name]
+    monkeypatch.setattr(feature_choice, "unfit_layers", fail)
+    assert choose(method, kept=["b", "a"]) == (["a", "b"], [], None, ["b", "a"])
+    assert choose(method, kept="all") == (None, [], None, "all")
+    assert choose(method).kept == "all"
+    for kept in (None, ["a"]):
+        assert choose(method, config=small_config(deterministic=True), kept=kept) == (None, [], None, kept)
+
+
+def test_a_cpu_finds_the_same_at_every_start(monkeypatch):
+    """With --deterministic too; what a GPU has decided is not used, and kept for it."""
+    method = method_of()
+    for config in (small_config(), small_config(deterministic=True)):
+        for kept in (None, ["backbone.0"], "all"):
+            choice = choose(method, config=config, kept=kept)
+            assert (choice.plain, choice.kept) == ([], kept)
+            assert choice.row["fused"]
 
 
 def choice_of_rank(world: World):
@@ -136,7 +164,7 @@ def test_features_are_the_same_whichever_way_the_encoder_trains_by(way):
 
 
 def test_a_run_tries_layers_at_every_size_that_a_pass_will_have(image_folder, tmp_path, alone, monkeypatch):
-    """Also at that of the evaluation after the last epoch; not at those that epochs had before."""
+    """Also at those that only a longer run has."""
     seen, draw = [], feature_choice.draw_images
     monkeypatch.setattr(feature_choice, "draw_images", lambda *given: seen.append(given[3]) or draw(*given))
     grows = tiny(image_folder, tmp_path, epochs=2, evaluation__every=1)
@@ -144,12 +172,17 @@ def test_a_run_tries_layers_at_every_size_that_a_pass_will_have(image_folder, tm
     assert run(grows, alone)
     assert seen == [8, 12, 16]
     seen.clear()
-    other = replace(grows, output=tmp_path / "other", epochs=3, resume_from=tmp_path / "checkpoint.pt")
-    assert run(other, alone)
-    assert seen == [16]
+    assert run(replace(grows, epochs=3), alone)
+    assert seen == [8, 12, 16]
 
 
-def test_a_run_records_its_choice_and_keeps_it(image_folder, tmp_path, alone, monkeypatch):
+def test_a_run_without_a_pass_tries_nothing(image_folder, tmp_path, alone, monkeypatch):
+    monkeypatch.setattr(feature_choice, "draw_images", fail)
+    assert run(tiny(image_folder, tmp_path, epochs=1), alone)
+    assert load_checkpoint(tmp_path)["choices"]["unfused_layers"] is None
+
+
+def test_a_run_records_its_choice_and_a_gpu_keeps_it(as_gpu, image_folder, tmp_path, alone, monkeypatch):
     assert run(tiny(image_folder, tmp_path, epochs=1, evaluation__every=1), alone)
     (row,) = (row for row in read_rows(tmp_path) if row["kind"] == "feature_pass")
     assert row["fused"]
@@ -157,8 +190,6 @@ def test_a_run_records_its_choice_and_keeps_it(image_folder, tmp_path, alone, mo
     monkeypatch.setattr(feature_choice, "unfit_layers", fail)
     assert run(tiny(image_folder, tmp_path, epochs=2, evaluation__every=1), alone)
     assert load_checkpoint(tmp_path)["choices"]["unfused_layers"] == []
-    assert run(
-        tiny(image_folder, tmp_path / "other", epochs=3, evaluation__every=1, resume_from=tmp_path / "checkpoint.pt"),
-        alone,
-    )
-    assert load_checkpoint(tmp_path / "other")["choices"]["unfused_layers"] is None
+    changes = {"epochs": 3, "evaluation__every": 1, "resume_from": tmp_path / "checkpoint.pt"}
+    assert run(tiny(image_folder, tmp_path / "other", **changes), alone)
+    assert load_checkpoint(tmp_path / "other")["choices"]["unfused_layers"] == "all"

@@ -17,12 +17,13 @@ from torch import nn
 
 from pcl_fast.captured import CapturedStep
 from pcl_fast.config import Config
+from pcl_fast.crop_sizes import Stage
 from pcl_fast.distributed import World
 from pcl_fast.learner import Learner
 from pcl_fast.methods import build
 from pcl_fast.nn import fusion
 from pcl_fast.nn.batch_norm import batch_norm_buffers
-from pcl_fast.run import fusion_choice
+from pcl_fast.run import choices, fusion_choice
 from pcl_fast.run.checkpoint import load_checkpoint
 from pcl_fast.run.choices import Choices
 from pcl_fast.run.encoder_passes import Passes
@@ -89,7 +90,7 @@ def fail(encoder: nn.Module) -> None:
 
 def test_the_fastest_is_used(ways, encoders):
     choice = choose_fusion(small_config(), encoders, MANY, ALONE)
-    assert (choice.way, ways.now) == ("compile", "compile")
+    assert (choice.way, ways.now, choice.kept) == ("compile", "compile", "compile")
     plain = {"eager": 10.0, "triton": 9.0, "compile": 8.0}
     assert choice.row["ms"] == plain | {f"{way}+graph": ms + 1.0 for way, ms in plain.items()}
     assert choice.row["left_out"] == {}
@@ -172,7 +173,8 @@ def test_a_way_must_be_right_at_every_size(ways, encoders):
 
 
 def test_nothing_is_measured_where_no_step_is_left(ways, encoders):
-    assert choose_fusion(small_config(), encoders, {}, ALONE) == ("eager", [], None)
+    assert choose_fusion(small_config(), encoders, {}, ALONE) == ("eager", [], None, None)
+    assert choose_fusion(small_config(), encoders, {}, ALONE, kept="triton") == ("triton", [], None, "triton")
 
 
 @pytest.mark.parametrize(("slow", "tried"), [("eager", ["eager"]), ("triton", ["eager", "eager+graph", "triton"])])
@@ -190,6 +192,8 @@ def test_after_a_minute_no_other_way_is_begun(ways, encoders, monkeypatch, slow,
     assert choice.way == tried[-1]
     assert choice.row["left_out"]["compile"] == "the ways before it took 62 s, and after 60 none is begun"
     assert f"{slow}+graph" in choice.row["left_out"]
+    now = 0.0
+    assert not choose_fusion(small_config(), encoders, left_of({12: 10**9, 20: 10**9}), ALONE).row["left_out"]
 
 
 def test_rounding_is_no_fault(ways, encoders):
@@ -244,12 +248,12 @@ def test_nothing_can_be_timed(ways, encoders, monkeypatch):
     monkeypatch.setattr(Passes, "reference", fail)
     choice = choose_fusion(small_config(), encoders, MANY, ALONE)
     assert (choice.way, ways.now, choice.row["ms"]) == ("eager", "eager", {})
-    assert choice.row["left_out"]["eager"] == "RuntimeError: no kernel image"
+    assert choice.row["left_out"] == {"eager": "RuntimeError: no kernel image"}
 
 
 def test_a_way_that_is_asked_for(ways, encoders):
     config = config_with(fusion="triton")
-    assert choose_fusion(config, encoders, MANY, ALONE) == ("triton", [], None)
+    assert choose_fusion(config, encoders, MANY, ALONE) == ("triton", [], None, "triton")
     ways.does["triton"] = fail
     with pytest.raises(ValueError, match=r"--model\.fusion triton: no kernel image$"):
         choose_fusion(config, encoders, MANY, ALONE)
@@ -257,10 +261,10 @@ def test_a_way_that_is_asked_for(ways, encoders):
 
 
 def test_a_way_that_is_kept(ways, encoders):
-    assert choose_fusion(small_config(), encoders, MANY, ALONE, kept="triton") == ("triton", [], None)
+    assert choose_fusion(small_config(), encoders, MANY, ALONE, kept="triton") == ("triton", [], None, "triton")
     ways.does["triton"] = fail
     choice = choose_fusion(small_config(), encoders, MANY, ALONE, kept="triton")
-    assert (choice.way, ways.now) == ("eager", "eager")
+    assert (choice.way, ways.now, choice.kept) == ("eager", "eager", "eager")
     (note,) = choice.notes
     assert note.startswith(
         "warning: so far the encoders computed by triton, which does not work here (no kernel image)"
@@ -268,11 +272,11 @@ def test_a_way_that_is_kept(ways, encoders):
 
 
 def test_deterministic_runs_and_cpus_have_no_choice(ways, encoders, monkeypatch):
-    assert choose_fusion(small_config(deterministic=True), encoders, MANY, ALONE) == ("eager", [], None)
-    assert choose_fusion(small_config(deterministic=True), encoders, MANY, ALONE, kept="triton").way == "eager"
-    monkeypatch.undo()
-    assert choose_fusion(small_config(), encoders, MANY, ALONE) == ("eager", [], None)
-    assert choose_fusion(small_config(), encoders, MANY, ALONE, kept="triton") == ("eager", [], None)
+    """What a GPU has chosen before is kept, for where there is a choice again."""
+    for config in (small_config(deterministic=True), small_config()):
+        for kept in (None, "triton"):
+            assert choose_fusion(config, encoders, MANY, ALONE, kept=kept) == ("eager", [], None, kept)
+        monkeypatch.undo()
 
 
 def choice_of_rank(world: World) -> tuple:
@@ -300,20 +304,20 @@ def test_steps_that_cannot_be_captured_are_not_tried_so(ways, encoders):
 
 
 @pytest.mark.parametrize(
-    ("fusion", "group", "divisible", "captured"),
+    ("way", "group", "divisible", "captured"),
     [
         ("triton+graph", None, False, True),
         ("triton+graph", object(), True, True),
         ("triton+graph", object(), False, False),  # goes on from a single rank's run
         ("triton", None, True, False),
-        (None, None, True, False),
     ],
 )
-def test_whose_steps_are_captured(fusion, group, divisible, captured):
-    choices = Choices({"kernels_off": [], "fusion": fusion, "unfused_layers": None})
+def test_whose_steps_are_captured(way, group, divisible, captured):
+    chosen = Choices(None)
+    chosen._way = way
     learner = Mock()
     learner.method.world.group, learner.method.divisible = group, divisible
-    step = choices.step_of(learner)
+    step = chosen.step_of(learner)
     assert isinstance(getattr(step, "__self__", None), CapturedStep) == captured
     assert (step is learner.step) != captured
 
@@ -423,6 +427,18 @@ def test_a_run_is_timed_with_the_sizes_of_its_views(ways, monkeypatch):
     learner = Learner(build(config, ALONE, 60), config, ALONE)
     Choices(None).make(config, learner, MANY, [20], ALONE, lambda line: None)
     assert seen == [[20, 20, 9, 9, 9]]
+
+
+def test_a_run_counts_the_steps_of_every_size_and_their_parts(ways, image_folder, tmp_path, alone, monkeypatch):
+    """Two steps an epoch, of two parts each; some that are done already are not counted."""
+    seen, choose = [], choices.choose_fusion
+    monkeypatch.setattr(choices, "choose_fusion", lambda *given, **how: seen.append(given[2]) or choose(*given, **how))
+    Sizes(monkeypatch, ways, {"eager": {8: 4.0, 16: 10.0}, "triton": {8: 3.0, 16: 12.0}})
+    config = tiny(image_folder, tmp_path, epochs=4, optim__accumulate=2, data__sizes=(Stage(8, 3),))
+    assert run(config, alone)
+    assert [{data.size: steps for data, steps in left.items()} for left in seen] == [{8: 12, 16: 4}]
+    (row,) = (row for row in read_rows(tmp_path) if row["kind"] == "fusion")
+    assert row["ms"] == {"eager": 5.5, "eager+graph": 6.5, "triton": 5.25, "triton+graph": 6.25}
 
 
 def test_a_run_records_its_choice_and_keeps_it(ways, image_folder, tmp_path, alone, capsys):
