@@ -1,7 +1,7 @@
 """The pass of the encoder over the images before an E-step, on images that are there already. Run by `make bench`.
 
 On a GPU it is ResNet-50 at 224 px, 256 images at a time, in the device's precision; on a CPU, in float32, the demo's
-encoder at 20 px and ResNet-18 at 64 px, 64 images at a time, and ResNet-50 at 224 px, 16 at a time, so that it takes a
+encoder at 20 px and ResNet-18 at 64 px, 64 images at a time, and ResNet-50 at 224 px, 16 at a time, which take half a
 second. The providers are:
 
 - modules: the encoder in eval mode, module by module, as the official code does it.
@@ -116,7 +116,7 @@ def test_features(benchmark, case, provider):
         for _ in range(device.WARM_UP):
             encode(batch)
         benchmark.group = str(case)
-        sizes = {"size": case.config.data.size, "dim": case.config.model.dim}
+        sizes = {"dim": case.config.model.dim}
         described = {"arch": case.config.model.arch, "size": case.config.data.size, "rows": case.rows}
         benchmark.extra_info.update(provider=provider, sizes=sizes, versions=optional.versions(), case=described)
         benchmark.pedantic(encode, args=(batch,), rounds=9)
