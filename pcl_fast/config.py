@@ -113,7 +113,8 @@ class ModelConfig:
     fusion: Literal["auto", "eager", "triton", "compile"] = "auto"
     """How the encoders' passes are computed: module by module, with batch norm, ReLU and residual as one operation, or
     by torch.compile. auto: what is fastest on the run's GPUs, timed at its start; on a CPU and with deterministic
-    eager. Given by name, eager also leaves the convolutions of the pass over the images as they are."""
+    eager. Given by name, eager also fuses nothing in the pass over the images but batch norm with its
+    convolutions."""
     sync_bn: bool = False
     """Batch norm takes its statistics from all ranks' batches together, for methods that shuffle no keys."""
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from pcl_fast.augmentations import View, check_areas, multi_crop, small_side
 from pcl_fast.config import Config, view_of
+from pcl_fast.crop_sizes import in_proportion
 from pcl_fast.data import Batch
 from pcl_fast.distributed import World
 from pcl_fast.losses import sinkhorn, swapped_prediction
@@ -85,8 +86,11 @@ class SwAV(Method, name="swav"):
         if options.small_crops:
             size = small_side(config.data.size) if options.small_size is None else options.small_size
             check_crop_size("--swav.small-size", size, config)
-            together = rank_batch(config, 1 if config.model.sync_bn else ranks)
-            check_single_images(config, together * options.small_crops, size=size, head=False)
+            smallest = config.data.at(0).size
+            # Crops as large as the large ones are encoded with them.
+            if in_proportion(size, smallest, config.data.size) < smallest:
+                together = rank_batch(config, 1 if config.model.sync_bn else ranks)
+                check_single_images(config, together * options.small_crops, size=size, head=False)
 
     @classmethod
     def miniature(cls, config: Config) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import nn
 
 from pcl_fast.config import Config
 from pcl_fast.crop_sizes import epoch_sides
@@ -29,24 +31,30 @@ def check_single_images(config: Config, rows: int, *, size: int | None = None, h
     """
     if rows > 1:
         return
-    data = config.data
+    data, model = config.data, config.model
     side = epoch_sides(data.sizes, data.size, [size or data.size])[0]
+    if _has_single_values(lambda: Encoder(replace(model, bn_splits=1)).backbone, side):
+        raise ValueError(_refusal(config, f"--model.arch {model.arch} has, at {side} px,", "larger crops"))
+    if head and _has_single_values(lambda: Encoder(replace(model, bn_splits=1)), side):
+        raise ValueError(_refusal(config, f"--model.head {model.head} has", "a --model.head without batch norm"))
+
+
+def _has_single_values(build: Callable[[], nn.Module], side: int) -> bool:
+    """Whether batch norm in a network refuses an image, tried on the meta device."""
     try:
         with torch.device("meta"), torch.random.fork_rng(devices=[]):
-            encoder = Encoder(replace(config.model, bn_splits=1)).train()
-            (encoder if head else encoder.backbone)(torch.empty(1, 3, side, side))
+            build().train()(torch.empty(1, 3, side, side))
     except Exception as error:  # networks assert, index and reshape
-        if "more than 1 value per channel" in str(error):
-            raise ValueError(_refusal(config, side)) from error
+        return "more than 1 value per channel" in str(error)
+    return False
 
 
-def _refusal(config: Config, side: int) -> str:
+def _refusal(config: Config, has: str, other: str) -> str:
     batch, splits, parts = config.optim.batch_size, config.model.bn_splits, config.optim.accumulate
-    fewer = [f"fewer --model.bn-splits than {splits}"] * (splits > 1)
-    fewer += [f"fewer parts than --optim.accumulate {parts}"] * (parts > 1)
-    use = " or ".join([f"--optim.batch-size {2 * batch}", *fewer])
+    ways = [f"--optim.batch-size {2 * batch}"]
+    ways += [f"fewer --model.bn-splits than {splits}"] * (splits > 1)
+    ways += [f"fewer parts than --optim.accumulate {parts}"] * (parts > 1)
     return (
-        f"--optim.batch-size {batch} leaves a rank one image at a time for batch norm, of which --model.arch "
-        f"{config.model.arch} with --model.head {config.model.head} has, at {side} px, a single value in some "
-        f"channels, and one value has no variance; use {use}, or larger crops"
+        f"--optim.batch-size {batch} leaves a rank one image at a time for batch norm, of which {has} a single value "
+        f"in some channels, and one value has no variance; use {', '.join(ways)} or {other}"
     )

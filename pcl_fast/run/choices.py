@@ -18,7 +18,8 @@ from pcl_fast.run.kernel_choice import choose_kernels
 
 class Choices:
     """kernels_off: kernels that were found wrong, see kernel_choice.py. fusion: how the encoders compute, see
-    fusion_choice.py. unfused_layers: see feature_choice.py. All as the checkpoint holds them; None: not decided yet.
+    fusion_choice.py. unfused_layers: see feature_choice.py. All as the checkpoint holds them; None: not decided
+    yet.
     """
 
     def __init__(self, kept: dict[str, Any] | None):

@@ -59,7 +59,8 @@ def choose_fusion(
     Args:
         encoders: the method's; "query" is the one with a backward pass.
         left: parts of steps that the run has left, by what their crops are.
-        kept: the way of the run that goes on, which stays; with --deterministic and on a CPU it is not used.
+        kept: what the run has decided before, which stays; on a CPU, with --deterministic and where a way is asked for
+            by name it is not used.
         sides: of the method's views where crops have the run's size, see Passes.of_run.
         graphs: whether steps can be captured.
 
@@ -68,7 +69,7 @@ def choose_fusion(
     """
     asked = config.model.fusion
     if asked != AUTO:
-        return Choice(_use_or_refuse(asked, encoders, world), [], None, asked)
+        return Choice(_use_or_refuse(asked, encoders, world), [], None, kept)
     if config.deterministic or not _has_choice(world) or (kept is None and not left):
         return Choice(_use_or_refuse(EAGER, encoders, world), [], None, kept)
     if kept is not None:
@@ -158,7 +159,9 @@ def _fastest(stages: _Stages, world: World, graphs: bool) -> Choice:
     told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
     notes = [f"the encoders compute by {way} ({told or 'nothing could be timed'}; found out in {seconds} s)"]
     notes += [f"not by {name}: {fault}" for name, fault in left_out.items()]
-    return Choice(way, notes, {"way": way, "ms": times, "left_out": left_out, "seconds": seconds}, way)
+    return Choice(
+        way, notes, {"way": way, "ms": times, "left_out": left_out, "seconds": seconds}, way if times else None
+    )
 
 
 def _measure(stages: _Stages, world: World, graphs: bool) -> tuple[dict[str, float], dict[str, str]]:

@@ -30,6 +30,7 @@ from pcl_fast.run.feature_choice import ALL
 from pcl_fast.run.fusion_choice import EAGER
 from pcl_fast.run.room import check_room
 
+# On a GPU; a CPU's layers are decided anew at every start.
 _OF_EARLIER_VERSIONS = {"kernels_off": [], "fusion": EAGER, "unfused_layers": ALL}
 # Patterns of the names under which something is written whole.
 _WRITTEN = ("checkpoint*.pt", "config.json", "metrics.jsonl*", "report.png")

@@ -247,13 +247,14 @@ def test_a_compiler_wants_an_hour_for_every_size(ways, encoders):
 def test_nothing_can_be_timed(ways, encoders, monkeypatch):
     monkeypatch.setattr(Passes, "reference", fail)
     choice = choose_fusion(small_config(), encoders, MANY, ALONE)
-    assert (choice.way, ways.now, choice.row["ms"]) == ("eager", "eager", {})
+    assert (choice.way, ways.now, choice.row["ms"], choice.kept) == ("eager", "eager", {}, None)
     assert choice.row["left_out"] == {"eager": "RuntimeError: no kernel image"}
 
 
 def test_a_way_that_is_asked_for(ways, encoders):
     config = config_with(fusion="triton")
-    assert choose_fusion(config, encoders, MANY, ALONE) == ("triton", [], None, "triton")
+    for kept in (None, "compile+graph"):
+        assert choose_fusion(config, encoders, MANY, ALONE, kept=kept) == ("triton", [], None, kept)
     ways.does["triton"] = fail
     with pytest.raises(ValueError, match=r"--model\.fusion triton: no kernel image$"):
         choose_fusion(config, encoders, MANY, ALONE)
