@@ -93,7 +93,7 @@ def test_errors_name_the_argument():
             call()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, where sums may change their order")
 def test_on_a_gpu_the_same_bits_every_time():
     distance, assignment, k = case(100_000, 3000)
     on_cpu = concentration(distance, assignment, k, temperature=0.2)

@@ -450,7 +450,7 @@ def test_what_the_default_is_on_which_gpu(capability, old_triton, dtype, widest,
         pick_backend("triton", gpu, dtype, widest + 1)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="threads are for CPUs")
+@pytest.mark.skipif(DEVICE == "cuda", reason="faiss has threads on a CPU alone")
 def test_faiss_takes_no_more_threads_than_pytorch(monkeypatch):
     faiss = pytest.importorskip("faiss")
     pick_backend("faiss", torch.device("cpu"), torch.float32, 16)
@@ -478,7 +478,7 @@ def test_without_triton(monkeypatch):
         kmeans(blobs(30), 2, backend="triton")
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU, where triton is the default")
 def test_triton_is_the_default_on_a_gpu_and_gives_the_same_bits():
     features = blobs(5000, d=128, centres=100)
     for x in (features, features.half()):

@@ -226,7 +226,7 @@ def test_sixteen_bits_are_scaled_not_clipped():
     assert np.array(to_rgb(fine))[0, :, 0].tolist() == [0, 0, 1, 1, 2, 255]
 
 
-@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU")
+@pytest.mark.skipif("cuda" not in DEVICES, reason="needs a GPU, which can be late when a batch is overwritten")
 def test_a_gpu_s_batches_live_as_long_as_they_are_used(pieces):
     """Kept while later ones are made, and while the GPU is late; an epoch that was left early before."""
     training = pairs(pieces, config("dali"), batch_size=4, world=world_of("cuda"))
