@@ -61,12 +61,9 @@ def choose_layers(
     why = f"no layer is fused: the encoder {fault}" if fault else f"{len(fused)} layers are fused"
     row = {"fused": fused, "plain": plain, "fault": fault, "seconds": seconds}
     left = None if fault else sorted(plain)
-    return Choice(
-        left,
-        [f"in the feature pass {why} (found out in {seconds} s)"],
-        row,
-        (ALL if left is None else left) if on_gpu else kept,
-    )
+    if on_gpu:
+        kept = ALL if left is None else left
+    return Choice(left, [f"in the feature pass {why} (found out in {seconds} s)"], row, kept)
 
 
 def may_fuse_features(config: Config, device: torch.device) -> bool:

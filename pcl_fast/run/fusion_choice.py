@@ -159,9 +159,8 @@ def _fastest(stages: _Stages, world: World, graphs: bool) -> Choice:
     told = ", ".join(f"{name} {ms:.1f} ms" for name, ms in times.items())
     notes = [f"the encoders compute by {way} ({told or 'nothing could be timed'}; found out in {seconds} s)"]
     notes += [f"not by {name}: {fault}" for name, fault in left_out.items()]
-    return Choice(
-        way, notes, {"way": way, "ms": times, "left_out": left_out, "seconds": seconds}, way if times else None
-    )
+    row = {"way": way, "ms": times, "left_out": left_out, "seconds": seconds}
+    return Choice(way, notes, row, way if times else None)
 
 
 def _measure(stages: _Stages, world: World, graphs: bool) -> tuple[dict[str, float], dict[str, str]]:
